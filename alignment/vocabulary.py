@@ -1,0 +1,253 @@
+"""A tokenizer seen as bytes: what each token id writes, and how bytes are written in tokens.
+
+`Vocabulary` reads the two files that every fast tokenizer has (tokenizer.json, tokenizer_config.json) and
+knows three things: the bytes of every id, the ids of the special tokens by role, and how to tokenize a text
+from its beginning or as a continuation. Byte-level BPE and SentencePiece with byte fallback are understood;
+anything else is refused by name.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from alignment.spans import Tokens, offset_ends, running_ends
+
+ROLES = ("bos", "eos", "pad", "unk")
+SPACE_MARK = "▁"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read as bytes, with the file and the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """One model's tokenizer.
+
+    token_bytes  [V] what each id writes; None for special tokens and unassigned ids, which have no text
+    roles        special token ids by role: bos, eos, pad, unk, as far as the tokenizer has them
+    expects_bos  whether the model was trained with its BOS in front of every text
+    fingerprint  sha256 of tokenizer.json; equal fingerprints mean equal ids
+    """
+
+    name: str
+    fingerprint: str
+    token_bytes: tuple[bytes | None, ...]
+    roles: Mapping[str, int]
+    expects_bos: bool
+    _reader: Tokenizer = field(repr=False)
+    _continuer: Tokenizer = field(repr=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Vocabulary":
+        """Read a Hugging Face model directory. Raises TokenizerError if it has no fast tokenizer."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(f"{folder} has no tokenizer.json: give a directory with a fast tokenizer")
+        config = folder / "tokenizer_config.json"
+        return cls.parse(path.read_bytes(), config.read_bytes() if config.is_file() else b"{}", name=folder.name)
+
+    @classmethod
+    def parse(cls, tokenizer_json: bytes, config_json: bytes = b"{}", *, name: str) -> "Vocabulary":
+        """Build from the files' contents, as a teacher's endpoint hands them out."""
+        try:
+            spec: dict[str, Any] = json.loads(tokenizer_json)
+            config: dict[str, Any] = json.loads(config_json)
+            reader = _tokenizer(tokenizer_json.decode())
+            bare = _without_prefix(spec)
+            continuer = reader if bare == spec else _tokenizer(json.dumps(bare))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise TokenizerError(f"the tokenizer of {name} cannot be read: {error}") from error
+        roles = _roles(spec, config)
+        return cls(
+            name=name,
+            fingerprint=hashlib.sha256(tokenizer_json).hexdigest(),
+            token_bytes=_token_bytes(spec, name),
+            roles=roles,
+            expects_bos=_expects_bos(spec, config, roles),
+            _reader=reader,
+            _continuer=continuer,
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_bytes)
+
+    @property
+    def prefix(self) -> list[int]:
+        """The ids that stand in front of every text: BOS where the model expects it, else nothing."""
+        return [self.roles["bos"]] if self.expects_bos else []
+
+    def encode(self, text: str, *, close: bool = False) -> Tokens:
+        """Tokenize a text from its beginning, with byte ends and without BOS.
+
+        Text that looks like a special token is ordinary text. With `close`, EOS follows the text as a token
+        of its own; it has no bytes and is given one byte of room after the text, on every side alike.
+        """
+        encoding = self._reader.encode(text, add_special_tokens=False)
+        data = text.encode()
+        pieces = [self.token_bytes[i] or b"" for i in encoding.ids]
+        ends = running_ends(data, pieces)
+        if ends is None:
+            ends = offset_ends(text, encoding.offsets)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        if close:
+            if "eos" not in self.roles:
+                raise TokenizerError(f"{self.name} has no EOS token to close a text with")
+            ids = np.append(ids, self.roles["eos"])
+            ends = np.append(ends, len(data) + 1)
+        return Tokens(text=data, ids=ids, ends=ends)
+
+    def write(self, pieces: Sequence[bytes]) -> list[list[int]]:
+        """Tokenize each byte string as a continuation: no BOS, no space of its own in front.
+
+        Bytes that are not valid UTF-8, or that the tokenizer would not give back, are covered greedily with
+        the longest tokens; a string that no tokens can write gives an empty list.
+        """
+        texts = [_utf8(piece) for piece in pieces]
+        encodings = iter(
+            self._continuer.encode_batch_fast([t for t in texts if t is not None], add_special_tokens=False)
+        )
+        return [
+            self._faithful(piece, next(encodings).ids if text is not None else None)
+            for piece, text in zip(pieces, texts, strict=True)
+        ]
+
+    def _faithful(self, piece: bytes, ids: list[int] | None) -> list[int]:
+        if ids is not None and b"".join(self.token_bytes[i] or b"" for i in ids) == piece:
+            return ids
+        return self._cover(piece)
+
+    def _cover(self, piece: bytes) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        while start < len(piece):
+            for end in range(min(len(piece), start + self._longest), start, -1):
+                token = self._by_bytes.get(piece[start:end])
+                if token is not None:
+                    ids.append(token)
+                    start = end
+                    break
+            else:
+                return []
+        return ids
+
+    @cached_property
+    def _by_bytes(self) -> dict[bytes, int]:
+        """Lowest id of each byte string."""
+        return {data: i for i, data in reversed(list(enumerate(self.token_bytes))) if data}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._by_bytes), default=0)
+
+
+def _utf8(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _tokenizer(tokenizer_json: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<eos>" in a text is five characters, never the end of it
+    return tokenizer
+
+
+def _nodes(part: Any) -> Iterator[dict[str, Any]]:
+    """Every component in a tokenizer.json part, Sequences opened."""
+    if isinstance(part, dict):
+        yield part
+        for value in part.values():
+            yield from _nodes(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _nodes(value)
+
+
+def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer, putting no space in front: branches continue a text, they do not begin one."""
+    spec = copy.deepcopy(spec | {"model": None}) | {"model": spec["model"]}
+    for node in _nodes([spec.get("normalizer"), spec.get("pre_tokenizer")]):
+        if node.get("type") == "Prepend":
+            node["prepend"] = ""
+        if node.get("type") == "ByteLevel":
+            node["add_prefix_space"] = False
+        if node.get("type") == "Metaspace":
+            node["prepend_scheme"] = "never"
+    return spec
+
+
+def _token_bytes(spec: dict[str, Any], name: str) -> tuple[bytes | None, ...]:
+    ids: dict[str, int] = spec["model"]["vocab"] if isinstance(spec["model"].get("vocab"), dict) else {}
+    added = {token["id"]: token for token in spec.get("added_tokens", [])}
+    kinds = {node.get("type") for node in _nodes([spec.get("decoder"), spec.get("pre_tokenizer")])}
+    if spec["model"].get("type") != "BPE" or not ids:
+        raise TokenizerError(f"the tokenizer of {name} is {spec['model'].get('type')}; only BPE is understood")
+    if "ByteLevel" in kinds:
+        read = _byte_level
+    elif spec["model"].get("byte_fallback"):
+        read = _sentencepiece
+    else:
+        raise TokenizerError(f"the tokenizer of {name} is neither byte-level BPE nor SentencePiece with byte fallback")
+    table: list[bytes | None] = [None] * (max([*ids.values(), *added]) + 1)
+    for token, i in ids.items():
+        table[i] = read(token)
+    for i, token in added.items():
+        table[i] = None if token["special"] else token["content"].encode()
+    return tuple(table)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 stays, the rest moves to U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(moved)}
+
+
+_BYTE_ALPHABET = _byte_alphabet()
+
+
+def _byte_level(token: str) -> bytes:
+    if all(c in _BYTE_ALPHABET for c in token):
+        return bytes(_BYTE_ALPHABET[c] for c in token)
+    return token.encode()
+
+
+def _sentencepiece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(SPACE_MARK, " ").encode()
+
+
+def _roles(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
+    ids = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+    roles = {}
+    for role in ROLES:
+        token = config.get(f"{role}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in ids:
+            roles[role] = ids[content]
+    return roles
+
+
+def _expects_bos(spec: dict[str, Any], config: dict[str, Any], roles: dict[str, int]) -> bool:
+    """The config's word first; then the template of the tokenizer; then the family that is known to need it."""
+    if "bos" not in roles:
+        return False
+    if isinstance(config.get("add_bos_token"), bool):
+        return bool(config["add_bos_token"])
+    template = [node for node in _nodes(spec.get("post_processor")) if "special_tokens" in node]
+    if any(node["special_tokens"] for node in template):
+        return True
+    return str(config.get("tokenizer_class", "")).startswith("Gemma")

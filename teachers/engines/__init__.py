@@ -1,0 +1,1 @@
+"""Backends: one file per library that can run a model."""

@@ -1,0 +1,237 @@
+"""The embedded engine: a causal language model from transformers, on a CPU or one GPU.
+
+One thread owns the model. It takes what is waiting, sorts it by length and scores it in batches of at most
+`batch_tokens` padded tokens; with 0 every sequence is a batch of its own, and an answer does not depend, to the
+last bit, on what else was asked at that moment. Hidden states go through the head in chunks, log-softmax in
+float32, so that [tokens, vocabulary] never exists whole. At start the chunked route is held against the model's
+own forward pass: an architecture that changes its logits afterwards is refused, not mis-served.
+"""
+
+import asyncio
+import hashlib
+import queue
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from teachers.errors import TeacherError
+from teachers.protocol import TOKENIZER_FILES, Card, Rows
+
+CHUNK_TOKENS = 128  # [128, 262144] float32 is 134 MB
+PROBE = "The lighthouse keeper climbed the stairs every evening. He counted them once, long ago, and never again."
+
+# torch legend: B sequences, L padded length, C chunk of positions, D width, W teacher's vocabulary, K top-k
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run the model.
+
+    dtype         weights and activations: "bfloat16" or "float32"
+    device        "cpu", "cuda", "cuda:1", …
+    bos           whether BOS goes in front of every text; "auto" asks the model which it predicts better
+    max_tokens    longest sequence; None takes the model's own limit
+    max_top_k     largest K
+    batch_tokens  padded tokens in one forward pass; 0 scores each sequence alone, reproducibly
+    """
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "cpu"
+    bos: Literal["auto", "yes", "no"] = "auto"
+    max_tokens: int | None = None
+    max_top_k: int = 128
+    batch_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    sequence: list[int]
+    start: int
+    top_k: int
+    answer: "Future[Rows]" = field(default_factory=Future)
+
+
+class TransformersEngine:
+    """Scores with a local model directory. Raises TeacherError if the directory cannot be served."""
+
+    def __init__(self, folder: Path, options: EngineOptions = EngineOptions()) -> None:
+        self._options = options
+        self._model = _load(folder, options)
+        self._files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+        self._check_head()
+        self._card = self._describe(folder)
+        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def card(self) -> Card:
+        return self._card
+
+    @property
+    def tokenizer_files(self) -> dict[str, Path]:
+        return self._files
+
+    async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
+        """Rows for positions start … len − 1. Cancelling the wait drops the work if it has not begun."""
+        job = _Job(sequence, start, top_k)
+        self._jobs.put(job)
+        return await asyncio.wrap_future(job.answer)
+
+    async def check(self) -> None:
+        await self.score([self._card.bos_id or 0, 0], 1, 1)
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join(timeout=30)
+
+    # --- the thread that owns the model ---
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            waiting = [job]
+            while not self._jobs.empty() and (more := self._jobs.get_nowait()) is not None:
+                waiting.append(more)
+            for batch in batches_by_length(waiting, self._options.batch_tokens):
+                self._answer([j for j in batch if j.answer.set_running_or_notify_cancel()])
+
+    def _answer(self, batch: list[_Job]) -> None:
+        if not batch:
+            return
+        try:
+            hidden_BLD = self._hidden([job.sequence for job in batch])
+            for job, hidden_LD in zip(batch, hidden_BLD, strict=True):
+                job.answer.set_result(self._rows(hidden_LD, job))
+        except Exception as error:  # the thread must outlive one bad batch; every waiter learns why
+            for job in batch:
+                if not job.answer.done():
+                    job.answer.set_exception(error)
+
+    @torch.inference_mode()
+    def _hidden(self, sequences: list[list[int]]) -> torch.Tensor:
+        """[B, L, D] last hidden states, padded on the right where no real token looks."""
+        longest = max(map(len, sequences))
+        ids_BL = torch.zeros(len(sequences), longest, dtype=torch.long)
+        mask_BL = torch.zeros_like(ids_BL)
+        for i, sequence in enumerate(sequences):
+            ids_BL[i, : len(sequence)] = torch.tensor(sequence)
+            mask_BL[i, : len(sequence)] = 1
+        device = self._options.device
+        mask = None if len(sequences) == 1 else mask_BL.to(device)
+        trunk = self._model.get_decoder()
+        hidden: torch.Tensor = trunk(ids_BL.to(device), attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def _logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
+        """[C, W] float32, by the model's own head and soft cap."""
+        logits: torch.Tensor = self._model.get_output_embeddings()(hidden_CD).float()
+        cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.inference_mode()
+    def _rows(self, hidden_LD: torch.Tensor, job: _Job) -> Rows:
+        positions = torch.arange(job.start, len(job.sequence))
+        actual_ids = torch.tensor(job.sequence)[positions].to(hidden_LD.device)
+        parts = [
+            _top_k(self._logits(hidden_LD[chunk - 1]), actual_ids[chunk - job.start], job.top_k)
+            for chunk in positions.split(CHUNK_TOKENS)
+        ]
+        ids, logprobs, actual, tail = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        return Rows(job.start, ids.astype(np.uint32), logprobs, actual, tail)
+
+    # --- before the thread starts ---
+
+    def _check_head(self) -> None:
+        """Hold head-after-trunk against the model's own forward pass."""
+        ids = torch.arange(8) % self._model.config.get_text_config().vocab_size
+        ours = self._logits(self._hidden([ids.tolist()])[0])
+        with torch.inference_mode():
+            theirs = self._model(ids[None].to(self._options.device), use_cache=False).logits[0].float()
+        if not torch.allclose(ours, theirs, atol=1e-2 * float(theirs.abs().max())):
+            raise TeacherError(
+                f"{type(self._model).__name__} changes its logits after the head in a way this engine does not know: "
+                "serve it with vLLM"
+            )
+
+    def _describe(self, folder: Path) -> Card:
+        options, config = self._options, self._model.config.get_text_config()
+        tokenizer_sha256 = _sha256(self._files["tokenizer.json"])
+        template = self._files.get("chat_template.jinja")
+        return Card(
+            model=folder.name,
+            fingerprint=_fingerprint(folder, tokenizer_sha256, options.dtype),
+            engine=f"transformers {transformers.__version__}",
+            dtype=options.dtype,
+            vocab_size=config.vocab_size,
+            tokenizer_sha256=tokenizer_sha256,
+            bos_id=config.bos_token_id,
+            eos_id=config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id,
+            expects_bos=options.bos == "yes" or (options.bos == "auto" and self._prefers_bos(folder)),
+            chat_template_sha256=_sha256(template) if template else None,
+            max_tokens=min(options.max_tokens or 1 << 31, getattr(config, "max_position_embeddings", 1 << 31)),
+            max_top_k=min(options.max_top_k, config.vocab_size),
+        )
+
+    def _prefers_bos(self, folder: Path) -> bool:
+        """Whether a plain sentence is at least a tenth cheaper with BOS in front (Gemma: by half)."""
+        bos = self._model.config.get_text_config().bos_token_id
+        if bos is None:
+            return False
+        ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(PROBE, add_special_tokens=False).input_ids
+        return self._probe_loss([bos, *ids], 2) < 0.9 * self._probe_loss(ids, 1)
+
+    def _probe_loss(self, sequence: list[int], start: int) -> float:
+        rows = self._rows(self._hidden([sequence])[0], _Job(sequence, start, 1))
+        return -float(rows.actual.mean())
+
+
+def batches_by_length(jobs: list[_Job], batch_tokens: int) -> Iterator[list[_Job]]:
+    """Group jobs of like length so that a batch, padded to its longest, holds at most `batch_tokens` tokens."""
+    batch: list[_Job] = []
+    for job in sorted(jobs, key=lambda j: len(j.sequence)):
+        if batch and len(job.sequence) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def _top_k(
+    logits_CW: torch.Tensor, actual_C: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits_CK, ids_CK = logits_CW.topk(top_k, dim=-1)
+    log_z = logits_CW.logsumexp(dim=-1, keepdim=True)
+    logprobs_CK = (logits_CK - log_z).clamp(max=0.0)
+    tail_C = (1.0 - logprobs_CK.double().exp().sum(-1)).clamp(min=0.0).float()
+    actual = (logits_CW.gather(1, actual_C[:, None]) - log_z).clamp(max=0.0)[:, 0]
+    return ids_CK, logprobs_CK, actual, tail_C
+
+
+def _load(folder: Path, options: EngineOptions) -> Any:
+    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        raise TeacherError(f"{folder} is no model directory: it needs config.json, weights and tokenizer.json")
+    loader: Any = AutoModelForCausalLM
+    model = loader.from_pretrained(folder, dtype=getattr(torch, options.dtype), local_files_only=True)
+    return model.to(options.device).eval()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(folder: Path, tokenizer_sha256: str, dtype: str) -> str:
+    digest = hashlib.sha256(f"{tokenizer_sha256} {dtype}".encode())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        digest.update(f"{path.name} {_sha256(path)}".encode())
+    return digest.hexdigest()

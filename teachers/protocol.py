@@ -1,0 +1,260 @@
+"""The wire contract between a trainer and a teacher: card, request, rows and their Arrow form.
+
+A leaf: both sides import it, and it imports no torch, no vllm, no ray and no HTTP.
+
+Position i predicts token i of a sequence, so position 0 has no row. An answer for (sequence, start) holds the
+rows of positions start … len − 1. On the wire a row is K uint32 ids, K float16 log-probabilities, the float32
+log-probability of the actual token and the float32 tail: 392 bytes at K = 64.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from teachers.errors import FingerprintMismatch, InvalidRows, ProtocolError, Truncated, VersionMismatch
+
+PROTOCOL = "1"
+ARROW_STREAM = "application/vnd.apache.arrow.stream"
+PROBLEM = "application/problem+json"
+TIMEOUT_HEADER = "tutelage-timeout-s"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+HALF_ULP = 2.0**-11  # relative rounding of a float16, so p·|log p|·HALF_ULP is what it may add to a row's mass
+MASS_TOLERANCE = 1e-4  # what the engine's own float32 sums may be off by
+
+
+class Message(BaseModel):
+    """Base of everything sent as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Card(Message):
+    """What a teacher is. Two replicas of one teacher have equal cards."""
+
+    protocol: str = PROTOCOL
+    """Version of this contract."""
+    model: str
+    """Model name."""
+    revision: str | None = None
+    """Revision of the weights, if the source has one."""
+    fingerprint: str
+    """Changes with the weights or the tokenizer; every answer carries it."""
+    engine: str
+    """Backend and version, like 'transformers 5.19.0'."""
+    dtype: str
+    """Type the weights are computed in."""
+    vocab_size: int
+    """Number of token ids the model scores."""
+    tokenizer_sha256: str
+    """sha256 of tokenizer.json."""
+    bos_id: int | None
+    eos_id: int | None
+    expects_bos: bool
+    """Whether the model was trained with BOS in front of every text."""
+    chat_template_sha256: str | None = None
+    max_tokens: int
+    """Longest sequence it takes, BOS included."""
+    max_top_k: int
+    """Largest K it answers."""
+
+
+class ScoreRequest(Message):
+    """Sequences to score, complete with BOS where the model expects it."""
+
+    sequences: list[list[Annotated[int, Field(ge=0)]]]
+    starts: list[Annotated[int, Field(ge=1)]]
+    top_k: Annotated[int, Field(ge=1)]
+
+
+class TokenizerFile(Message):
+    """One downloadable tokenizer file."""
+
+    name: str
+    sha256: str
+
+
+class Problem(Message):
+    """An error as RFC 9457 has it. `detail` is one sentence that says what to change."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+class Ready(Message):
+    """The engine answered."""
+
+    status: Literal["ready"] = "ready"
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A teacher's answer for positions start … start + S − 1 of one sequence.
+
+    ids       [S, K] token ids, likeliest first
+    logprobs  [S, K] nats, descending
+    actual    [S] nats, of the token that stands at the position
+    tail      [S] probability outside the listed ids
+    """
+
+    start: int
+    ids: NDArray[np.uint32]
+    logprobs: NDArray[np.float32]
+    actual: NDArray[np.float32]
+    tail: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.actual)
+
+    def as_sent(self) -> "Rows":
+        """The same rows with the rounding of the wire."""
+        rounded = self.logprobs.astype(np.float16).astype(np.float32)
+        return Rows(self.start, self.ids, rounded, self.actual, self.tail)
+
+
+def schema(top_k: int, fingerprint: str) -> pa.Schema:
+    """The stream's schema; version, fingerprint and K travel in its metadata."""
+    return pa.schema(
+        [
+            pa.field("ids", pa.list_(pa.uint32(), top_k), nullable=False),
+            pa.field("logprobs", pa.list_(pa.float16(), top_k), nullable=False),
+            pa.field("actual", pa.float32(), nullable=False),
+            pa.field("tail", pa.float32(), nullable=False),
+        ],
+        metadata={"protocol": PROTOCOL, "fingerprint": fingerprint, "top_k": str(top_k)},
+    )
+
+
+class StreamWriter:
+    """Turns rows into chunks of one Arrow stream, in any order of sequences."""
+
+    def __init__(self, top_k: int, fingerprint: str) -> None:
+        self._sink = io.BytesIO()
+        self._schema = schema(top_k, fingerprint)
+        self._writer = pa.ipc.new_stream(self._sink, self._schema)
+
+    def write(self, index: int, rows: Rows) -> bytes:
+        """The bytes to send for sequence `index`."""
+        batch = pa.record_batch(
+            [
+                _fixed(rows.ids.astype(np.uint32, copy=False)),
+                _fixed(rows.logprobs.astype(np.float16)),
+                pa.array(rows.actual, type=pa.float32()),
+                pa.array(rows.tail, type=pa.float32()),
+            ],
+            schema=self._schema,
+        )
+        self._writer.write_batch(batch, custom_metadata={"index": str(index), "start": str(rows.start)})
+        return self._take()
+
+    def close(self) -> bytes:
+        """The end-of-stream mark."""
+        self._writer.close()
+        return self._take()
+
+    def _take(self) -> bytes:
+        chunk = self._sink.getvalue()
+        self._sink.seek(0)
+        self._sink.truncate()
+        return chunk
+
+
+def _fixed(values: NDArray[np.generic]) -> pa.FixedSizeListArray:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).ravel()), values.shape[1])
+
+
+def read_stream(data: bytes, request: ScoreRequest, card: Card) -> list[Rows]:
+    """Decode and check a whole answer: one Rows per sequence of the request, in its order.
+
+    Raises Truncated, VersionMismatch, FingerprintMismatch, InvalidRows, or ProtocolError for the rest.
+    """
+    answers: dict[int, Rows] = {}
+    try:
+        reader = pa.ipc.open_stream(pa.BufferReader(data))
+        _check_metadata(reader.schema, request.top_k, card)
+        for index, rows in _batches(reader):
+            if not 0 <= index < len(request.sequences) or index in answers:
+                raise ProtocolError(f"answer for sequence {index}, which was not asked or is already answered")
+            answers[index] = check_rows(rows, request, index, card)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise Truncated(f"the answer broke off after {len(answers)} of {len(request.sequences)} sequences") from error
+    if len(answers) < len(request.sequences):
+        raise Truncated(f"the answer ended after {len(answers)} of {len(request.sequences)} sequences")
+    return [answers[i] for i in range(len(request.sequences))]
+
+
+def _check_metadata(received: pa.Schema, top_k: int, card: Card) -> None:
+    metadata = {k.decode(): v.decode() for k, v in (received.metadata or {}).items()}
+    if metadata.get("protocol") != PROTOCOL:
+        raise VersionMismatch(f"expected protocol {PROTOCOL}, received {metadata.get('protocol')}: upgrade one side")
+    if metadata.get("fingerprint") != card.fingerprint:
+        raise FingerprintMismatch(
+            f"expected fingerprint {card.fingerprint[:12]}, received {str(metadata.get('fingerprint'))[:12]}: "
+            "the teacher was restarted with other weights or another tokenizer"
+        )
+    if not received.equals(schema(top_k, card.fingerprint), check_metadata=False):
+        raise ProtocolError(f"expected {top_k} candidates a row, received the schema {received.remove_metadata()}")
+
+
+def _batches(reader: pa.ipc.RecordBatchStreamReader) -> Iterator[tuple[int, Rows]]:
+    while True:
+        try:
+            batch, metadata = reader.read_next_batch_with_custom_metadata()
+        except StopIteration:
+            return
+        top_k = batch.schema.field("ids").type.list_size
+        shape = (batch.num_rows, top_k)
+        yield (
+            int(metadata["index"]),
+            Rows(
+                start=int(metadata["start"]),
+                ids=_flat(batch, "ids").reshape(shape),
+                logprobs=_flat(batch, "logprobs").astype(np.float32).reshape(shape),
+                actual=batch.column("actual").to_numpy(),
+                tail=batch.column("tail").to_numpy(),
+            ),
+        )
+
+
+def _flat(batch: pa.RecordBatch, name: str) -> NDArray[np.generic]:
+    return np.asarray(batch.column(name).flatten().to_numpy(zero_copy_only=False))
+
+
+def check_rows(rows: Rows, request: ScoreRequest, index: int, card: Card) -> Rows:
+    """Refuse rows that no model can have meant; returns them unchanged."""
+    sequence, start = request.sequences[index], request.starts[index]
+    expected = len(sequence) - start
+    if rows.start != start or len(rows) != expected:
+        raise ProtocolError(
+            f"sequence {index}: expected {expected} rows from position {start}, received {len(rows)} from {rows.start}"
+        )
+    for name, wrong in _faults(rows, sequence[start:], card.vocab_size):
+        if wrong.any():
+            position = start + int(np.flatnonzero(wrong)[0])
+            raise InvalidRows(f"sequence {index}, position {position}: {name}")
+    return rows
+
+
+def _faults(rows: Rows, actual_ids: Sequence[int], vocab_size: int) -> Iterator[tuple[str, Any]]:
+    """Each fault by name with [S] bool, true where it is found."""
+    finite = np.isfinite(rows.logprobs).all(axis=1) & np.isfinite(rows.actual) & np.isfinite(rows.tail)
+    yield "a value that is not finite", ~finite
+    yield "a positive log-probability", (rows.logprobs > 0).any(axis=1) | (rows.actual > 0)
+    yield "candidates that are not in descending order", (np.diff(rows.logprobs, axis=1) > 0).any(axis=1)
+    yield f"a token id outside the vocabulary of {vocab_size}", (rows.ids >= vocab_size).any(axis=1)
+    probs = np.exp(rows.logprobs.astype(np.float64))
+    rounding = MASS_TOLERANCE + (probs * np.abs(rows.logprobs)).sum(axis=1) * HALF_ULP
+    yield "listed mass and tail that do not sum to 1", np.abs(probs.sum(axis=1) + rows.tail - 1) > rounding
+    is_actual = rows.ids == np.asarray(actual_ids, dtype=np.uint32)[:, None]
+    gap = np.abs(rows.logprobs - rows.actual[:, None])
+    rounding = MASS_TOLERANCE + np.abs(rows.actual) * HALF_ULP
+    yield "an actual token that contradicts its own listing", (is_actual & (gap > rounding[:, None])).any(axis=1)

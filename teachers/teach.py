@@ -1,0 +1,57 @@
+"""`tutelage teach`: take the address, load the model, serve it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from teachers.errors import TeacherError
+from teachers.keys import key_from_environment, key_from_file
+
+Dtype = Literal["bfloat16", "float32"]
+Bos = Literal["auto", "yes", "no"]
+KEY_VARIABLE = "TUTELAGE_KEY"
+
+
+@dataclass(frozen=True)
+class TeachOptions:
+    """What the command line says; see EngineOptions for the engine's part."""
+
+    host: str = "127.0.0.1"
+    port: int = 8101
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    bos: str = "auto"
+    max_tokens: int | None = None
+    max_top_k: int = 128
+    batch_tokens: int = 0
+    key_file: Path | None = None
+
+
+def teach_model(folder: Path, options: TeachOptions, stop_with_parent: bool) -> None:
+    """Serve until stopped. Raises TeacherError for an address, key or model that cannot be used."""
+    import os
+
+    from teachers import serving
+
+    dtype = cast(Dtype, _one_of("--dtype", options.dtype, get_args(Dtype)))
+    bos = cast(Bos, _one_of("--bos", options.bos, get_args(Bos)))
+    if options.key_file is not None:
+        key: str | None = key_from_file(options.key_file)
+    else:
+        key = key_from_environment(KEY_VARIABLE) if KEY_VARIABLE in os.environ else None
+    if stop_with_parent:
+        serving.stop_with_parent()
+    sock = serving.listen_on(options.host, options.port)
+    from teachers.engines.transformers import EngineOptions, TransformersEngine
+
+    engine = TransformersEngine(
+        folder,
+        EngineOptions(dtype, options.device, bos, options.max_tokens, options.max_top_k, options.batch_tokens),
+    )
+    serving.serve(engine, sock, key)
+
+
+def _one_of(option: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise TeacherError(f"{option} must be one of {', '.join(choices)}, received {value}")
+    return value

@@ -1,0 +1,128 @@
+"""`tutelage align`: how one teacher's knowledge of one text arrives at one student's tokenizer, and how fast."""
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment import Vocabulary, align, translate
+from alignment.report import AlignmentReport, report
+from teachers.errors import Rejected
+from teachers.pool import TeacherAddress, TeacherPool
+from teachers.protocol import Card, Rows
+from trainer.config import find_model
+from trainer.data import cut_windows, read_documents
+
+MEASURED_S = 2.0
+MAX_REPEATS = 9
+
+
+@dataclass(frozen=True)
+class AlignFigures:
+    """Figures over a whole text, cut into windows; speed is of alignment alone, warm, on one core."""
+
+    positions: int
+    valid: int
+    teacher_bpb: float
+    aligned_bpb: float
+    mean_mass: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    text: str
+    rows: Rows
+    first_row: int
+
+
+def align_text(teacher: str, student: str, text: Path, top_k: int, key: str | None, window_tokens: int) -> AlignFigures:
+    """Score the text with a served or local teacher and align it to the student's tokenizer."""
+    student_vocabulary = Vocabulary.load(find_model(student))
+    documents = [doc for _, doc in read_documents(text, "text")]
+    windows = [w for doc in documents for w in cut_windows(doc, student_vocabulary, window_tokens)]
+    if teacher.startswith(("http://", "https://")):
+        vocabulary, scored = asyncio.run(_from_server(teacher, key, windows, top_k))
+    else:
+        vocabulary, scored = asyncio.run(_from_directory(find_model(teacher), windows, top_k))
+    return _measure(vocabulary, student_vocabulary, scored)
+
+
+async def _from_server(url: str, key: str | None, windows: list[str], top_k: int) -> tuple[Vocabulary, list[_Scored]]:
+    async with TeacherPool([TeacherAddress("teacher", (url,), key)]) as pool:
+        card, files = await pool.connect("teacher")
+        config = files.get("tokenizer_config.json", b"{}")
+        vocabulary = Vocabulary.parse(files["tokenizer.json"], config, name=card.model)
+        asked = [_ask(pool, card, vocabulary, window, top_k) for window in windows]
+        return vocabulary, list(await asyncio.gather(*asked))
+
+
+async def _ask(pool: TeacherPool, card: Card, vocabulary: Vocabulary, window: str, top_k: int) -> _Scored:
+    sequence, prefix = _sequence(card, vocabulary, window, top_k)
+    return _Scored(window, await pool.score("teacher", sequence, 1, top_k), 1 - prefix)
+
+
+async def _from_directory(folder: Path, windows: list[str], top_k: int) -> tuple[Vocabulary, list[_Scored]]:
+    """A local model, through the same rounding that the wire has."""
+    from teachers.engines.transformers import TransformersEngine
+
+    vocabulary, engine = Vocabulary.load(folder), TransformersEngine(folder)
+    scored = []
+    try:
+        for window in windows:
+            sequence, prefix = _sequence(engine.card, vocabulary, window, top_k)
+            rows = (await engine.score(sequence, 1, top_k)).as_sent()
+            scored.append(_Scored(window, rows, 1 - prefix))
+    finally:
+        engine.close()
+    return vocabulary, scored
+
+
+def _sequence(card: Card, vocabulary: Vocabulary, window: str, top_k: int) -> tuple[list[int], int]:
+    """The ids to score and how many of them are BOS."""
+    prefix = [card.bos_id] if card.expects_bos and card.bos_id is not None else []
+    sequence = prefix + vocabulary.encode(window).ids.tolist()
+    if top_k > card.max_top_k:
+        raise Rejected(f"teacher {card.model}: top_k is {top_k}, it answers at most {card.max_top_k}")
+    if not 2 <= len(sequence) <= card.max_tokens:
+        raise Rejected(f"teacher {card.model}: a window is {len(sequence)} tokens, it takes 2 to {card.max_tokens}")
+    return sequence, len(prefix)
+
+
+def _measure(teacher: Vocabulary, student: Vocabulary, scored: list[_Scored]) -> AlignFigures:
+    translation = translate(teacher, student)
+    pairs = [(teacher.encode(s.text), student.encode(s.text)) for s in scored]
+    total = AlignmentReport()
+    for s, pair in zip(scored, pairs, strict=True):
+        total += report(s.rows, s.first_row, pair, align(s.rows, s.first_row, *pair, translation), translation)
+    took: list[float] = []
+    with _one_core():
+        while len(took) < MAX_REPEATS and (len(took) < 3 or sum(took) < MEASURED_S):
+            translation.forget()  # what a run has not seen before is what counts
+            began = time.perf_counter()
+            for s, pair in zip(scored, pairs, strict=True):
+                align(s.rows, s.first_row, *pair, translation)
+            took.append(time.perf_counter() - began)
+    speed = total.positions / statistics.median(took)
+    return AlignFigures(
+        total.positions, total.valid, total.teacher_bpb, total.aligned_bpb, total.mean_mass, round(speed, 1)
+    )
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Pin this thread to one core and keep the tokenizer's own threads out of the measurement."""
+    cores, before = os.sched_getaffinity(0), os.environ.get("TOKENIZERS_PARALLELISM")
+    os.sched_setaffinity(0, {min(cores)})
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -1,0 +1,111 @@
+"""Checkpoints: what is trained, the optimizer, the step and the random state, written whole or not at all.
+
+A checkpoint is a folder step-N made by torch.distributed.checkpoint under another name and renamed when it is
+complete, so one that was cut off is never found. Frozen weights are not saved; they are the base model's.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError
+from trainer.student import Student
+
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+_ORDER = "order.json"  # what decides the order of samples
+
+
+def save_checkpoint(
+    folder: Path, step: int, student: Student, optimizer: torch.optim.Optimizer, config: RunConfig
+) -> Path:
+    """Save after `step` steps and delete old ones. Raises CheckpointError; earlier checkpoints stay."""
+    final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with _single_process():
+            save(_state(student, optimizer, step), checkpoint_id=partial, no_dist=True)
+        (partial / _ORDER).write_text(json.dumps(_order(config)), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = latest_checkpoint(folder)
+        kept = f"the last good one is {last.name}" if last else "there is none yet"
+        raise CheckpointError(
+            f"cannot write checkpoint {final} ({_reason(error)}); {kept}: make room, then run again with --resume"
+        ) from error
+    for old in list(_checkpoints(folder))[: -config.output.keep_checkpoints]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return max(_checkpoints(folder), default=None, key=lambda path: path.name)
+
+
+def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer, config: RunConfig) -> int:
+    """Restore and return the number of steps done. Raises CheckpointError if it belongs to another run."""
+    try:
+        saved = json.loads((path / _ORDER).read_text(encoding="utf-8"))
+        for key, value in _order(config).items():
+            if saved.get(key) != value:
+                raise CheckpointError(
+                    f"{path} was written with {key} = {saved.get(key)!r}, the run file says {value!r}"
+                )
+        state = _state(student, optimizer, 0)
+        with _single_process():
+            load(state, checkpoint_id=path, no_dist=True)
+    except (OSError, ValueError, RuntimeError, CheckpointException) as error:
+        raise CheckpointError(f"cannot read checkpoint {path} ({_reason(error)})") from error
+    set_state_dict(
+        student.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
+    )
+    torch.set_rng_state(state["rng"])
+    return int(state["step"])
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """torch warns that there is only one process; there is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _state(student: Student, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    model, optim = get_state_dict(student.model, optimizer, options=_OPTIONS)
+    return {"model": model, "optimizer": optim, "step": torch.tensor(step), "rng": torch.get_rng_state()}
+
+
+def _order(config: RunConfig) -> dict[str, Any]:
+    """JSON values of everything that decides which sample comes when."""
+    data = {f"data.{key}": value for key, value in config.data.model_dump(mode="json").items()}
+    return data | {
+        "eval.held_out_documents": config.eval.held_out_documents,
+        "train.seed": config.train.seed,
+        "train.batch_samples": config.train.batch_samples,
+    }
+
+
+def _checkpoints(folder: Path) -> Iterator[Path]:
+    return iter(sorted(folder.glob("step-*")))
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

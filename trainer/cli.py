@@ -1,0 +1,181 @@
+"""The command `tutelage`. Each command imports what it needs when it runs, so that --help is immediate."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Make one language model learn from many, online.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+RunFile = Annotated[Path, typer.Argument(help="Run file (TOML).", metavar="RUN.toml")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Override a key of the run file: key=value.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables for people.")]
+
+
+@contextmanager
+def _one_sentence_errors(as_json: bool = False) -> Iterator[None]:
+    """What a user can mend is one sentence on standard error and exit code 1; anything else is our fault and shows."""
+    from alignment import AlignmentError, TokenizerError
+    from teachers.errors import TeacherError
+    from trainer.errors import UserError
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("stamina").setLevel(logging.ERROR)
+    try:
+        yield
+    except (UserError, TeacherError, AlignmentError, TokenizerError) as error:
+        message = " ".join(str(error).split())
+        typer.echo(json.dumps({"error": message}) if as_json else f"error: {message}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from error
+
+
+def _quiet() -> None:
+    """Keep progress bars of libraries off the screen; their errors still show."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, allow_nan=False))
+
+
+@app.command()
+def demo(
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only make the models and the text.")] = False,
+    sets: Overrides = [],
+    as_json: Json = False,
+) -> None:
+    """Two real models teach a third: fetch them, serve them, train, and show what it was worth."""
+    with _one_sentence_errors(as_json):
+        from trainer import demo as room
+
+        _quiet()
+        if prepare:
+            room.prepare_all(as_json)
+        else:
+            room.show(room.run_demo(sets, as_json), as_json)
+
+
+@app.command()
+def teach(
+    model: Annotated[str, typer.Argument(help="Model directory, or a name under $TUTELAGE_CACHE/models.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8101,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    bos: Annotated[str, typer.Option(help="BOS in front of every text: auto, yes or no.")] = "auto",
+    max_tokens: Annotated[int | None, typer.Option(help="Longest sequence to take.")] = None,
+    max_top_k: Annotated[int, typer.Option(help="Largest K to answer.")] = 128,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in one forward pass; 0: one sequence each.")] = 0,
+    key_file: Annotated[Path | None, typer.Option(help="File with the bearer key to ask for.")] = None,
+    stop_with_parent: Annotated[bool, typer.Option(help="End when standard input closes.")] = False,
+) -> None:
+    """Serve a model as a teacher."""
+    with _one_sentence_errors():
+        from teachers.teach import TeachOptions, teach_model
+        from trainer.config import find_model
+
+        _quiet()
+        options = TeachOptions(host, port, dtype, device, bos, max_tokens, max_top_k, batch_tokens, key_file)
+        teach_model(find_model(model), options, stop_with_parent)
+
+
+@app.command()
+def train(
+    run: RunFile,
+    sets: Overrides = [],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    stop_at: Annotated[int | None, typer.Option(help="Save and leave after this step.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the student of a run file."""
+    with _one_sentence_errors(as_json):
+        from trainer.config import load_config
+        from trainer.console import watching
+
+        _quiet()
+        config = load_config(run, sets)
+        from trainer.loop import train as run_loop
+
+        with watching("training", as_json) as listener:
+            result = run_loop(config, resume=resume, stop_at=stop_at, listener=listener)
+        if as_json:
+            _print_json(asdict(result) | {"model": str(result.model) if result.model else None})
+
+
+@app.command()
+def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
+    """Check student, data and every teacher of a run file, before anything is spent."""
+    with _one_sentence_errors(as_json):
+        from trainer.config import load_config
+
+        config = load_config(run, sets)
+        from trainer.doctor import examine
+
+        findings = examine(config)
+        if as_json:
+            _print_json({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
+        else:
+            for finding in findings:
+                typer.echo(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.subject}: {finding.detail}")
+        if not all(finding.ok for finding in findings):
+            raise typer.Exit(1)
+
+
+@app.command()
+def preview(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
+    """Bits per byte of each teacher and each fusion on the held-out text: is this fusion worth running?"""
+    with _one_sentence_errors(as_json):
+        from trainer.config import load_config
+        from trainer.console import show_preview
+
+        _quiet()
+        config = load_config(run, sets)
+        from trainer.preview import preview as look
+
+        result = look(config)
+        if as_json:
+            _print_json(asdict(result))
+        else:
+            show_preview(result)
+
+
+@app.command()
+def align(
+    teacher: Annotated[str, typer.Option(help="Address of a served teacher, or a model directory or name.")],
+    student: Annotated[str, typer.Option(help="Model directory or name; only its tokenizer is read.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text file.")],
+    top_k: Annotated[int, typer.Option(help="Candidates at every position.", min=1)] = 64,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable with the teacher's key.")] = None,
+    window_tokens: Annotated[int, typer.Option(help="Longest window, in student tokens.", min=2)] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Align one teacher's answers for a text to a student's tokenizer, and say how much arrives and how fast."""
+    with _one_sentence_errors(as_json):
+        from teachers.keys import key_from_environment
+        from trainer.align_text import align_text
+
+        _quiet()
+        key = key_from_environment(key_env) if key_env else None
+        figures = asdict(align_text(teacher, student, text, top_k, key, window_tokens))
+        if as_json:
+            _print_json(figures)
+        else:
+            for name, value in figures.items():
+                typer.echo(f"{name:>18}  {value:,.4f}" if isinstance(value, float) else f"{name:>18}  {value:,}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,83 @@
+"""What people see: progress while a run goes on, tables when it has ended. Nothing else prints."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.metrics import Event, Listener
+from trainer.preview import Preview
+
+console = Console(stderr=True)  # progress and tables; standard output is for --json
+REFRESH_S = 2.0
+
+
+@contextmanager
+def watching(title: str, silent: bool) -> Iterator[Listener | None]:
+    """A listener that shows a run's events as lines."""
+    if silent:
+        yield None
+        return
+    console.rule(title)
+    yield _Watcher().show
+    console.print()
+
+
+class _Watcher:
+    def __init__(self) -> None:
+        self._steps = 0
+        self._shown_at = 0.0
+        self._waited_s = 0.0
+
+    def show(self, event: Event) -> None:
+        match event["event"]:
+            case "start":
+                self._steps = event["steps"]
+                console.print(f"{event['samples']} samples, steps {event['step']} to {event['steps']}")
+            case "step":
+                self._waited_s += event["waited_s"]
+                if time.monotonic() - self._shown_at > REFRESH_S or event["step"] == self._steps:
+                    self._shown_at = time.monotonic()
+                    console.print(self._line(event), highlight=False, soft_wrap=True)
+            case "eval":
+                console.print(f"[bold]held out after step {event['step']}: {event['held_out_bpb']:.4f} bits per byte")
+            case "end" if event["model"]:
+                console.print(f"student exported to {event['model']}")
+
+    def _line(self, event: Event) -> str:
+        shares = "  ".join(f"{name} {t['share']:.0%}" for name, t in event.get("teachers", {}).items())
+        return (
+            f"step {event['step']:>4}/{self._steps}  loss {event['loss']:.4f}  {event['tokens_per_s']:5.0f} tokens/s  "
+            f"waited on teachers {self._waited_s:5.1f} s  {shares}"
+        )
+
+
+def show_preview(preview: Preview) -> None:
+    """Teachers and fusions in bits per byte, one table."""
+    table = Table(title=f"Bits per byte on {preview.num_bytes:,} held-out bytes")
+    for column in ("", "own", "aligned", "listed mass"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("student", f"{preview.student_bpb:.4f}", "", "")
+    for teacher in preview.teachers:
+        table.add_row(
+            f"teacher {teacher.name}",
+            f"{teacher.own_bpb:.4f}",
+            f"{teacher.aligned_bpb:.4f}",
+            f"{teacher.mean_mass:.3f}",
+        )
+    for method, bpb in preview.fused_bpb.items():
+        table.add_row(f"fused by {method}", "", f"{bpb:.4f}", "")
+    console.print(table)
+
+
+def show_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Any table; the first column is text, the others are numbers."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)

@@ -1,0 +1,95 @@
+"""Every start-up check of a run, before anything is spent: what is wrong, and with which teacher."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from alignment import TokenizerError, Vocabulary
+from teachers.errors import TeacherError
+from teachers.pool import TeacherPool
+from teachers.protocol import Card
+from trainer.config import RunConfig, TeacherConfig, find_model
+from trainer.data import load_corpus
+from trainer.errors import UserError
+from trainer.pipeline import address_of, check_card
+
+PROBE = "The lighthouse keeper climbed the stairs every evening. He counted them once, long ago, and never again."
+BOS_MATTERS = 1.1  # nats with and without BOS that differ by more than a tenth are no accident
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was looked at, whether it is well, and what was seen or has to change."""
+
+    subject: str
+    ok: bool
+    detail: str
+
+
+def examine(config: RunConfig) -> list[Finding]:
+    """Check student, data and every teacher; a failed check does not keep the others from being made."""
+    findings = []
+    try:
+        vocabulary = Vocabulary.load(find_model(config.student.model))
+        findings.append(Finding("student", True, f"{vocabulary.name}: {len(vocabulary)} tokens"))
+        corpus = load_corpus(config.data, config.eval, vocabulary, config.train.seed)
+        detail = f"{len(corpus.train)} windows to train on, {len(corpus.held_out)} held out"
+        findings.append(Finding("data", True, detail))
+    except (UserError, TokenizerError) as error:
+        findings.append(Finding("data" if findings else "student", False, str(error)))
+    return findings + asyncio.run(_examine_teachers(config))
+
+
+async def _examine_teachers(config: RunConfig) -> list[Finding]:
+    groups = await asyncio.gather(*(_examine_teacher(teacher, config) for teacher in config.teachers))
+    return [finding for group in groups for finding in group]
+
+
+async def _examine_teacher(teacher: TeacherConfig, config: RunConfig) -> list[Finding]:
+    """Card, tokenizer, K, length; then a probe sentence, with and without BOS."""
+    findings: list[Finding] = []
+    who = f"teacher {teacher.name}"
+    try:
+        async with TeacherPool([address_of(teacher)]) as pool:
+            card, files = await pool.connect(teacher.name)
+            findings.append(
+                Finding(who, True, f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}")
+            )
+            vocabulary = Vocabulary.parse(
+                files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=teacher.name
+            )
+            check_card(teacher, card, vocabulary)
+            findings.append(Finding(who, True, f"tokenizer of {len(vocabulary)} tokens is the one of its card"))
+            findings.extend(_length(who, card, config))
+            findings.append(await _probe(pool, teacher, card, vocabulary))
+    except (TeacherError, TokenizerError) as error:
+        findings.append(Finding(who, False, str(error)))
+    return findings
+
+
+def _length(who: str, card: Card, config: RunConfig) -> Iterator[Finding]:
+    window = config.data.window_tokens
+    detail = f"takes {card.max_tokens} tokens; windows are {window} of the student's"
+    yield Finding(
+        who, card.max_tokens > window, detail if card.max_tokens > window else f"{detail}: lower data.window_tokens"
+    )
+
+
+async def _probe(pool: TeacherPool, teacher: TeacherConfig, card: Card, vocabulary: Vocabulary) -> Finding:
+    """Score a sentence as the run will, and the other way about BOS, if there is one."""
+    ids = vocabulary.encode(PROBE).ids.tolist()
+    with_bos = None if card.bos_id is None else await _nats(pool, teacher, [card.bos_id, *ids], 2)
+    without = await _nats(pool, teacher, ids, 1)
+    used, other = (with_bos, without) if card.expects_bos else (without, with_bos)
+    seen = f"probe sentence {used or 0:.2f} nats per token {'with' if card.expects_bos else 'without'} BOS"
+    if used is None or (other is not None and used > other * BOS_MATTERS):
+        flag = "no" if card.expects_bos else "yes"
+        return Finding(
+            f"teacher {teacher.name}", False, f"{seen}, {other:.2f} the other way: serve it with --bos {flag}"
+        )
+    return Finding(f"teacher {teacher.name}", True, seen)
+
+
+async def _nats(pool: TeacherPool, teacher: TeacherConfig, sequence: list[int], start: int) -> float:
+    rows = await pool.score(teacher.name, sequence, start, teacher.top_k)
+    return -float(rows.actual.mean())

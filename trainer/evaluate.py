@@ -1,0 +1,46 @@
+"""Bits per byte of the student on text that is never trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from alignment.report import bits_per_byte
+from alignment.spans import Tokens
+from trainer.losses import Labels, chunked_loss, labels_from
+from trainer.student import Student
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """nats of the text over num_tokens predicted tokens, which write num_bytes bytes."""
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def bpb(self) -> float:
+        return bits_per_byte(-self.nats, self.num_bytes)
+
+
+def text_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tensor:
+    """[T − first_position] nats that the student pays for each predicted token of one sample."""
+    labels: Labels = labels_from([tokens.ids[student.first_position :]], [None])
+    with torch.no_grad(), student.precision():
+        hidden = student.hidden([tokens])
+        ce_T, _ = chunked_loss(student.head, hidden, labels.to(student.device), 1.0, chunk_tokens)
+    return ce_T.cpu()
+
+
+def evaluate(student: Student, samples: Sequence[Tokens], chunk_tokens: int) -> Evaluation:
+    """Sum over samples; the bytes of a first token that nothing predicts are not counted."""
+    student.model.eval()
+    nats, num_tokens, num_bytes = 0.0, 0, 0
+    for tokens in samples:
+        first = student.first_position
+        nats += float(text_nats(student, tokens, chunk_tokens).double().sum())
+        num_tokens += len(tokens) - first
+        num_bytes += tokens.num_bytes - (int(tokens.ends[first - 1]) if first else 0)
+    student.model.train()
+    return Evaluation(nats, num_tokens, num_bytes)

@@ -1,0 +1,163 @@
+"""A run from beginning to end: next batch, step, log, evaluate, save."""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.config import RunConfig
+from trainer.data import Corpus, Sample, batch_indices, load_corpus
+from trainer.errors import CheckpointError, DataError
+from trainer.evaluate import evaluate
+from trainer.metrics import Listener, Metrics
+from trainer.pipeline import Batch, TargetStream
+from trainer.step import StepResult, learning_rate, make_optimizer, train_step
+from trainer.student import Student, load_student
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Held-out bits per byte over the run as (step, bpb); where the student was exported, if the run ended."""
+
+    steps: int
+    held_out: tuple[tuple[int, float], ...]
+    model: Path | None
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, stop_at: int | None = None, listener: Listener | None = None
+) -> RunResult:
+    """Run to the end, or save and leave after step `stop_at`. Raises the errors of trainer, teachers, alignment."""
+    out = Path(config.output.dir).expanduser()
+    last = latest_checkpoint(out / "checkpoints")
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
+    torch.manual_seed(config.train.seed)
+    student = load_student(config.student)
+    corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
+    optimizer = make_optimizer(student, config.optim)
+    done = load_checkpoint(last, student, optimizer, config) if resume and last else 0
+    num_steps = total_steps(config, corpus)
+    end = min(num_steps, stop_at or num_steps)
+    run = _Run(config, student, corpus, num_steps)
+
+    with TargetStream(config, student.vocabulary, _batches(config, corpus, done, end)) as stream:
+        batches = iter(stream)
+        first = next(batches, None)  # nothing is written before every teacher has been checked
+        out.mkdir(parents=True, exist_ok=True)
+        with Metrics(out / "metrics.jsonl", listener) as metrics:
+            metrics.emit("start", step=done, steps=num_steps, samples=len(corpus.train), run=config.model_dump())
+            run.measure(metrics, done)
+            for batch in _chain(first, batches):
+                began = time.monotonic()
+                lr = learning_rate(done, num_steps, config.optim)
+                result = train_step(student, optimizer, batch.lessons, lr, config)
+                done += 1
+                metrics.emit("step", step=done, **step_values(config, batch, result, time.monotonic() - began))
+                if done == end or _due(done, config.eval.every_steps):
+                    run.measure(metrics, done)
+                if done == end or _due(done, config.output.checkpoint_every_steps):
+                    save_checkpoint(out / "checkpoints", done, student, optimizer, config)
+                    metrics.emit("checkpoint", step=done)
+            model = run.export(out / "model") if done == num_steps else None
+            metrics.emit("end", step=done, model=str(model) if model else None)
+    return RunResult(done, tuple(run.held_out), model)
+
+
+class _Run:
+    """What measuring and exporting need."""
+
+    def __init__(self, config: RunConfig, student: Student, corpus: Corpus, num_steps: int) -> None:
+        self._config = config
+        self._student = student
+        self._samples = [student.vocabulary.encode(s.text, close=s.closes) for s in corpus.held_out]
+        self.held_out: list[tuple[int, float]] = []
+
+    def measure(self, metrics: Metrics, step: int) -> None:
+        if self._samples and not (self.held_out and self.held_out[-1][0] == step):
+            result = evaluate(self._student, self._samples, self._config.loss.chunk_tokens)
+            self.held_out.append((step, result.bpb))
+            per_token = result.nats / result.num_tokens
+            metrics.emit("eval", step=step, held_out_bpb=result.bpb, held_out_nats_per_token=per_token)
+
+    def export(self, folder: Path) -> Path:
+        partial = folder.with_name(".partial-model")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._student.export(partial)
+        partial.rename(folder)
+        return folder
+
+
+def total_steps(config: RunConfig, corpus: Corpus) -> int:
+    """Whole batches in all epochs, or train.steps if that is fewer. Raises DataError if there is no whole batch."""
+    in_epochs = config.train.epochs * len(corpus.train) // config.train.batch_samples
+    steps = min(in_epochs, config.train.steps or in_epochs)
+    if steps == 0:
+        raise DataError(
+            f"{len(corpus.train)} samples in {config.train.epochs} epochs do not fill one batch of "
+            f"{config.train.batch_samples}: lower train.batch_samples or give more text"
+        )
+    return steps
+
+
+def _batches(config: RunConfig, corpus: Corpus, begin: int, end: int) -> Iterator[list[Sample]]:
+    for step in range(begin, end):
+        indices = batch_indices(len(corpus.train), config.train.batch_samples, config.train.seed, step)
+        yield [corpus.train[i] for i in indices]
+
+
+def _chain(first: Batch | None, rest: Iterator[Batch]) -> Iterator[Batch]:
+    if first is not None:
+        yield first
+        yield from rest
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def step_values(config: RunConfig, batch: Batch, result: StepResult, step_s: float) -> dict[str, Any]:
+    """What the metrics file says of one step."""
+    values: dict[str, Any] = {
+        "loss": result.loss,
+        "cross_entropy": result.cross_entropy,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "tokens": result.num_tokens,
+        "tokens_per_s": result.num_tokens / (step_s + batch.waited_s),
+        "step_s": step_s,
+        "waited_s": batch.waited_s,
+    }
+    if not config.teachers:
+        return values
+    targets = [lesson.target for lesson in batch.lessons if lesson.target is not None]
+    valid = sum(int(t.valid.sum()) for t in targets)
+    teachers = {}
+    for i, teacher in enumerate(config.teachers):
+        total = sum((lesson.reports[i] for lesson in batch.lessons[1:]), batch.lessons[0].reports[i])
+        share = float(np.mean([lesson.shares[i] for lesson in batch.lessons]))
+        teachers[teacher.name] = {
+            "share": share,
+            "mass": _number(total.mean_mass),
+            "own_bpb": _number(total.teacher_bpb),
+            "aligned_bpb": _number(total.aligned_bpb),
+        }
+    return values | {
+        "forward_kl": result.forward_kl,
+        "coverage": valid / sum(len(t) for t in targets),
+        "mass": sum(float(t.mass.sum()) for t in targets) / max(valid, 1),
+        "teachers": teachers,
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN; a figure over no bytes is absent."""
+    return value if math.isfinite(value) else None

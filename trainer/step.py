@@ -1,0 +1,87 @@
+"""One optimizer step: forward and backward over the parts of a batch, divided once by its number of tokens."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from trainer.config import OptimConfig, RunConfig
+from trainer.errors import NonFiniteLoss
+from trainer.losses import chunked_loss, labels_from
+from trainer.pipeline import Lesson, labels_of
+from trainer.student import Student
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the batch's predicted tokens, in nats; the gradient's norm before clipping."""
+
+    loss: float
+    cross_entropy: float
+    forward_kl: float
+    num_tokens: int
+    grad_norm: float
+    lr: float
+
+
+def make_optimizer(student: Student, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what is trained; matrices decay, norms and biases do not."""
+    matrices = [p for p in student.parameters() if p.ndim >= 2]
+    others = [p for p in student.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+
+
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """Linear warm-up, then cosine from lr to lr · min_lr_ratio over the rest; `step` counts from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def train_step(
+    student: Student, optimizer: torch.optim.Optimizer, lessons: Sequence[Lesson], lr: float, config: RunConfig
+) -> StepResult:
+    """Move the student once. Raises NonFiniteLoss, naming sample and teachers, before the optimizer is touched."""
+    num_tokens = sum(len(lesson.tokens) - student.first_position for lesson in lessons)
+    size = len(lessons) // config.train.accumulate
+    sums = torch.zeros(3, dtype=torch.float64)
+    for begin in range(0, len(lessons), size):
+        sums += _backward(student, lessons[begin : begin + size], num_tokens, config)
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_norm, error_if_nonfinite=True)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    loss, ce, kl = (sums / num_tokens).tolist()
+    return StepResult(loss, ce, kl, num_tokens, float(norm), lr)
+
+
+def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, config: RunConfig) -> torch.Tensor:
+    """Gradients of one part; returns the sums of loss, cross-entropy and forward KL."""
+    weight = config.loss.ce_weight
+    columns = [labels_of(lesson, student.first_position) for lesson in lessons]
+    labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns]).to(student.device)
+    with student.precision():
+        hidden_TD = student.hidden([lesson.tokens for lesson in lessons])
+        ce_T, kl_T = chunked_loss(student.head, hidden_TD, labels, weight, config.loss.chunk_tokens)
+    loss_T = weight * ce_T + (1 - weight) * kl_T
+    _check_finite(loss_T, lessons, student.first_position)
+    (loss_T.sum() / num_tokens).backward()
+    return torch.stack([loss_T.sum(), ce_T.sum(), kl_T.sum()]).detach().double().cpu()
+
+
+def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int) -> None:
+    if bool(torch.isfinite(loss_T).all()):
+        return
+    lengths = [len(lesson.tokens) - first_position for lesson in lessons]
+    for lesson, part in zip(lessons, loss_T.detach().split(lengths), strict=True):
+        bad = torch.isfinite(part).logical_not().nonzero()
+        if len(bad):
+            raise NonFiniteLoss(
+                f"the loss of sample {lesson.sample.name} at token {int(bad[0]) + first_position} is "
+                f"{float(part[bad[0]])} with {len(lesson.shares)} teachers; nothing was updated"
+            )

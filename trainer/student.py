@@ -1,0 +1,109 @@
+"""The student: a causal language model that is trained, split into its trunk and its head.
+
+The trunk gives hidden states, the head turns chosen ones into logits, so that the loss decides how many logits
+exist at once. Weights are float32; bf16 is autocast.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from alignment import Vocabulary
+from alignment.spans import Tokens
+from trainer.config import StudentConfig, find_model
+from trainer.errors import ConfigError
+
+
+class Head(nn.Module):
+    """The model's own output projection and soft cap."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.projection = model.get_output_embeddings()
+        self.cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        logits: Tensor = self.projection(hidden_TD)
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """model and tokenizer; `first_position` is the first token it predicts: 0 with BOS in front, else 1."""
+
+    model: Any
+    vocabulary: Vocabulary
+    folder: Path
+    device: str
+    autocast: bool
+
+    @property
+    def first_position(self) -> int:
+        return 0 if self.vocabulary.prefix else 1
+
+    @property
+    def head(self) -> Head:
+        return Head(self.model)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        kind = self.device.partition(":")[0]
+        return torch.autocast(kind, dtype=torch.bfloat16) if self.autocast else nullcontext()
+
+    def hidden(self, samples: Sequence[Tokens]) -> Tensor:
+        """[T, D] the states that predict tokens first_position … of every sample, one sample after another."""
+        prefix = self.vocabulary.prefix
+        rows = [np.concatenate([prefix, tokens.ids]).astype(np.int64) for tokens in samples]
+        longest = max(map(len, rows))
+        ids_BL = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask_BL = torch.zeros_like(ids_BL)
+        for i, row in enumerate(rows):
+            ids_BL[i, : len(row)] = torch.from_numpy(row)
+            mask_BL[i, : len(row)] = 1
+        out = self.model.get_decoder()(
+            ids_BL.to(self.device), attention_mask=mask_BL.to(self.device), use_cache=False
+        ).last_hidden_state
+        return torch.cat([out[i, : len(row) - 1] for i, row in enumerate(rows)])
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face directory that transformers loads, in the base model's own type, with its tokenizer."""
+        dtype = AutoConfig.from_pretrained(self.folder, local_files_only=True).dtype or torch.float32
+        weights = {name: tensor.detach().to(dtype) for name, tensor in self.model.state_dict().items()}
+        self.model.save_pretrained(folder, state_dict=weights)
+        for path in self.folder.iterdir():
+            if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
+                (folder / path.name).write_bytes(path.read_bytes())
+
+
+def load_student(config: StudentConfig) -> Student:
+    """Load and choose what is trained. Raises ConfigError if the model is not there or has too few layers."""
+    folder = find_model(config.model)
+    vocabulary = Vocabulary.load(folder)
+    loader: Any = AutoModelForCausalLM
+    model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if config.train_layers is not None:
+        train_upper_layers(model, config.train_layers)
+    return Student(model.to(config.device), vocabulary, folder, config.device, config.precision == "bf16")
+
+
+def train_upper_layers(model: Any, num_layers: int) -> None:
+    """Freeze everything but the uppermost layers and the final norm."""
+    trunk = model.get_decoder()
+    if not hasattr(trunk, "layers") or not hasattr(trunk, "norm"):
+        raise ConfigError(
+            f"student.train_layers: {type(model).__name__} has no layers and norm to choose; leave it out"
+        )
+    if num_layers > len(trunk.layers):
+        raise ConfigError(f"student.train_layers is {num_layers}, but the model has {len(trunk.layers)} layers")
+    model.requires_grad_(False)
+    for module in [*trunk.layers[-num_layers:], trunk.norm]:
+        module.requires_grad_(True)
