@@ -215,8 +215,11 @@ def _value(text: str) -> Any:
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt key explains the rest
     where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{where} is missing"
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
         near = difflib.get_close_matches(key, _known_keys(first["loc"][:-1]), n=1, cutoff=0.0)

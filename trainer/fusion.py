@@ -35,14 +35,13 @@ def min_ce(
     """[N, T] weights that choose, for the whole sample, the teacher that predicts its text best (2401.10491, §3.3).
 
     Compared over the positions where every teacher is valid, which are the same bytes for all. A token that a
-    teacher does not list counts with the teacher's whole tail, the most it can have meant. Ties go to the first.
+    teacher does not list counts with the teacher's whole tail, the most it can have meant. Equals share.
     """
     everywhere = np.logical_and.reduce([t.valid for t in targets])
     floor = np.finfo(np.float32).tiny
     nats_N = [-np.log(np.maximum(_listed_or_tail(t, labels_T)[everywhere], floor)).sum() for t in targets]
-    chosen = np.zeros((len(targets), 1))
-    chosen[int(np.argmin(nats_N))] = 1.0
-    return np.broadcast_to(chosen, (len(targets), len(labels_T)))
+    chosen_N = (np.asarray(nats_N) == min(nats_N)).astype(np.float64)
+    return np.broadcast_to(chosen_N[:, None], (len(targets), len(labels_T)))
 
 
 METHODS: dict[str, Callable[[Sequence[Target], NDArray[np.int64], NDArray[np.float64]], NDArray[np.float64]]] = {

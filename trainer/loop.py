@@ -60,7 +60,8 @@ def train(
                 lr = learning_rate(done, num_steps, config.optim)
                 result = train_step(student, optimizer, batch.lessons, lr, config)
                 done += 1
-                metrics.emit("step", step=done, **step_values(config, batch, result, time.monotonic() - began))
+                step_s = time.monotonic() - began
+                metrics.emit("step", step=done, **step_values(config, student, batch, result, step_s))
                 if done == end or _due(done, config.eval.every_steps):
                     run.measure(metrics, done)
                 if done == end or _due(done, config.output.checkpoint_every_steps):
@@ -124,7 +125,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def step_values(config: RunConfig, batch: Batch, result: StepResult, step_s: float) -> dict[str, Any]:
+def step_values(config: RunConfig, student: Student, batch: Batch, result: StepResult, step_s: float) -> dict[str, Any]:
     """What the metrics file says of one step."""
     values: dict[str, Any] = {
         "loss": result.loss,
@@ -138,7 +139,7 @@ def step_values(config: RunConfig, batch: Batch, result: StepResult, step_s: flo
     }
     if not config.teachers:
         return values
-    targets = [lesson.target for lesson in batch.lessons if lesson.target is not None]
+    targets = [lesson.target.after(student.first_position) for lesson in batch.lessons if lesson.target is not None]
     valid = sum(int(t.valid.sum()) for t in targets)
     teachers = {}
     for i, teacher in enumerate(config.teachers):

@@ -73,14 +73,19 @@ def _dense(length: int, target: Target | None, wide: int) -> tuple[np.ndarray, n
     return ids, probs, target.tail
 
 
+def _wide(logits_TV: Tensor) -> Tensor:
+    """Losses are computed in float32, or in float64 where that is what comes."""
+    return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+
+
 def cross_entropy(logits_TV: Tensor, labels: Labels) -> Tensor:
-    """[T] nats of the text, float32."""
-    return functional.cross_entropy(logits_TV.float(), labels.tokens_T, reduction="none")
+    """[T] nats of the text."""
+    return functional.cross_entropy(_wide(logits_TV), labels.tokens_T, reduction="none")
 
 
 def forward_kl(logits_TV: Tensor, labels: Labels) -> Tensor:
     """[T] nats: KL(target ‖ student) over the listed tokens and one bucket for everything else."""
-    logits_TV = logits_TV.float()
+    logits_TV = _wide(logits_TV)
     log_z_T = logits_TV.logsumexp(-1)
     listed_TK = logits_TV.gather(1, labels.ids_TK) - log_z_T[:, None]
     nothing_TK = (log_z_T[:, None] - NOTHING_NATS).detach().expand_as(listed_TK)

@@ -1,0 +1,182 @@
+"""Byte-chain alignment: by hand, against a slow reference, and by its properties on any text."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from alignment import AlignmentError, Target, Tokens, Translation, align, translate
+from alignment.chain import Rows
+from alignment.report import block_likelihoods, report
+from alignment.spans import common_cuts
+from tests.rows import random_rows
+from tests.tiny import TEXT, tiny_vocabulary
+
+BYTE_LEVEL, SENTENCEPIECE = tiny_vocabulary("byte_level"), tiny_vocabulary("sentencepiece")
+PAIRS = {
+    "sentencepiece to byte level": translate(SENTENCEPIECE, BYTE_LEVEL),
+    "byte level to sentencepiece": translate(BYTE_LEVEL, SENTENCEPIECE),
+}
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+MIXED_TEXT = st.lists(st.sampled_from([*TEXT.split(), " ", "\n\n", "  ", "é", "▁", "😀", "日本", "x=1;"])).map("".join)
+
+
+def aligned(text: str, translation: Translation, top_k: int, first_row: int) -> tuple[Rows, Tokens, Tokens, Target]:
+    teacher, student = translation.teacher.encode(text), translation.student.encode(text)
+    rows = random_rows(teacher.ids, len(translation.teacher), top_k, seed=len(text), start=first_row)
+    return rows, teacher, student, align(rows, first_row, teacher, student, translation)
+
+
+def rows_of(target: Target) -> list[dict[int, float]]:
+    cut = [slice(a, b) for a, b in zip(target.offsets, target.offsets[1:], strict=False)]
+    return [dict(zip(target.ids[c].tolist(), target.probs[c].tolist(), strict=True)) for c in cut]
+
+
+def reference(rows: Rows, teacher: Tokens, student: Tokens, translation: Translation) -> list[dict[int, float]]:
+    """DESIGN 4.1 word by word, for a teacher with BOS: branches, then the chain rule. No table, no arrays."""
+    cuts = common_cuts(teacher, student)
+    out: list[dict[int, float]] = []
+    for b in range(len(cuts.at) - 1):
+        block = range(cuts.teacher[b], cuts.teacher[b + 1])
+        u = student.ids[cuts.student[b] : cuts.student[b + 1]].tolist()
+        branches = []
+        prefix, weight = b"", 1.0
+        for t in block:
+            for x, logprob in zip(rows.ids[t].tolist(), rows.logprobs[t].tolist(), strict=True):
+                if x != teacher.ids[t]:
+                    data = translation.teacher.token_bytes[x]
+                    if data is None and not prefix:
+                        shared = x == translation.teacher.roles["eos"]
+                        written = [translation.student.roles["eos"]] if shared else []
+                    else:
+                        (written,) = translation.student.write([prefix + (data or b"")])
+                    branches.append((written, weight * np.exp(logprob)))
+            weight *= np.exp(float(rows.actual[t]))
+            prefix += translation.teacher.token_bytes[teacher.ids[t]] or b""
+        branches.append((u, weight))
+        for r in range(len(u)):
+            alive = [(w, p) for w, p in branches if w[:r] == u[:r]]
+            reached = sum(p for _, p in alive) if r else 1.0
+            row: dict[int, float] = defaultdict(float)
+            for written, prob in alive:
+                if len(written) > r:
+                    row[written[r]] += prob / reached
+            out.append(dict(row))
+    return out
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@given(text=MIXED_TEXT.filter(bool))
+def test_rows_are_those_of_the_slow_reference(pair: str, text: str) -> None:
+    rows, teacher, student, target = aligned(text, PAIRS[pair], 12, 0)
+    expected = reference(rows, teacher, student, PAIRS[pair])
+    for row, wanted in zip(rows_of(target), expected, strict=True):
+        assert row.keys() == wanted.keys()
+        np.testing.assert_allclose([row[i] for i in wanted], list(wanted.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("first_row", [0, 1])
+@given(text=st.one_of(ANY_TEXT, MIXED_TEXT.filter(bool)), top_k=st.integers(1, 40))
+def test_mass_and_tail_sum_to_one_and_every_position_a_row_speaks_of_is_valid(
+    pair: str, first_row: int, text: str, top_k: int
+) -> None:
+    _, teacher, student, target = aligned(text, PAIRS[pair], top_k, first_row)
+    np.testing.assert_allclose((target.mass + target.tail)[target.valid], 1, atol=1e-6)
+    assert not target.mass[~target.valid].any()
+    starts = np.concatenate([[0], student.ends[:-1]])
+    if first_row == 0:
+        assert target.valid.all()
+    elif (teacher.ends > 0).all() and (student.ends > 0).all():
+        np.testing.assert_array_equal(target.valid, starts >= teacher.ends[0])
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@given(text=st.one_of(ANY_TEXT, MIXED_TEXT.filter(bool)), top_k=st.integers(1, 40))
+def test_each_block_is_at_least_as_likely_as_the_teacher_finds_it(pair: str, text: str, top_k: int) -> None:
+    rows, teacher, student, target = aligned(text, PAIRS[pair], top_k, 0)
+    blocks = block_likelihoods(rows, 0, (teacher, student), target, PAIRS[pair])
+    assert blocks.num_bytes.sum() == teacher.num_bytes
+    assert (blocks.student >= blocks.teacher - 1e-4).all()
+
+
+@given(text=st.one_of(ANY_TEXT, MIXED_TEXT.filter(bool)), first_row=st.integers(0, 1))
+@pytest.mark.parametrize("vocabulary", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte level", "sentencepiece"])
+def test_one_tokenizer_gives_the_rows_back_unchanged(vocabulary, text: str, first_row: int) -> None:  # type: ignore[no-untyped-def]
+    same = translate(vocabulary, vocabulary)
+    rows, teacher, _, target = aligned(text, same, 9, first_row)
+    given_rows = [
+        dict(zip(ids.tolist(), np.exp(logprobs).tolist(), strict=True)) | {actual: float(np.exp(logprob))}
+        for ids, logprobs, actual, logprob in zip(
+            rows.ids, rows.logprobs, teacher.ids[first_row:].tolist(), rows.actual, strict=True
+        )
+    ]
+    for row, expected in zip(rows_of(target)[first_row:], given_rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-6)
+    assert target.valid[first_row:].all()
+
+
+@given(MIXED_TEXT.filter(bool))
+def test_inputs_are_not_changed(text: str) -> None:
+    translation = PAIRS["sentencepiece to byte level"]
+    teacher, student = translation.teacher.encode(text), translation.student.encode(text)
+    rows = random_rows(teacher.ids, len(translation.teacher), 8, seed=0)
+    arrays: list[NDArray[np.generic]] = [rows.ids, rows.logprobs, rows.actual, rows.tail, teacher.ids, student.ends]
+    before = [a.copy() for a in arrays]
+    align(rows, 0, teacher, student, translation)
+    for a, b in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_it_comes_from_the_rows_and_not_from_the_text() -> None:
+    translation = PAIRS["sentencepiece to byte level"]
+    teacher, student = translation.teacher.encode(TEXT), translation.student.encode(TEXT)
+    rows = random_rows(teacher.ids, len(translation.teacher), 64, seed=3)
+    target = align(rows, 0, teacher, student, translation)
+    likelihood = np.log(target.prob_of(student.ids)).sum()
+    assert likelihood == pytest.approx(float(rows.actual.sum()), rel=0.05)
+
+
+def test_rows_that_do_not_belong_to_the_tokens_are_refused() -> None:
+    translation = PAIRS["sentencepiece to byte level"]
+    teacher, student = translation.teacher.encode(TEXT), translation.student.encode(TEXT)
+    rows = random_rows(teacher.ids[:-1], len(translation.teacher), 8, seed=3)
+    with pytest.raises(AlignmentError, match=f"expected {len(teacher)} rows"):
+        align(rows, 0, teacher, student, translation)
+
+
+def test_eos_of_the_teacher_speaks_for_eos_of_the_student() -> None:
+    translation = PAIRS["sentencepiece to byte level"]
+    teacher, student = (v.encode("six", close=True) for v in (SENTENCEPIECE, BYTE_LEVEL))
+    rows = random_rows(teacher.ids, len(SENTENCEPIECE), 8, seed=5)
+    target = align(rows, 0, teacher, student, translation)
+    last = rows_of(target)[-1]
+    assert last[BYTE_LEVEL.roles["eos"]] == pytest.approx(float(np.exp(rows.actual[-1])), rel=1e-5)
+
+
+def test_bos_and_pad_have_no_counterpart_and_stay_in_the_tail() -> None:
+    translation = PAIRS["sentencepiece to byte level"]
+    for role in ("bos", "pad"):
+        assert translation.of(SENTENCEPIECE.roles[role]) == ()
+
+
+def test_report_counts_positions_and_bytes() -> None:
+    translation = PAIRS["byte level to sentencepiece"]
+    rows, teacher, student, target = aligned(TEXT, translation, 20, 1)
+    figures = report(rows, 1, (teacher, student), target, translation)
+    assert figures.positions == len(student)
+    assert figures.valid == int(target.valid.sum())
+    assert (figures + figures).positions == 2 * len(student)
+    assert figures.aligned_bpb <= figures.teacher_bpb + 1e-4
+    assert 0 < figures.mean_mass <= 1
+
+
+def test_a_python_source_file_is_covered_in_both_directions() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    for translation in PAIRS.values():
+        *_, target = aligned(text, translation, 16, 0)
+        assert target.valid.all()

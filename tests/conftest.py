@@ -1,0 +1,46 @@
+"""Shared parts: tiny models once a session, the real ones where `tutelage demo --prepare` has put them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from transformers.utils import logging as transformers_logging
+
+from alignment import Vocabulary
+from tests.tiny import save_tiny_model
+from trainer.config import find_model
+
+transformers_logging.disable_progress_bar()
+settings.register_profile("tutelage", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("tutelage")
+
+
+@pytest.fixture(scope="session")
+def tiny_byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "byte_level", kind="byte_level", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "sentencepiece", kind="sentencepiece", seed=2)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return find_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Path:
+    return find_model("gemma-3-270m")
+
+
+@pytest.fixture(scope="session")
+def smollm2_vocabulary(smollm2: Path) -> Vocabulary:
+    return Vocabulary.load(smollm2)
+
+
+@pytest.fixture(scope="session")
+def gemma_vocabulary(gemma: Path) -> Vocabulary:
+    return Vocabulary.load(gemma)

@@ -1,0 +1,132 @@
+"""A real teacher server on loopback, in a thread; and an engine that answers from a formula."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+
+from alignment import Vocabulary
+from teachers.app import Limits, build_app
+from teachers.engine import Engine
+from teachers.protocol import Card, Rows
+from tests.rows import random_rows
+
+
+class FormulaEngine:
+    """Answers like `random_rows`, after a delay; counts what was asked, finished and dropped."""
+
+    def __init__(self, folder: Path, delay_s: float = 0.0, **card: object) -> None:
+        vocabulary = Vocabulary.load(folder)
+        self.delay_s = delay_s
+        self.asked = self.finished = self.dropped = 0
+        self._files = {"tokenizer.json": folder / "tokenizer.json"}
+        values = {
+            "model": folder.name,
+            "fingerprint": "f" * 64,
+            "engine": "formula",
+            "dtype": "float32",
+            "vocab_size": len(vocabulary),
+            "tokenizer_sha256": vocabulary.fingerprint,
+            "bos_id": vocabulary.roles["bos"],
+            "eos_id": vocabulary.roles["eos"],
+            "expects_bos": vocabulary.expects_bos,
+            "max_tokens": 512,
+            "max_top_k": 64,
+        }
+        self._card = Card.model_validate(values | card)
+
+    @property
+    def card(self) -> Card:
+        return self._card
+
+    @property
+    def tokenizer_files(self) -> dict[str, Path]:
+        return self._files
+
+    async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
+        self.asked += 1
+        try:
+            await asyncio.sleep(self.delay_s)
+        except asyncio.CancelledError:
+            self.dropped += 1
+            raise
+        self.finished += 1
+        rows = random_rows(np.array(sequence), self._card.vocab_size, top_k, seed=len(sequence), start=start)
+        return self.alter(rows)
+
+    def alter(self, rows: Rows) -> Rows:
+        return rows
+
+    async def check(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+@contextmanager
+def serving(engine: Engine, key: str | None = None, limits: Limits = Limits(), port: int = 0) -> Iterator[str]:
+    """The address of a server that lives as long as the block."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", port))
+    config = uvicorn.Config(
+        build_app(engine, key, limits), log_level="critical", lifespan="off", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            threading.Event().wait(0.005)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        sock.close()
+        assert not thread.is_alive()
+
+
+@contextmanager
+def saying(answer: bytes, hang_up: bool = True) -> Iterator[str]:
+    """The address of a server that says the same bytes to everybody, whatever it is asked."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    stop = threading.Event()
+
+    def work() -> None:
+        listener.settimeout(0.05)
+        held = []
+        while not stop.is_set():
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            connection.settimeout(1.0)
+            connection.recv(1 << 16)
+            connection.sendall(answer)
+            if hang_up:
+                connection.close()
+            held.append(connection)
+        for connection in held:
+            connection.close()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        stop.set()
+        thread.join(timeout=5)
+        listener.close()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

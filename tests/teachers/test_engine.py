@@ -1,0 +1,107 @@
+"""The transformers engine against a plain float32 forward pass."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from teachers.engines.transformers import CHUNK_TOKENS, EngineOptions, TransformersEngine, batches_by_length
+from teachers.errors import TeacherError
+from teachers.protocol import Rows
+from tests.tiny import TEXT, tiny_vocabulary
+
+IDS = tiny_vocabulary("byte_level").encode(TEXT).ids.tolist()
+
+
+def score(folder: Path, options: EngineOptions, sequences: list[list[int]], top_k: int) -> list[Rows]:
+    engine = TransformersEngine(folder, options)
+
+    async def ask() -> list[Rows]:
+        return await asyncio.gather(*(engine.score(s, 1, top_k) for s in sequences))
+
+    try:
+        return asyncio.run(ask())
+    finally:
+        engine.close()
+
+
+def plain_logprobs(folder: Path, sequence: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([sequence])).logits[0, :-1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("batch_tokens", [0, 4096])
+def test_rows_are_those_of_a_plain_float32_forward_pass(tiny_byte_level: Path, batch_tokens: int) -> None:
+    sequences = [IDS[:300], IDS[:7], IDS[50:180]]
+    assert len(sequences[0]) > CHUNK_TOKENS
+    rows = score(tiny_byte_level, EngineOptions(dtype="float32", batch_tokens=batch_tokens), sequences, 16)
+    for sequence, got in zip(sequences, rows, strict=True):
+        expected = plain_logprobs(tiny_byte_level, sequence)
+        top = expected.topk(16)
+        np.testing.assert_allclose(got.logprobs, top.values, atol=1e-4)
+        np.testing.assert_allclose(got.logprobs, expected.gather(1, torch.from_numpy(got.ids.astype(int))), atol=1e-4)
+        np.testing.assert_allclose(got.actual, expected[range(len(sequence) - 1), sequence[1:]], atol=1e-4)
+        np.testing.assert_allclose(got.tail, 1 - top.values.double().exp().sum(1), atol=1e-5)
+
+
+def test_a_real_model_in_bfloat16_stays_near_float32(smollm2: Path) -> None:
+    sequence = list(range(500, 560))
+    (got,) = score(smollm2, EngineOptions(), [sequence], 8)
+    expected = plain_logprobs(smollm2, sequence)[range(59), sequence[1:]]
+    assert abs(float(got.actual.mean() - expected.mean())) < 0.05
+
+
+def test_a_sequence_alone_and_among_others_gets_the_same_bits(tiny_byte_level: Path) -> None:
+    options = EngineOptions(dtype="float32", batch_tokens=0)
+    (alone,) = score(tiny_byte_level, options, [IDS[:100]], 8)
+    among = score(tiny_byte_level, options, [IDS[:37], IDS[:100], IDS[:211]], 8)[1]
+    np.testing.assert_array_equal(alone.logprobs, among.logprobs)
+
+
+def test_bos_is_asked_for_where_the_model_predicts_better_with_it(gemma: Path, smollm2: Path) -> None:
+    for folder, expected in ((gemma, True), (smollm2, False)):
+        engine = TransformersEngine(folder)
+        engine.close()
+        assert engine.card.expects_bos is expected
+
+
+def test_the_card_changes_with_weights_and_with_type(tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
+    cards = []
+    for folder, dtype in ((tiny_byte_level, "float32"), (tiny_byte_level, "bfloat16"), (tiny_sentencepiece, "float32")):
+        engine = TransformersEngine(folder, EngineOptions(dtype=dtype))  # type: ignore[arg-type]
+        engine.close()
+        cards.append(engine.card)
+    assert len({card.fingerprint for card in cards}) == 3
+    assert cards[0].tokenizer_sha256 == tiny_vocabulary("byte_level").fingerprint
+    assert cards[0].max_tokens == 512
+
+
+def test_one_bad_question_does_not_stop_the_engine(tiny_byte_level: Path) -> None:
+    engine = TransformersEngine(tiny_byte_level, EngineOptions(dtype="float32"))
+
+    async def ask() -> Rows:
+        with pytest.raises(IndexError):
+            await engine.score([10**6, 1], 1, 4)
+        return await engine.score(IDS[:5], 1, 4)
+
+    assert len(asyncio.run(ask())) == 4
+    engine.close()
+
+
+def test_batches_hold_like_lengths_and_no_more_tokens_than_allowed() -> None:
+    class Job:
+        def __init__(self, length: int) -> None:
+            self.sequence = [0] * length
+
+    jobs = [Job(n) for n in (5, 100, 6, 90, 7)]
+    lengths = [[len(j.sequence) for j in batch] for batch in batches_by_length(jobs, 30)]  # type: ignore[arg-type]
+    assert lengths == [[5, 6, 7], [90], [100]]
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="no model directory"):
+        TransformersEngine(tmp_path)

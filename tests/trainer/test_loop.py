@@ -1,0 +1,286 @@
+"""Whole runs of a tiny student with tiny served teachers."""
+
+import asyncio
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from alignment import Vocabulary
+from teachers.errors import FingerprintMismatch, Rejected, Unavailable
+from teachers.protocol import Rows
+from tests.serve import FormulaEngine, free_port, serving
+from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
+from trainer.errors import CheckpointError, DataError, NonFiniteLoss
+from trainer.evaluate import evaluate
+from trainer.loop import train
+from trainer.metrics import read_metrics
+from trainer.pipeline import connected
+from trainer.student import load_student
+
+
+def test_a_student_learns_from_two_teachers_with_other_tokenizers(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, train={"epochs": 8})
+        result = train(config)
+    assert result.steps == 24
+    assert result.held_out[-1][1] < result.held_out[0][1] - 0.1
+    steps = [e for e in read_metrics(tmp_path / "out" / "metrics.jsonl") if e["event"] == "step"]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    for name in ("t0", "t1"):
+        assert steps[0]["teachers"][name]["share"] == pytest.approx(0.5, abs=0.02)
+        assert 0 < steps[0]["teachers"][name]["mass"] < 1
+    assert steps[0]["coverage"] == 1
+
+
+def test_six_steps_are_three_and_resume_and_three(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_sentencepiece) as urls:
+        straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", urls, eval={"every_steps": 1})
+        halves = run_config(tiny_byte_level, corpus, tmp_path / "halves", urls, eval={"every_steps": 1})
+        train(straight)
+        assert train(halves, stop_at=3).model is None
+        assert train(halves, resume=True).steps == 6
+    one, two = losses(tmp_path / "straight"), losses(tmp_path / "halves")
+    assert one.keys() == two.keys() == set(range(1, 7))
+    assert [two[n] for n in one] == pytest.approx(list(one.values()), abs=1e-6)
+    assert held_out(tmp_path / "halves")[6] == pytest.approx(held_out(tmp_path / "straight")[6], abs=1e-6)
+
+
+def test_the_order_of_answers_does_not_change_the_run(tmp_path: Path, tiny_byte_level: Path) -> None:
+    class Erratic(FormulaEngine):
+        async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
+            await asyncio.sleep(0.002 * (sum(sequence) % 17))
+            return await super().score(sequence, start, top_k)
+
+    corpus = write_corpus(tmp_path)
+    for name, engine in (("even", FormulaEngine(tiny_byte_level)), ("erratic", Erratic(tiny_byte_level))):
+        with serving(engine) as url:
+            train(run_config(tiny_byte_level, corpus, tmp_path / name, [url]))
+    assert losses(tmp_path / "even") == losses(tmp_path / "erratic")
+
+
+def test_accumulation_changes_nothing(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        for parts in (1, 2, 4):
+            sections = {"batch_samples": 4, "accumulate": parts}
+            train(run_config(tiny_byte_level, corpus, tmp_path / str(parts), [url], train=sections))
+    once = losses(tmp_path / "1")
+    for parts in ("2", "4"):
+        assert [losses(tmp_path / parts)[n] for n in once] == pytest.approx(list(once.values()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("cache_bytes", "asked"), [(1 << 30, 12), (0, 36)])
+def test_samples_that_come_again_are_asked_again_only_without_a_cache(
+    tmp_path: Path, tiny_byte_level: Path, cache_bytes: int, asked: int
+) -> None:
+    engine = FormulaEngine(tiny_byte_level)
+    sections = {"epochs": 3, "target_cache_bytes": cache_bytes, "prefetch_batches": 1}
+    with serving(engine) as url:
+        train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url], train=sections))
+    assert engine.asked == asked
+
+
+def test_plain_training_needs_no_teacher(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+    result = train(config)
+    assert result.held_out[-1][1] < result.held_out[0][1]
+
+
+def test_only_the_upper_layers_change_when_only_they_are_trained(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(
+        tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], student={"train_layers": 1, "precision": "bf16"}
+    )
+    train(config)
+    before = AutoModelForCausalLM.from_pretrained(tiny_byte_level).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith(("model.layers.1.", "model.norm")) for name in changed)
+
+
+def test_the_export_loads_and_predicts_as_measured(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+    result = train(config)
+    assert result.model is not None
+    student = load_student(config.student.model_copy(update={"model": str(result.model)}))
+    assert Vocabulary.load(result.model).fingerprint == Vocabulary.load(tiny_byte_level).fingerprint
+    from trainer.data import load_corpus
+
+    corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
+    again = evaluate(student, [student.vocabulary.encode(s.text) for s in corpus.held_out], 64)
+    assert again.bpb == pytest.approx(result.held_out[-1][1], abs=1e-6)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+    train(config, stop_at=1)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        train(config)
+
+
+def test_old_checkpoints_are_deleted(tmp_path: Path, tiny_byte_level: Path) -> None:
+    out = tmp_path / "out"
+    sections = {"dir": str(out), "checkpoint_every_steps": 1, "keep_checkpoints": 2}
+    train(run_config(tiny_byte_level, write_corpus(tmp_path), out, [], output=sections))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
+
+
+def test_resuming_with_another_order_is_refused(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    train(run_config(tiny_byte_level, corpus, tmp_path / "out", []), stop_at=2)
+    other = run_config(tiny_byte_level, corpus, tmp_path / "out", [], train={"seed": 7})
+    with pytest.raises(CheckpointError, match="train.seed = 0, the run file says 7"):
+        train(other, resume=True)
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_found(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+    train(config, stop_at=2)
+    (tmp_path / "out" / "checkpoints" / ".partial-00000004").mkdir()
+    assert train(config, resume=True).steps == 6
+
+
+def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(tmp_path: Path, tiny_byte_level: Path) -> None:
+    """The operating system refuses larger files, as a full disk would, in a process of its own."""
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+    train(config, stop_at=2)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from tests.trainer.test_loop import limited; limited(sys.argv[1])",
+         config.model_dump_json()],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "the last good one is step-00000002: make room, then run again with --resume" in done.stdout
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train(config, resume=True).steps == 6
+
+
+def limited(config_json: str) -> None:
+    """Resume under a limit on the size of files that metrics fit in and a checkpoint does not."""
+    from trainer.config import RunConfig
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        train(RunConfig.model_validate_json(config_json), resume=True)
+    except CheckpointError as error:
+        sys.stdout.write(str(error))
+        sys.exit(3)
+
+
+def test_a_teacher_that_is_not_there_leaves_nothing_behind(tmp_path: Path, tiny_byte_level: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(Unavailable, match="teacher t0 at"):
+        train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_k_above_the_teachers_maximum_is_refused_before_anything_is_asked(
+    tmp_path: Path, tiny_byte_level: Path
+) -> None:
+    engine = FormulaEngine(tiny_byte_level, max_top_k=8)
+    with serving(engine) as url, pytest.raises(Rejected, match="teacher t0: top_k is 16, it answers at most 8"):
+        train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
+    assert engine.asked == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_with_another_tokenizer_than_its_card_says_is_refused(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level, tokenizer_sha256="0" * 64)) as url:
+        with pytest.raises(FingerprintMismatch, match="teacher t0 at .* another tokenizer"):
+            train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
+
+
+def test_a_window_longer_than_a_teacher_takes_names_teacher_and_sample(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level, max_tokens=20)) as url:
+        with pytest.raises(
+            Rejected, match=r"teacher t0: sample corpus.jsonl:\d+#\d+ is \d+ of its tokens, it takes 20"
+        ):
+            train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
+
+
+def test_too_little_text_for_a_batch_is_said(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(
+        tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], train={"batch_samples": 64, "epochs": 1}
+    )
+    with pytest.raises(DataError, match="12 samples in 1 epochs do not fill one batch of 64"):
+        train(config)
+
+
+def test_a_loss_that_is_not_a_number_names_the_sample_and_updates_nothing(
+    tmp_path: Path, tiny_byte_level: Path
+) -> None:
+    from trainer.data import load_corpus
+    from trainer.pipeline import Lesson
+    from trainer.step import make_optimizer, train_step
+
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+    student = load_student(config.student)
+    corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
+    lessons = [Lesson(s, student.vocabulary.encode(s.text)) for s in corpus.train[:2]]
+    optimizer = make_optimizer(student, config.optim)
+    with torch.no_grad():
+        weight = student.model.get_input_embeddings().weight
+        only_in_second = set(lessons[1].tokens.ids.tolist()) - set(lessons[0].tokens.ids.tolist())
+        weight[only_in_second.pop()] = float("nan")
+    before = {name: p.clone() for name, p in student.model.named_parameters()}
+    with pytest.raises(NonFiniteLoss, match=f"sample {corpus.train[0].name}|sample {corpus.train[1].name}"):
+        train_step(student, optimizer, lessons, 1e-3, config)
+    for name, p in student.model.named_parameters():
+        assert torch.equal(torch.nan_to_num(p), torch.nan_to_num(before[name]))
+
+
+def test_the_teacher_itself_as_its_own_student_has_zero_divergence(tmp_path: Path, tiny_byte_level: Path) -> None:
+    """The whole path: what the student computes is what the served teacher answered, position by position."""
+    with served_models(tiny_byte_level) as urls:
+        config = run_config(
+            tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, loss={"ce_weight": 0.0}, train={"steps": 1}
+        )
+        train(config)
+    (step,) = [e for e in read_metrics(tmp_path / "out" / "metrics.jsonl") if e["event"] == "step"]
+    assert abs(step["forward_kl"]) < 1e-5
+
+
+def test_the_same_holds_where_bos_stands_in_front(tmp_path: Path, tiny_sentencepiece: Path) -> None:
+    from teachers.engines.transformers import EngineOptions, TransformersEngine
+
+    engine = TransformersEngine(tiny_sentencepiece, EngineOptions(dtype="float32", bos="yes"))
+    with serving(engine) as url:
+        config = run_config(
+            tiny_sentencepiece,
+            write_corpus(tmp_path),
+            tmp_path / "out",
+            [url],
+            loss={"ce_weight": 0.0},
+            train={"steps": 1},
+            data={"close_documents": True},
+        )
+        train(config)
+    engine.close()
+    (step,) = [e for e in read_metrics(tmp_path / "out" / "metrics.jsonl") if e["event"] == "step"]
+    assert abs(step["forward_kl"]) < 1e-5
+
+
+def test_lessons_carry_what_the_metrics_need(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with served_models(tiny_byte_level) as urls:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls)
+        student = Vocabulary.load(tiny_byte_level)
+
+        async def one() -> None:
+            from trainer.data import Sample
+
+            async with connected(config, student) as teachers:
+                lesson = await teachers.lesson(Sample(0, "s", "The harbour office opened at six."))
+            assert lesson.reports[0].valid == len(lesson.tokens) - 1
+            assert lesson.shares == (1.0,)
+
+        asyncio.run(one())
