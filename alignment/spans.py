@@ -59,6 +59,21 @@ def running_ends(text: bytes, pieces: Sequence[bytes]) -> NDArray[np.int64] | No
     return np.cumsum([len(piece) for piece in pieces], dtype=np.int64) - prefix
 
 
+def sparse_ends(text: bytes, pieces: Sequence[bytes], unwritable: frozenset[int]) -> NDArray[np.int64] | None:
+    """Byte ends of tokens that write the text but for bytes the vocabulary has no token for.
+
+    Byte-level BPE drops such bytes silently (SmolLM2 lacks 0xF1, the first of some four-byte characters), and the
+    tokenizer's own offsets are then wrong. A dropped byte belongs to the token after it, the last to the last.
+    """
+    kept = np.array([i for i, byte in enumerate(text) if byte not in unwritable], dtype=np.int64)
+    lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
+    if bytes(text[i] for i in kept) != b"".join(pieces) or not lengths.all() or not len(lengths):
+        return None
+    ends = kept[np.cumsum(lengths) - 1] + 1
+    ends[-1] = len(text)
+    return ends
+
+
 def offset_ends(text: str, offsets: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
     """Byte ends from character offsets, for tokens that do not write the text's own bytes."""
     byte_at = np.concatenate([[0], np.cumsum([len(c.encode()) for c in text], dtype=np.int64)])

@@ -31,6 +31,13 @@ class Target:
     def __len__(self) -> int:
         return len(self.valid)
 
+    @classmethod
+    def nothing(cls, num_positions: int) -> "Target":
+        """No valid position: a teacher that had nothing to say."""
+        entries = np.zeros(0)
+        valid = np.zeros(num_positions, dtype=bool)
+        return target_from_entries(entries.astype(np.int64), entries.astype(np.int32), entries, valid)
+
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in (self.offsets, self.ids, self.probs, self.tail, self.valid))

@@ -27,9 +27,9 @@ class Translation:
 
     teacher: Vocabulary
     student: Vocabulary
-    offsets: NDArray[np.int64]
-    tokens: NDArray[np.int32]
-    first: NDArray[np.int32]
+    offsets: NDArray[np.int64] = field(repr=False)
+    tokens: NDArray[np.int32] = field(repr=False)
+    first: NDArray[np.int32] = field(repr=False)
     _written: dict[bytes, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from alignment.spans import Tokens, offset_ends, running_ends
+from alignment.spans import Tokens, offset_ends, running_ends, sparse_ends
 
 ROLES = ("bos", "eos", "pad", "unk")
 SPACE_MARK = "▁"
@@ -40,7 +40,7 @@ class Vocabulary:
 
     name: str
     fingerprint: str
-    token_bytes: tuple[bytes | None, ...]
+    token_bytes: tuple[bytes | None, ...] = field(repr=False)
     roles: Mapping[str, int]
     expects_bos: bool
     _reader: Tokenizer = field(repr=False)
@@ -96,6 +96,8 @@ class Vocabulary:
         pieces = [self.token_bytes[i] or b"" for i in encoding.ids]
         ends = running_ends(data, pieces)
         if ends is None:
+            ends = sparse_ends(data, pieces, self._unwritable)
+        if ends is None:
             ends = offset_ends(text, encoding.offsets)
         ids = np.array(encoding.ids, dtype=np.int64)
         if close:
@@ -143,6 +145,11 @@ class Vocabulary:
     def _by_bytes(self) -> dict[bytes, int]:
         """Lowest id of each byte string."""
         return {data: i for i, data in reversed(list(enumerate(self.token_bytes))) if data}
+
+    @cached_property
+    def _unwritable(self) -> frozenset[int]:
+        """Bytes that no token writes alone."""
+        return frozenset(byte for byte in range(256) if bytes([byte]) not in self._by_bytes)
 
     @cached_property
     def _longest(self) -> int:

@@ -26,6 +26,7 @@ TIMEOUT_HEADER = "tutelage-timeout-s"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 HALF_ULP = 2.0**-11  # relative rounding of a float16, so p·|log p|·HALF_ULP is what it may add to a row's mass
+MOST = 2.0**-6  # largest relative rounding of a probability above e^−32
 MASS_TOLERANCE = 1e-4  # what the engine's own float32 sums may be off by
 
 
@@ -115,11 +116,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.actual)
 
-    def as_sent(self) -> "Rows":
-        """The same rows with the rounding of the wire."""
-        rounded = self.logprobs.astype(np.float16).astype(np.float32)
-        return Rows(self.start, self.ids, rounded, self.actual, self.tail)
-
 
 def schema(top_k: int, fingerprint: str) -> pa.Schema:
     """The stream's schema; version, fingerprint and K travel in its metadata."""
@@ -184,7 +180,8 @@ def read_stream(data: bytes, request: ScoreRequest, card: Card) -> list[Rows]:
         for index, rows in _batches(reader):
             if not 0 <= index < len(request.sequences) or index in answers:
                 raise ProtocolError(f"answer for sequence {index}, which was not asked or is already answered")
-            answers[index] = check_rows(rows, request, index, card)
+            actual_ids = np.asarray(request.sequences[index][request.starts[index] :], dtype=np.uint32)
+            answers[index] = restore_mass(check_rows(rows, request, index, card), actual_ids)
     except (pa.ArrowInvalid, OSError) as error:
         raise Truncated(f"the answer broke off after {len(answers)} of {len(request.sequences)} sequences") from error
     if len(answers) < len(request.sequences):
@@ -244,6 +241,21 @@ def check_rows(rows: Rows, request: ScoreRequest, index: int, card: Card) -> Row
     return rows
 
 
+def restore_mass(rows: Rows, actual_ids: NDArray[np.uint32]) -> Rows:
+    """Undo what float16 did to each row's mass: the actual token and the tail arrive exactly, so the others are
+    scaled, by no more than their rounding, until the row sums to 1. Without it a row can exceed 1 by 0.002.
+    """
+    probs = np.exp(rows.logprobs.astype(np.float64))
+    is_actual = rows.ids == actual_ids[:, None]
+    actual = np.exp(rows.actual.astype(np.float64))
+    others = np.where(is_actual, 0.0, probs).sum(axis=1)
+    wanted = 1.0 - rows.tail - np.where(is_actual.any(axis=1), actual, 0.0)
+    scale = np.clip(np.divide(wanted, others, out=np.ones_like(others), where=others > 0), 1 - MOST, 1 + MOST)
+    shifted = rows.logprobs + np.log(scale)[:, None]
+    logprobs = np.where(is_actual, rows.actual[:, None], np.minimum(shifted, 0.0)).astype(np.float32)
+    return Rows(rows.start, rows.ids, logprobs, rows.actual, rows.tail)
+
+
 def _faults(rows: Rows, actual_ids: Sequence[int], vocab_size: int) -> Iterator[tuple[str, Any]]:
     """Each fault by name with [S] bool, true where it is found."""
     finite = np.isfinite(rows.logprobs).all(axis=1) & np.isfinite(rows.actual) & np.isfinite(rows.tail)
@@ -258,3 +270,10 @@ def _faults(rows: Rows, actual_ids: Sequence[int], vocab_size: int) -> Iterator[
     gap = np.abs(rows.logprobs - rows.actual[:, None])
     rounding = MASS_TOLERANCE + np.abs(rows.actual) * HALF_ULP
     yield "an actual token that contradicts its own listing", (is_actual & (gap > rounding[:, None])).any(axis=1)
+
+
+def as_received(rows: Rows, sequence: list[int], card: Card) -> Rows:
+    """What a client receives of an engine's answer: once over the wire, without a network."""
+    request = ScoreRequest(sequences=[sequence], starts=[rows.start], top_k=rows.ids.shape[1])
+    writer = StreamWriter(request.top_k, card.fingerprint)
+    return read_stream(writer.write(0, rows) + writer.close(), request, card)[0]

@@ -13,7 +13,7 @@ from alignment import Vocabulary, align, translate
 from alignment.report import AlignmentReport, report
 from teachers.errors import Rejected
 from teachers.pool import TeacherAddress, TeacherPool
-from teachers.protocol import Card, Rows
+from teachers.protocol import Card, Rows, as_received
 from trainer.config import find_model
 from trainer.data import cut_windows, read_documents
 
@@ -75,8 +75,8 @@ async def _from_directory(folder: Path, windows: list[str], top_k: int) -> tuple
     try:
         for window in windows:
             sequence, prefix = _sequence(engine.card, vocabulary, window, top_k)
-            rows = (await engine.score(sequence, 1, top_k)).as_sent()
-            scored.append(_Scored(window, rows, 1 - prefix))
+            rows = await engine.score(sequence, 1, top_k)
+            scored.append(_Scored(window, as_received(rows, sequence, engine.card), 1 - prefix))
     finally:
         engine.close()
     return vocabulary, scored

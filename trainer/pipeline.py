@@ -32,10 +32,11 @@ from trainer.fusion import fuse
 class Answer:
     """One teacher's answer for one sample, before and after alignment.
 
-    first_row is the teacher token that the first row speaks of: 0 with BOS, 1 without.
+    first_row is the teacher token that the first row speaks of: 0 with BOS, 1 without. There are no rows for a
+    text that the teacher writes in a single token without BOS; its target is then valid nowhere.
     """
 
-    rows: Rows
+    rows: Rows | None
     first_row: int
     tokens: Tokens
     target: Target
@@ -94,6 +95,9 @@ class Teachers:
                 f"teacher {teacher.config.name}: sample {sample.name} is {len(sequence)} of its tokens, it takes "
                 f"{teacher.card.max_tokens}: set data.window_tokens lower"
             )
+        if len(sequence) < 2:  # one token with nothing in front: there is no position to predict
+            nothing = Target.nothing(len(self._student.encode(sample.text, close=sample.closes)))
+            return Answer(None, 0, tokens, nothing, AlignmentReport(positions=len(nothing)))
         rows = await self._pool.score(teacher.config.name, sequence, 1, teacher.config.top_k)
         first_row = 1 - len(teacher.prefix)
         student = self._student.encode(sample.text, close=sample.closes)

@@ -86,16 +86,18 @@ def _common(tokens: Tokens, answers: list[Answer], student: Student) -> Iterator
     starts = np.concatenate([[0], tokens.ends[:-1]])
     for first in np.flatnonzero(spoken):
         begin = int(starts[first])
-        if spoken[first:].all() and all(_row_at(a, begin) is not None for a in answers):
+        if spoken[first:].all() and all(_own_nats(a, begin) is not None for a in answers):
             yield _Common(tokens, answers, begin, int(first))
             return
 
 
-def _row_at(answer: Answer, begin: int) -> int | None:
-    """The row of the teacher token that begins at a byte; None if none does or it has no row."""
+def _own_nats(answer: Answer, begin: int) -> float | None:
+    """The teacher's own log-likelihood of the text from a byte on; None if none of its rows begins there."""
+    if answer.rows is None:
+        return None
     starts = np.concatenate([[0], answer.tokens.ends[:-1]])
     at = np.flatnonzero((starts == begin) & (np.arange(len(starts)) >= answer.first_row))
-    return int(at[0]) - answer.first_row if len(at) else None
+    return float(answer.rows.actual[at[0] - answer.first_row :].sum(dtype=np.float64)) if len(at) else None
 
 
 def measure(config: RunConfig, student: Student, samples: Sequence[_Common]) -> Preview:
@@ -105,7 +107,7 @@ def measure(config: RunConfig, student: Student, samples: Sequence[_Common]) -> 
     nats = [float(text_nats(student, s.tokens, chunk)[s.first - skip :].double().sum()) for s in samples]
     teachers = []
     for i, teacher in enumerate(config.teachers):
-        own = sum(float(s.answers[i].rows.actual[_row_at(s.answers[i], s.begin) :].sum(dtype=float)) for s in samples)
+        own = sum(_own_nats(s.answers[i], s.begin) or 0.0 for s in samples)
         targets = [s.answers[i].target for s in samples]
         mass = np.concatenate([t.mass[s.first :] for t, s in zip(targets, samples, strict=True)])
         teachers.append(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignment import AlignmentError, Tokens
-from alignment.spans import INSIDE, common_cuts, offset_ends, running_ends
+from alignment.spans import INSIDE, common_cuts, offset_ends, running_ends, sparse_ends
 from tests.tiny import tiny_vocabulary
 
 BYTE_LEVEL, SENTENCEPIECE = tiny_vocabulary("byte_level"), tiny_vocabulary("sentencepiece")
@@ -50,6 +50,17 @@ def test_running_ends_are_refused_where_the_bytes_differ() -> None:
     ends = running_ends(b"ab", [b" a", b"b"])
     assert ends is not None
     assert ends.tolist() == [1, 2]
+
+
+def test_bytes_no_token_writes_belong_to_the_token_after_them() -> None:
+    unwritable = frozenset({0xF1})
+    ends = sparse_ends("a\U00040000b".encode(), [b"a", b"\x80", b"\x80\x80", b"b"], unwritable)
+    assert ends is not None
+    assert ends.tolist() == [1, 3, 5, 6]
+    last = sparse_ends(b"ab\xf1", [b"a", b"b"], unwritable)
+    assert last is not None
+    assert last.tolist() == [1, 3]
+    assert sparse_ends(b"abc", [b"a", b"b"], unwritable) is None
 
 
 def test_offset_ends_are_in_bytes() -> None:
