@@ -21,13 +21,12 @@ def watching(title: str, silent: bool) -> Iterator[Listener | None]:
     if silent:
         yield None
         return
-    console.rule(title)
-    yield _Watcher().show
-    console.print()
+    yield _Watcher(title).show
 
 
 class _Watcher:
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._steps = 0
         self._shown_at = 0.0
         self._waited_s = 0.0
@@ -36,6 +35,7 @@ class _Watcher:
         match event["event"]:
             case "start":
                 self._steps = event["steps"]
+                console.rule(self._title)
                 console.print(f"{event['samples']} samples, steps {event['step']} to {event['steps']}")
             case "step":
                 self._waited_s += event["waited_s"]

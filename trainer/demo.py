@@ -79,10 +79,10 @@ def served(teachers: Sequence[TeacherConfig]) -> Iterator[None]:
             process.terminate()
         for _, process in processes:
             try:
-                process.wait(timeout=10)
+                process.communicate(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+                process.communicate()
 
 
 def _start(teacher: TeacherConfig) -> "subprocess.Popen[bytes]":

@@ -1,0 +1,48 @@
+"""The house itself: names, imports, commands, recipes."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("alignment", "teachers", "trainer")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_imported_packages_are_ours(package: str) -> None:
+    assert Path(str(importlib.import_module(package).__file__)).parent == ROOT / package
+
+
+def test_the_asking_side_imports_without_torch() -> None:
+    heavy = ("torch", "transformers", "fastapi", "uvicorn")
+    code = f"import teachers.pool, alignment, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_is_there_in_half_a_second() -> None:
+    def took() -> float:
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", "trainer.cli", "--help"], capture_output=True, check=True)
+        return time.monotonic() - began
+
+    assert min(took() for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_says_why_it_exists_and_stays_a_room(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(source))
+    assert len(source.splitlines()) <= 400
+
+
+def test_nothing_but_the_console_prints() -> None:
+    for path in FILES:
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], path

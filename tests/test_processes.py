@@ -1,0 +1,186 @@
+"""Whole commands as processes: a teacher that is killed, a demo that is interrupted, a demo that ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.serve import free_port
+from tests.tiny import TEXT, save_tiny_model
+from tests.trainer.runs import losses, run_config
+from tests.trainer.test_cli import run_file
+from trainer.metrics import read_metrics
+
+TUTELAGE = [sys.executable, "-m", "trainer.cli"]
+
+
+def wait_for(condition: Callable[[], bool], limit_s: float, what: str) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {limit_s:g} s"
+        time.sleep(0.05)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def teacher(model: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen(
+        [*TUTELAGE, "teach", str(model), "--port", str(port), "--dtype", "float32", "--stop-with-parent"],
+        stdin=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def steps_written(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").count('"event": "step"') if path.exists() else 0
+
+
+def test_a_teacher_killed_in_mid_run_and_restarted_changes_no_loss(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{n} {TEXT}"}) + "\n" for n in range(60)), encoding="utf-8")
+    ports = [free_port(), free_port()]
+    urls = [f"http://127.0.0.1:{port}" for port in ports]
+    train = {"epochs": 1, "batch_samples": 4, "prefetch_batches": 1}
+    data = {"max_samples": 400, "window_tokens": 50}
+    runs = {
+        name: run_config(tiny_byte_level, corpus, tmp_path / name, urls, train=train, data=data)
+        for name in ("undisturbed", "disturbed")
+    }
+    with teacher(tiny_byte_level, ports[0]):
+        with teacher(tiny_sentencepiece, ports[1]) as second:
+            wait_for(lambda: listens(ports[0]) and listens(ports[1]), 60, "teachers")
+            path = run_file(tmp_path, runs["undisturbed"])
+            subprocess.run([*TUTELAGE, "train", str(path)], check=True, timeout=120, stderr=subprocess.DEVNULL)
+            path = run_file(tmp_path, runs["disturbed"])
+            run = subprocess.Popen([*TUTELAGE, "train", str(path)], stderr=subprocess.PIPE, text=True)
+            wait_for(lambda: steps_written(tmp_path / "disturbed") >= 5, 60, "first steps")
+            os.kill(second.pid, signal.SIGKILL)
+            second.communicate()
+        written = steps_written(tmp_path / "disturbed")
+        time.sleep(2)
+        assert steps_written(tmp_path / "disturbed") < 80, "the run did not need the teacher"
+        with teacher(tiny_sentencepiece, ports[1]):
+            _, said = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert "teacher t1 at" in said
+    assert "asking again" in said
+    assert written < 80
+    assert losses(tmp_path / "disturbed") == losses(tmp_path / "undisturbed")
+    waits = [e["waited_s"] for e in read_metrics(tmp_path / "disturbed" / "metrics.jsonl") if e["event"] == "step"]
+    assert max(waits) > 1.5
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_losses(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"{n} {TEXT}"}) + "\n" for n in range(30)), encoding="utf-8")
+
+    def run_of(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        output = {"dir": str(folder / "out"), "checkpoint_every_steps": 5}
+        data = {"max_samples": 160, "window_tokens": 50}
+        return run_file(
+            folder,
+            run_config(tiny_byte_level, corpus, folder / "out", [], data=data, output=output, train={"epochs": 1}),
+        )
+
+    subprocess.run([*TUTELAGE, "train", str(run_of("straight")), "--json"], check=True, timeout=120)
+    path = run_of("killed")
+    for after in (7, 23):
+        run = subprocess.Popen([*TUTELAGE, "train", str(path), "--resume", "--json"])
+        wait_for(lambda after=after: max(losses_if_any(tmp_path / "killed" / "out"), default=0) >= after, 60, "steps")  # type: ignore[misc]
+        run.kill()
+        run.wait()
+    subprocess.run([*TUTELAGE, "train", str(path), "--resume", "--json"], check=True, timeout=120)
+    one, two = losses(tmp_path / "straight" / "out"), losses(tmp_path / "killed" / "out")
+    assert [two[n] for n in one] == pytest.approx(list(one.values()), abs=1e-6)
+
+
+def losses_if_any(out: Path) -> dict[int, float]:
+    return losses(out) if steps_written(out) else {}
+
+
+@pytest.fixture(scope="module")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `demo --prepare` leaves behind, in small."""
+    folder = tmp_path_factory.mktemp("cache")
+    save_tiny_model(folder / "models" / "smollm2-135m-instruct", kind="byte_level", seed=1)
+    save_tiny_model(folder / "models" / "gemma-3-270m", kind="sentencepiece", seed=2)
+    (folder / "data").mkdir()
+    lines = "".join(json.dumps({"text": f"{n} {TEXT}"}) + "\n" for n in range(40))
+    (folder / "data" / "pydoc-topics.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+class Demo:
+    """A demo in a process of its own, on two free ports."""
+
+    def __init__(self, cache: Path, out: Path, *sets: str) -> None:
+        self.ports = [free_port(), free_port()]
+        overrides = [f"teachers.{i}.urls=['http://127.0.0.1:{port}']" for i, port in enumerate(self.ports)]
+        overrides += [f"output.dir={out}", "student.train_layers=1", *sets]
+        command = [*TUTELAGE, "demo", "--json"] + [word for o in overrides for word in ("--set", o)]
+        self.process = subprocess.Popen(
+            command, env=os.environ | {"TUTELAGE_CACHE": str(cache)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def await_teachers(self) -> None:
+        wait_for(lambda: all(map(listens, self.ports)), 60, "the demo's teachers")
+
+    def assert_nothing_is_left(self) -> None:
+        wait_for(lambda: not any(map(listens, self.ports)), 20, "free ports")
+
+
+def test_a_demo_ends_with_a_table_and_leaves_nothing_running(tiny_cache: Path, tmp_path: Path) -> None:
+    demo = Demo(tiny_cache, tmp_path / "out", "train.epochs=2")
+    printed, said = demo.process.communicate(timeout=180)
+    assert demo.process.returncode == 0, said.decode()
+    result = json.loads(printed)
+    assert [t["name"] for t in result["preview"]["teachers"]] == ["smollm2", "gemma"]
+    assert result["student"]["held_out"][0] == result["twin"]["held_out"][0]
+    assert result["student"]["held_out"][-1] != result["twin"]["held_out"][-1]
+    assert (tmp_path / "out" / "fused" / "model" / "config.json").exists()
+    demo.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_demo_that_is_ended_takes_its_teachers_along(tiny_cache: Path, tmp_path: Path, how: signal.Signals) -> None:
+    demo = Demo(tiny_cache, tmp_path / "out", "train.epochs=1000")
+    try:
+        demo.await_teachers()
+        time.sleep(0.5)
+        demo.process.send_signal(how)
+        demo.process.communicate(timeout=30)
+    finally:
+        demo.process.kill()
+    assert demo.process.returncode == (130 if how == signal.SIGINT else -how)
+    demo.assert_nothing_is_left()
+
+
+def test_a_demo_whose_port_is_taken_says_which(tiny_cache: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        demo = Demo(tiny_cache, tmp_path / "out", f"teachers.1.urls=['http://127.0.0.1:{port}']")
+        _, said = demo.process.communicate(timeout=60)
+    assert demo.process.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in said.decode()
+    assert not listens(demo.ports[0])

@@ -1,0 +1,210 @@
+"""The commands as a user calls them: what they print, and one sentence for what is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from tests.serve import FormulaEngine, free_port, serving
+from tests.tiny import TEXT
+from tests.trainer.runs import losses, run_config, served_models, write_corpus
+from trainer.cli import app
+from trainer.config import RunConfig
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def run_file(folder: Path, config: RunConfig) -> Path:
+    """A run file with the config's values, written as a person would."""
+
+    def lines(name: str, section: dict[str, Any], brackets: str = "[{}]") -> list[str]:
+        values = [f"{key} = {json.dumps(value)}" for key, value in section.items() if value is not None]
+        return [brackets.format(name), *values]
+
+    raw = config.model_dump(mode="json")
+    teachers = raw.pop("teachers")
+    text = [line for name, section in raw.items() for line in lines(name, section)]
+    text += [line for teacher in teachers for line in lines("teachers", teacher, "[[{}]]")]
+    path = folder / "run.toml"
+    path.write_text("\n".join(text), encoding="utf-8")
+    return path
+
+
+def assert_one_sentence(result: Result, says: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
+def test_train_writes_metrics_checkpoint_and_model(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with served_models(tiny_byte_level) as urls:
+        path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
+        result = call("train", path, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert printed["steps"] == 6
+    assert Path(printed["model"], "config.json").exists()
+    assert len(losses(tmp_path / "out")) == 6
+
+
+def test_train_shows_progress_to_people(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with served_models(tiny_byte_level) as urls:
+        path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
+        result = call("train", path)
+    assert result.exit_code == 0
+    for words in ("step    6/6", "loss", "tokens/s", "waited on teachers", "t0 100%", "held out after step 6"):
+        assert words in result.stderr
+
+
+def test_preview_compares_everything_on_the_same_text(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
+        result = call("preview", path, "--json")
+        shown = call("preview", path)
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    itself, other = printed["teachers"]
+    assert itself["own_bpb"] == pytest.approx(printed["student_bpb"], rel=1e-4)
+    assert itself["aligned_bpb"] == pytest.approx(itself["own_bpb"], rel=1e-4)
+    assert other["aligned_bpb"] <= other["own_bpb"] + 1e-4
+    assert set(printed["fused_bpb"]) == {"mean", "min_ce"}
+    assert printed["fused_bpb"]["min_ce"] <= min(t["aligned_bpb"] for t in printed["teachers"]) + 1e-6
+    assert "fused by mean" in shown.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_preview_needs_held_out_text(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with served_models(tiny_byte_level) as urls:
+        config = run_config(
+            tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, eval={"held_out_documents": 0}
+        )
+        assert_one_sentence(call("preview", run_file(tmp_path, config)), "set eval.held_out_documents")
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_align_prints_its_figures(
+    tmp_path: Path, tiny_sentencepiece: Path, tiny_byte_level: Path, served: bool
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    arguments = ["--student", tiny_byte_level, "--text", tmp_path / "text.txt", "--top-k", "32", "--json"]
+    if served:
+        with served_models(tiny_sentencepiece) as urls:
+            result = call("align", "--teacher", urls[0], *arguments)
+    else:
+        result = call("align", "--teacher", tiny_sentencepiece, *arguments)
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert set(printed) == {"positions", "valid", "teacher_bpb", "aligned_bpb", "mean_mass", "tokens_per_second"}
+    assert printed["valid"] in (printed["positions"], printed["positions"] - 1)
+    assert printed["aligned_bpb"] <= printed["teacher_bpb"] + 1e-4
+    assert printed["tokens_per_second"] > 1000
+
+
+def test_doctor_finds_a_healthy_run_healthy(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with served_models(tiny_byte_level) as urls:
+        path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
+        result = call("doctor", path, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["ok"]
+
+
+def test_doctor_names_everything_that_is_wrong_at_once(tmp_path: Path, tiny_byte_level: Path) -> None:
+    gone = f"http://127.0.0.1:{free_port()}"
+    small = FormulaEngine(tiny_byte_level, max_top_k=8)
+    short = FormulaEngine(tiny_byte_level, max_tokens=60)
+    with serving(small) as one, serving(short) as two, serving(FormulaEngine(tiny_byte_level), key="k") as three:
+        config = run_config(
+            tiny_byte_level, tmp_path / "no.jsonl", tmp_path / "out", [gone, one, two, three], eval={"max_samples": 1}
+        )
+        result = call("doctor", run_file(tmp_path, config))
+    assert result.exit_code == 1
+    wrong = [line for line in result.stdout.splitlines() if line.startswith("WRONG")]
+    for line, says in zip(
+        wrong,
+        ["no.jsonl", "nothing answers", "answers at most 8", "lower data.window_tokens", "send the teacher's key"],
+        strict=True,
+    ):
+        assert says in line
+
+
+def test_doctor_sees_a_teacher_that_wants_bos_and_is_not_given_it(tmp_path: Path, gemma: Path, smollm2: Path) -> None:
+    from teachers.engines.transformers import EngineOptions, TransformersEngine
+
+    engine = TransformersEngine(gemma, EngineOptions(bos="no"))
+    with serving(engine) as url:
+        config = run_config(smollm2, write_corpus(tmp_path), tmp_path / "out", [url])
+        result = call("doctor", run_file(tmp_path, config))
+    engine.close()
+    assert result.exit_code == 1
+    assert "serve it with --bos yes" in result.stdout
+
+
+# --- bad input: one sentence, exit code 1, nothing half-written ---
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.epoch=3", "unknown key 'train.epoch'; the nearest known one is 'epochs'"),
+        ("teachers.0.urls=['http://127.0.0.1:9']", "nothing answers"),
+        ("teachers.0.urls=['127.0.0.1:9']", "teacher t0 at 127.0.0.1:9"),
+        ("teachers.0.key_env='NOT_SET_ANYWHERE'", "the environment variable NOT_SET_ANYWHERE is not set"),
+        ("teachers.0.key_file='/nowhere/key'", "cannot read the key file /nowhere/key"),
+        ("teachers.0.top_k=129", "top_k is 129, it answers at most 128"),
+        ("student.model='nowhere'", "nowhere is neither a model directory nor a name in"),
+        ("student.train_layers=9", "student.train_layers is 9, but the model has 2 layers"),
+        ("data.files=['/nowhere/text.txt']", "/nowhere/text.txt is neither a file"),
+        ("data.files=['EMPTY']", "is empty: give a text of at least one byte"),
+        ("data.files=['LATIN']", "is not UTF-8: byte 0xe9 at 3"),
+    ],
+)
+def test_train_refuses_in_one_sentence(tmp_path: Path, tiny_byte_level: Path, override: str, says: str) -> None:
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    override = override.replace("EMPTY", f"{tmp_path}/empty.txt").replace("LATIN", f"{tmp_path}/latin.txt")
+    with served_models(tiny_byte_level) as urls:
+        path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
+        assert_one_sentence(call("train", path, "--set", override), says)
+        as_json = call("train", path, "--set", override, "--json")
+    assert says in json.loads(as_json.stderr)["error"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_refuses_a_wrong_key(tmp_path: Path, tiny_byte_level: Path) -> None:
+    (tmp_path / "key").write_text("wrong\n", encoding="utf-8")
+    with serving(FormulaEngine(tiny_byte_level), key="right") as url:
+        path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
+        for sets in ([], ["--set", f"teachers.0.key_file='{tmp_path}/key'"]):
+            assert_one_sentence(call("train", path, *sets), "send the teacher's key")
+        (tmp_path / "key").write_text("right\n", encoding="utf-8")
+        assert call("train", path, "--json", "--set", f"teachers.0.key_file='{tmp_path}/key'").exit_code == 0
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"", "is empty"), (b"\xff\xfe", "is not UTF-8: byte 0xff at 0")])
+def test_align_refuses_texts_it_cannot_read(tmp_path: Path, tiny_byte_level: Path, content: bytes, says: str) -> None:
+    (tmp_path / "t.txt").write_bytes(content)
+    arguments = ["--teacher", tiny_byte_level, "--student", tiny_byte_level, "--text", tmp_path / "t.txt"]
+    assert_one_sentence(call("align", *arguments), says)
+
+
+def test_align_refuses_k_above_the_maximum(tmp_path: Path, tiny_byte_level: Path) -> None:
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    arguments = ["--teacher", tiny_byte_level, "--student", tiny_byte_level, "--text", tmp_path / "t.txt"]
+    assert_one_sentence(call("align", *arguments, "--top-k", "129"), "top_k is 129, it answers at most 128")
+
+
+def test_teach_refuses_a_taken_port_and_a_folder_without_a_model(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        port = url.rpartition(":")[2]
+        assert_one_sentence(call("teach", tiny_byte_level, "--port", port), f"cannot listen on 127.0.0.1:{port}")
+    assert_one_sentence(call("teach", tmp_path / "nothing"), "is neither a model directory")
+    assert_one_sentence(call("teach", tiny_byte_level, "--dtype", "int8"), "--dtype must be one of bfloat16, float32")
