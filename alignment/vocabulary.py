@@ -248,13 +248,18 @@ def _roles(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
     return roles
 
 
+def _added_by(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The special tokens that a TemplateProcessing puts around a text."""
+    return list(node.get("special_tokens", {}).values()) if node.get("type") == "TemplateProcessing" else []
+
+
 def _expects_bos(spec: dict[str, Any], config: dict[str, Any], roles: dict[str, int]) -> bool:
     """The config's word first; then the template of the tokenizer; then the family that is known to need it."""
     if "bos" not in roles:
         return False
     if isinstance(config.get("add_bos_token"), bool):
         return bool(config["add_bos_token"])
-    template = [node for node in _nodes(spec.get("post_processor")) if "special_tokens" in node]
-    if any(node["special_tokens"] for node in template):
+    added = [token.get("ids", []) for node in _nodes(spec.get("post_processor")) for token in _added_by(node)]
+    if any(roles["bos"] in ids for ids in added):
         return True
     return str(config.get("tokenizer_class", "")).startswith("Gemma")

@@ -1,5 +1,7 @@
 """`tutelage teach`: take the address, load the model, serve it."""
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -27,10 +29,8 @@ class TeachOptions:
     key_file: Path | None = None
 
 
-def teach_model(folder: Path, options: TeachOptions, stop_with_parent: bool) -> None:
+def teach_model(folder: Path, options: TeachOptions, stop_with_parent: bool, say: Callable[[str], None]) -> None:
     """Serve until stopped. Raises TeacherError for an address, key or model that cannot be used."""
-    import os
-
     from teachers import serving
 
     dtype = cast(Dtype, _one_of("--dtype", options.dtype, get_args(Dtype)))
@@ -48,6 +48,8 @@ def teach_model(folder: Path, options: TeachOptions, stop_with_parent: bool) -> 
         folder,
         EngineOptions(dtype, options.device, bos, options.max_tokens, options.max_top_k, options.batch_tokens),
     )
+    guard = "with a key" if key else "without a key"
+    say(f"teacher {engine.card.model} on {options.host}:{options.port} {guard}, up to K = {engine.card.max_top_k}")
     serving.serve(engine, sock, key)
 
 

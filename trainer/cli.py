@@ -89,7 +89,7 @@ def teach(
 
         _quiet()
         options = TeachOptions(host, port, dtype, device, bos, max_tokens, max_top_k, batch_tokens, key_file)
-        teach_model(find_model(model), options, stop_with_parent)
+        teach_model(find_model(model), options, stop_with_parent, lambda line: typer.echo(line, err=True))
 
 
 @app.command()

@@ -47,7 +47,8 @@ def run_demo(overrides: Sequence[str], silent: bool) -> DemoResult:
     prepare_all(silent)
     config = load_config(RECIPE, overrides)
     out = Path(config.output.dir)
-    shutil.rmtree(out, ignore_errors=True)
+    for earlier in (out / "fused", out / "twin"):
+        shutil.rmtree(earlier, ignore_errors=True)
     with served(config.teachers):
         seen = preview(config)
         if not silent:

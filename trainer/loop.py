@@ -14,7 +14,7 @@ import torch
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.config import RunConfig
 from trainer.data import Corpus, Sample, batch_indices, load_corpus
-from trainer.errors import CheckpointError, DataError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import evaluate
 from trainer.metrics import Listener, Metrics
 from trainer.pipeline import Batch, TargetStream
@@ -41,6 +41,8 @@ def train(
         raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
     torch.manual_seed(config.train.seed)
     student = load_student(config.student)
+    if config.data.window_tokens > student.max_tokens:
+        raise ConfigError(f"data.window_tokens is {config.data.window_tokens}, the student takes {student.max_tokens}")
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
     optimizer = make_optimizer(student, config.optim)
     done = load_checkpoint(last, student, optimizer, config) if resume and last else 0

@@ -51,7 +51,10 @@ def train_step(
     sums = torch.zeros(3, dtype=torch.float64)
     for begin in range(0, len(lessons), size):
         sums += _backward(student, lessons[begin : begin + size], num_tokens, config)
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_norm, error_if_nonfinite=True)
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_norm)
+    if not bool(torch.isfinite(norm)):
+        names = ", ".join(lesson.sample.name for lesson in lessons)
+        raise NonFiniteLoss(f"the gradient's norm is {float(norm)} for the samples {names}; nothing was updated")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -49,6 +49,12 @@ class Student:
         return 0 if self.vocabulary.prefix else 1
 
     @property
+    def max_tokens(self) -> int:
+        """Longest window, BOS not counted."""
+        limit: int = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 31)
+        return limit - len(self.vocabulary.prefix)
+
+    @property
     def head(self) -> Head:
         return Head(self.model)
 

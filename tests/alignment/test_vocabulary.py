@@ -35,6 +35,17 @@ def test_bos_is_expected_where_the_config_says_so() -> None:
     assert BYTE_LEVEL.prefix == []
 
 
+def test_bos_is_expected_where_the_template_puts_it_in_front() -> None:
+    spec = json.loads(tokenizer_json("sentencepiece"))
+    config = json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}).encode()
+    for token, expected in (("<bos>", True), ("<eos>", False)):
+        special = {token: {"id": token, "ids": [1 if token == "<eos>" else 2], "tokens": [token]}}
+        single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special}
+        spec["post_processor"]["pair"] = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+        assert Vocabulary.parse(json.dumps(spec).encode(), config, name="t").expects_bos is expected
+
+
 def test_bos_is_expected_of_a_gemma_tokenizer_that_lost_its_flag() -> None:
     config = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "GemmaTokenizer"}
     vocabulary = Vocabulary.parse(tokenizer_json("sentencepiece").encode(), json.dumps(config).encode(), name="g")

@@ -27,7 +27,7 @@ from tests.rows import random_rows
 TEXTS = {
     "prose": topics["execmodel"][:3000],
     "code": inspect.getsource(json.decoder)[:3000],
-    "markdown": str(importlib.metadata.metadata("httpx").get_payload())[:3000],
+    "markdown": importlib.metadata.metadata("httpx")["Description"][:3000],
 }
 BEST_K = 64
 

@@ -73,7 +73,7 @@ def test_only_listed_files_are_handed_out(tiny_byte_level: Path) -> None:
 @pytest.mark.parametrize("key", [None, "wrong", "schlüssel"])
 def test_a_wrong_key_is_refused_everywhere_but_at_health(tiny_byte_level: Path, key: str | None) -> None:
     with serving(FormulaEngine(tiny_byte_level), key="right") as url:
-        headers = {"authorization": f"Bearer {key}".encode()} if key else {}
+        headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
         for path in ("/v1/teacher", "/v1/teacher/tokenizer", "/v1/teacher/tokenizer/tokenizer.json"):
             assert httpx.get(url + path, headers=headers).status_code == 401
         answer = httpx.post(f"{url}/v1/score", json={}, headers=headers)

@@ -31,7 +31,8 @@ def score(folder: Path, options: EngineOptions, sequences: list[list[int]], top_
 def plain_logprobs(folder: Path, sequence: list[int]) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        return model(torch.tensor([sequence])).logits[0, :-1].log_softmax(-1)
+        logprobs: torch.Tensor = model(torch.tensor([sequence])).logits[0, :-1].log_softmax(-1)
+    return logprobs
 
 
 @pytest.mark.parametrize("batch_tokens", [0, 4096])

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from tests.serve import FormulaEngine, free_port, serving
 from tests.tiny import TEXT
@@ -162,6 +161,7 @@ def test_doctor_sees_a_teacher_that_wants_bos_and_is_not_given_it(tmp_path: Path
         ("teachers.0.top_k=129", "top_k is 129, it answers at most 128"),
         ("student.model='nowhere'", "nowhere is neither a model directory nor a name in"),
         ("student.train_layers=9", "student.train_layers is 9, but the model has 2 layers"),
+        ("data.window_tokens=513", "data.window_tokens is 513, the student takes 512"),
         ("data.files=['/nowhere/text.txt']", "/nowhere/text.txt is neither a file"),
         ("data.files=['EMPTY']", "is empty: give a text of at least one byte"),
         ("data.files=['LATIN']", "is not UTF-8: byte 0xe9 at 3"),

@@ -75,8 +75,8 @@ def test_accumulation_changes_nothing(tmp_path: Path, tiny_byte_level: Path) -> 
             sections = {"batch_samples": 4, "accumulate": parts}
             train(run_config(tiny_byte_level, corpus, tmp_path / str(parts), [url], train=sections))
     once = losses(tmp_path / "1")
-    for parts in ("2", "4"):
-        assert [losses(tmp_path / parts)[n] for n in once] == pytest.approx(list(once.values()), abs=1e-5)
+    for name in ("2", "4"):
+        assert [losses(tmp_path / name)[n] for n in once] == pytest.approx(list(once.values()), abs=1e-5)
 
 
 @pytest.mark.parametrize(("cache_bytes", "asked"), [(1 << 30, 12), (0, 36)])
