@@ -6,21 +6,24 @@ candidates x: each is a branch, the bytes t_1…t_(m−1)·x, with probability P
 itself is one more, with P(t_1)…P(t_p). Written in student tokens, the branches that begin with u_1…u_r say what
 follows there: each adds its share to its next token, and one that ends there adds to the tail.
 
-Exact: the sum over listed branches. Approximate: a branch is followed for one candidate beyond the text, so a
-candidate that ends inside a student token stands for the student's tokenization of the candidate alone.
-Cost: blocks of one and one are a gather and a sort; the others are a loop in Python.
+Exact: the sum over branches of a block's first row, and over those of later rows whose probability is at least
+EXACT_ABOVE; they are written by the student's own tokenizer. Approximate: a less probable branch of a later row is
+taken to begin with the text's student tokens that lie wholly before it and to go on with its candidate alone, if the
+candidate begins where such a token ends; otherwise what follows is tail. Every branch follows one candidate beyond
+the text, so a candidate that ends inside a student token stands for the student's tokenization of it alone.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alignment import kernels
 from alignment.spans import AlignmentError, Cuts, Tokens, common_cuts
-from alignment.target import Target, target_from_entries
-from alignment.translation import NONE, Translation
+from alignment.target import Target
+from alignment.translation import Translation
+
+EXACT_ABOVE = 1e-3
 
 
 class Rows(Protocol):
@@ -34,29 +37,20 @@ class Rows(Protocol):
     def actual(self) -> NDArray[np.floating]: ...  # [S] nats, of the token that stands there
 
 
-@dataclass(frozen=True)
-class _Block:
-    teacher: range
-    student: range
-    begins_at: int
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """Continuation bytes for row m of a block, or a ready tokenization for its first row."""
-
-    written: tuple[int, ...] | bytes
-    prob: float
-
-
-Entry = tuple[int, int, float]  # student position, student token, probability
-
-
-def align(rows: Rows, first_row: int, teacher: Tokens, student: Tokens, translation: Translation) -> Target:
+def align(
+    rows: Rows,
+    first_row: int,
+    teacher: Tokens,
+    student: Tokens,
+    translation: Translation,
+    *,
+    exact_above: float = EXACT_ABOVE,
+) -> Target:
     """Turn a teacher's rows into a target over the student's vocabulary, one row per student token.
 
     rows         answers for teacher tokens first_row … T_teacher − 1
     first_row    0 where the teacher saw a BOS; 1 where nothing stood before its first token
+    exact_above  branches at least this probable are tokenized by the student; 0 tokenizes all
     A student position is valid if it begins where the teacher has spoken: at or after the first byte of
     teacher token `first_row`.
 
@@ -69,15 +63,22 @@ def align(rows: Rows, first_row: int, teacher: Tokens, student: Tokens, translat
         )
     cuts = cuts_between(teacher, student, translation)
     valid = _valid_positions(cuts, first_row, teacher, student)
-    simple = (np.diff(cuts.teacher) == 1) & (np.diff(cuts.student) == 1) & (cuts.teacher[:-1] >= first_row)
-    positions, ids, probs = _simple_entries(rows, first_row, (teacher, student), (cuts, simple), translation)
-    entries = list(_complex_entries(rows, first_row, (teacher, student), (cuts, ~simple), translation))
-    if entries:
-        more = np.array(entries, dtype=[("position", np.int64), ("id", np.int32), ("prob", np.float64)])
-        positions = np.concatenate([positions, more["position"]])
-        ids = np.concatenate([ids, more["id"]])
-        probs = np.concatenate([probs, more["prob"]])
-    return target_from_entries(positions, ids, probs, valid)
+    ids = np.ascontiguousarray(rows.ids, dtype=np.uint32)
+    probs = np.exp(rows.logprobs, dtype=np.float32)
+    actual = np.exp(rows.actual, dtype=np.float64)
+    reach = kernels.reach(actual, first_row, cuts.teacher)
+    later = _later_rows(cuts, first_row, len(teacher))
+    wanted = (reach[later, None] * probs[later] >= exact_above) & (ids[later] != teacher.ids[later + first_row, None])
+    offsets, out_ids, out_probs, tail = kernels.chain_rows(
+        (ids, probs, actual, reach),
+        (teacher.ids, student.ids, first_row, *kernels.settled(*cuts[:2], teacher.ends, student.ends)),
+        cuts[:2],
+        (translation.offsets, translation.tokens, translation.first),
+        _continuations(ids, wanted, (later, first_row), (teacher, cuts), translation),
+        valid,
+        len(translation.student),
+    )
+    return Target(offsets, out_ids, out_probs, tail, valid)
 
 
 def cuts_between(teacher: Tokens, student: Tokens, translation: Translation) -> Cuts:
@@ -100,79 +101,32 @@ def _valid_positions(cuts: Cuts, first_row: int, teacher: Tokens, student: Token
     return valid
 
 
-def _simple_entries(
-    rows: Rows,
-    first_row: int,
-    tokens: tuple[Tokens, Tokens],
-    blocks: tuple[Cuts, NDArray[np.bool_]],
+def _later_rows(cuts: Cuts, first_row: int, num_tokens: int) -> NDArray[np.int64]:
+    """[R] rows of teacher tokens that do not begin a block."""
+    begins = np.zeros(num_tokens, dtype=bool)
+    begins[cuts.teacher[:-1]] = True
+    return np.flatnonzero(~begins[first_row:])
+
+
+def _continuations(
+    ids: NDArray[np.uint32],
+    wanted: NDArray[np.bool_],
+    rows: tuple[NDArray[np.int64], int],
+    text: tuple[Tokens, Cuts],
     translation: Translation,
-) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float64]]:
-    """Blocks of one and one: every candidate but the text's adds to its first student token."""
-    (teacher, student), (cuts, chosen) = tokens, blocks
-    of_teacher, of_student = cuts.teacher[:-1][chosen], cuts.student[:-1][chosen]
-    candidates = rows.ids[of_teacher - first_row].astype(np.int64)
-    first = translation.first[candidates]
-    keep = (first != NONE) & (candidates != teacher.ids[of_teacher][:, None])
-    at = np.broadcast_to(of_student[:, None], candidates.shape)
-    probs = np.exp(rows.logprobs[of_teacher - first_row].astype(np.float64))
-    actual = np.exp(rows.actual[of_teacher - first_row].astype(np.float64))
-    return (
-        np.concatenate([at[keep], of_student]),
-        np.concatenate([first[keep], student.ids[of_student].astype(np.int32)]),
-        np.concatenate([probs[keep], actual]),
-    )
-
-
-def _complex_entries(
-    rows: Rows,
-    first_row: int,
-    tokens: tuple[Tokens, Tokens],
-    blocks: tuple[Cuts, NDArray[np.bool_]],
-    translation: Translation,
-) -> Iterator[Entry]:
-    """Blocks of several tokens; all their branches are written in one call of the tokenizer."""
-    (teacher, student), (cuts, chosen) = tokens, blocks
-    branches = []
-    for b in np.flatnonzero(chosen):
-        block = _Block(
-            range(cuts.teacher[b], cuts.teacher[b + 1]), range(cuts.student[b], cuts.student[b + 1]), int(cuts.at[b])
-        )
-        branches.append((block, list(_branches(rows, first_row, teacher, block, translation))))
-    written = translation.write({x.written for _, each in branches for x in each if isinstance(x.written, bytes)})
-    for block, each in branches:
-        tokenized = [(written[x.written] if isinstance(x.written, bytes) else x.written, x.prob) for x in each]
-        tokenized.append((tuple(student.ids[block.student].tolist()), _text_prob(rows, first_row, block)))
-        yield from _chain(tokenized, student.ids[block.student].tolist(), block.student)
-
-
-def _branches(
-    rows: Rows, first_row: int, teacher: Tokens, block: _Block, translation: Translation
-) -> Iterator[_Branch]:
-    """What the teacher would have written instead, row by row; rows before the first are taken as certain."""
-    prefix, weight = b"", 1.0
-    for t in block.teacher:
-        actual = int(teacher.ids[t])
-        if t >= first_row:
-            row = t - first_row
-            for x, prob in zip(rows.ids[row].tolist(), np.exp(rows.logprobs[row].astype(float)).tolist(), strict=True):
-                if x == actual:
-                    continue
-                data = translation.teacher.token_bytes[x] or b""  # a special token ends the branch at its prefix
-                yield _Branch(prefix + data if prefix else translation.of(x), weight * prob)
-            weight *= float(np.exp(float(rows.actual[row])))
-        prefix += translation.teacher.token_bytes[actual] or b""
-
-
-def _text_prob(rows: Rows, first_row: int, block: _Block) -> float:
-    spoken = [t - first_row for t in block.teacher if t >= first_row]
-    return float(np.exp(np.sum(rows.actual[spoken], dtype=np.float64)))
-
-
-def _chain(branches: list[tuple[tuple[int, ...], float]], text: list[int], positions: range) -> Iterator[Entry]:
-    """Walk the student's tokens of the block, keeping the branches that begin as the text does."""
-    for r, position in enumerate(positions):
-        reached = sum(prob for _, prob in branches) if r else 1.0
-        for written, prob in branches:
-            if len(written) > r:
-                yield position, written[r], prob / reached
-        branches = [(w, p) for w, p in branches if len(w) > r and w[r] == text[r]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+    """The wanted branches of later rows, written by the student: [R, K] index (NONE: not wanted), offsets, tokens."""
+    (later, first_row), (teacher, cuts) = rows, text
+    token_bytes = translation.teacher.token_bytes
+    begins = cuts.teacher[np.searchsorted(cuts.teacher, later + first_row) - 1]
+    before = [
+        b"".join(token_bytes[i] or b"" for i in teacher.ids[begin:end].tolist())
+        for begin, end in zip(begins.tolist(), (later + first_row).tolist(), strict=True)
+    ]
+    row, k = np.nonzero(wanted)
+    candidates = ids[later[row], k].tolist()
+    # a special token has no bytes: its branch ends where it would stand
+    pieces = [before[r] + (token_bytes[x] or b"") for r, x in zip(row.tolist(), candidates, strict=True)]
+    index = np.full(wanted.shape, kernels.NONE, dtype=np.int64)
+    index[row, k] = np.arange(len(pieces))
+    return index, *translation.write(pieces)

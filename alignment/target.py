@@ -16,7 +16,7 @@ class Target:
     """Sparse distributions for T student positions, nnz entries in all.
 
     offsets  [T + 1] int64: row i holds entries offsets[i] … offsets[i + 1]
-    ids      [nnz] int32 student token ids, ascending and distinct within a row
+    ids      [nnz] int32 student token ids, distinct within a row, in no particular order
     probs    [nnz] float32 probabilities
     tail     [T] float32 probability outside the listed ids; row sum + tail = 1 where valid
     valid    [T] bool; an invalid position has no entries and a tail of 0

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from alignment.kernels import NONE
 from alignment.vocabulary import Vocabulary
 
-NONE = -1  # no student token
 _SHARED_ROLES = ("eos",)
 _REMEMBERED = 1 << 18
 
@@ -30,7 +30,7 @@ class Translation:
     offsets: NDArray[np.int64] = field(repr=False)
     tokens: NDArray[np.int32] = field(repr=False)
     first: NDArray[np.int32] = field(repr=False)
-    _written: dict[bytes, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    _written: dict[bytes, list[int]] = field(default_factory=dict, repr=False)
 
     @property
     def is_identity(self) -> bool:
@@ -40,15 +40,18 @@ class Translation:
         """The student's tokens for one teacher token."""
         return tuple(self.tokens[self.offsets[token] : self.offsets[token + 1]].tolist())
 
-    def write(self, pieces: set[bytes]) -> dict[bytes, tuple[int, ...]]:
-        """The student's tokens for byte strings of several teacher tokens; what was written once is remembered."""
-        known = {piece: self._written[piece] for piece in pieces if piece in self._written}
-        new = [piece for piece in pieces if piece not in known]
-        fresh = {piece: tuple(ids) for piece, ids in zip(new, self.student.write(new), strict=True)}
+    def write(self, pieces: list[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """The student's tokens for byte strings, as offsets and tokens; what was written once is remembered."""
+        known = {piece: self._written.get(piece) for piece in pieces}
+        new = [piece for piece, ids in known.items() if ids is None]
+        fresh = dict(zip(new, self.student.write(new), strict=True))
         if len(self._written) + len(fresh) > _REMEMBERED:
             self._written.clear()
         self._written.update(fresh)
-        return known | fresh
+        rows = [fresh.get(piece) or known[piece] or [] for piece in pieces]
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return offsets, np.array([i for row in rows for i in row], dtype=np.int32)
 
     def forget(self) -> None:
         """Drop what `write` remembers, as a run that meets new text would have to."""
