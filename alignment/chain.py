@@ -61,6 +61,8 @@ def align(
             f"expected {len(teacher) - first_row} rows ({len(teacher)} teacher tokens from {first_row}), "
             f"received {len(rows.actual)}"
         )
+    if rows.ids.size and int(rows.ids.max()) >= len(translation.pieces):
+        raise AlignmentError(f"row id {int(rows.ids.max())} is outside the teacher's {len(translation.pieces)} ids")
     cuts = cuts_between(teacher, student, translation)
     valid = _valid_positions(cuts, first_row, teacher, student)
     ids = np.ascontiguousarray(rows.ids, dtype=np.uint32)
@@ -117,7 +119,7 @@ def _continuations(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
     """The wanted branches of later rows, written by the student: [R, K] index (NONE: not wanted), offsets, tokens."""
     (later, first_row), (teacher, cuts) = rows, text
-    token_bytes = translation.teacher.token_bytes
+    token_bytes = translation.pieces
     begins = cuts.teacher[np.searchsorted(cuts.teacher, later + first_row) - 1]
     before = [
         b"".join(token_bytes[i] or b"" for i in teacher.ids[begin:end].tolist())

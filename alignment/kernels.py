@@ -6,6 +6,7 @@ a token is one addition; the list of touched tokens becomes the row and clears t
 Legend: S rows, K candidates, T_t and T student tokens of the teacher and the student, B blocks, W teacher vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-@njit(cache=True, nogil=True)
+def _compiled(function: Callable[..., Any]) -> Any:
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither this folder nor the user's cache can be written
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def reach(actual: Floats, first_row: int, cuts: Ints) -> Floats:
     """[S] probability of the block's text before each row; what stands before the first row is taken as certain."""
     out = np.ones(len(actual))
@@ -33,7 +41,7 @@ def reach(actual: Floats, first_row: int, cuts: Ints) -> Floats:
     return out
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def settled(cuts_teacher: Ints, cuts_student: Ints, ends_teacher: Ints, ends_student: Ints) -> Any:
     """For each teacher token: how many student tokens of its block lie wholly in the text before it [T_t], and
     whether the last of them ends where that text ends [T_t].
@@ -54,7 +62,7 @@ def settled(cuts_teacher: Ints, cuts_student: Ints, ends_teacher: Ints, ends_stu
     return count, flush
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _add(scratch: Floats, touched: NDArray[np.int32], size: int, token: int, prob: float) -> Any:
     """Add to one token of the row being gathered; returns the number of tokens touched.
 
@@ -68,7 +76,7 @@ def _add(scratch: Floats, touched: NDArray[np.int32], size: int, token: int, pro
     return size
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _single(row: Any, candidates: Any, j: int, text: Any, first: Any) -> Any:
     """A block of one and one: every candidate but the text's adds to its first student token."""
     ids, probs, actual, _ = candidates
@@ -82,7 +90,7 @@ def _single(row: Any, candidates: Any, j: int, text: Any, first: Any) -> Any:
     return _add(scratch, touched, size, student_token, actual[j])
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _gather(branches: Any, candidates: Any, block: Any, texts: Any, table: Any, later: Any) -> Any:
     """List the branches of a block of several tokens; the text itself is the last.
 
@@ -118,7 +126,7 @@ def _gather(branches: Any, candidates: Any, block: Any, texts: Any, table: Any, 
     return n + 1, slot
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _advance(row: Any, branches: Any, alive: int, at: Any, pools: Any) -> Any:
     """Add each branch's share to its next token, and keep those whose next token is the text's.
 
@@ -142,7 +150,7 @@ def _advance(row: Any, branches: Any, alive: int, at: Any, pools: Any) -> Any:
     return size, kept
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _room(ids: Any, probs: Any, needed: int) -> Any:
     """The arrays, longer if they hold fewer than `needed` entries."""
     if needed <= len(ids):
@@ -152,7 +160,7 @@ def _room(ids: Any, probs: Any, needed: int) -> Any:
     return wide_ids, wide_probs
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def _flush(row: Any, size: int, out: Any, used: int) -> float:
     """Write the gathered row after entry `used`, clear the scratch, and return the row's mass."""
     (scratch, touched), (ids, probs) = row, out
@@ -167,7 +175,7 @@ def _flush(row: Any, size: int, out: Any, used: int) -> float:
     return mass
 
 
-@njit(cache=True, nogil=True)
+@_compiled
 def chain_rows(
     candidates: Any,  # [S, K] uint32 ids, [S, K] float32 and [S] float64 probabilities, [S] reach
     texts: Any,  # teacher ids [T_t], student ids [T], first_row, and what `settled` returns

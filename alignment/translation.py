@@ -21,12 +21,16 @@ _REMEMBERED = 1 << 18
 class Translation:
     """The teacher's W tokens in tokens of the student.
 
+    W counts the ids that the teacher's model scores, which may be more than its tokenizer has (padded embeddings).
+
+    pieces   [W] the bytes of each teacher token, None where it has none
     offsets  [W + 1] int64 and tokens [nnz] int32: teacher token x is written tokens[offsets[x]:offsets[x + 1]]
     first    [W] int32: the first of them, NONE where there is none
     """
 
     teacher: Vocabulary
     student: Vocabulary
+    pieces: tuple[bytes | None, ...] = field(repr=False)
     offsets: NDArray[np.int64] = field(repr=False)
     tokens: NDArray[np.int32] = field(repr=False)
     first: NDArray[np.int32] = field(repr=False)
@@ -53,26 +57,26 @@ class Translation:
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         return offsets, np.array([i for row in rows for i in row], dtype=np.int32)
 
-    def forget(self) -> None:
-        """Drop what `write` remembers, as a run that meets new text would have to."""
-        self._written.clear()
 
+def translate(teacher: Vocabulary, student: Vocabulary, vocab_size: int | None = None) -> Translation:
+    """Build the table for ids below `vocab_size`, by default those of the tokenizer.
 
-def translate(teacher: Vocabulary, student: Vocabulary) -> Translation:
-    """Build the table. Equal tokenizers translate every id, special or not, into itself."""
+    Equal tokenizers translate every id, special or not, into itself. Ids that no tokenizer has stay untranslated.
+    """
+    pieces = teacher.token_bytes + (None,) * ((vocab_size or len(teacher)) - len(teacher))
+    rows: list[list[int]] = [[] for _ in pieces]
     if teacher.fingerprint == student.fingerprint:
-        ids = np.arange(len(teacher), dtype=np.int32)
-        return Translation(teacher, student, np.arange(len(teacher) + 1, dtype=np.int64), ids, ids)
-    written = [i for i, data in enumerate(teacher.token_bytes) if data]
-    rows: list[list[int]] = [[] for _ in range(len(teacher))]
-    for i, ids_of_token in zip(written, student.write([teacher.token_bytes[i] or b"" for i in written]), strict=True):
-        rows[i] = ids_of_token
-    for role in _SHARED_ROLES:
-        if role in teacher.roles and role in student.roles:
-            rows[teacher.roles[role]] = [student.roles[role]]
+        rows[: len(teacher)] = [[i] for i in range(len(teacher))]
+    else:
+        written = [i for i, data in enumerate(pieces) if data]
+        for i, ids in zip(written, student.write([pieces[i] or b"" for i in written]), strict=True):
+            rows[i] = ids
+        for role in _SHARED_ROLES:
+            if role in teacher.roles and role in student.roles:
+                rows[teacher.roles[role]] = [student.roles[role]]
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.array([i for row in rows for i in row], dtype=np.int32)
     first = np.full(len(rows), NONE, dtype=np.int32)
     first[lengths > 0] = tokens[offsets[:-1][lengths > 0]]
-    return Translation(teacher, student, offsets, tokens, first)
+    return Translation(teacher, student, pieces, offsets, tokens, first)

@@ -41,6 +41,7 @@ class Limits:
     max_request_tokens: int = 1 << 16
     max_queued_tokens: int = 1 << 19
     max_body_bytes: int = 1 << 20
+    max_seconds: float = 600.0
 
 
 class Refusal(Exception):
@@ -100,6 +101,7 @@ class _Queue:
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine = engine
         self._limit = limits.max_queued_tokens
+        self._max_seconds = limits.max_seconds
         self._queued_tokens = 0
 
     def answer(self, question: ScoreRequest, timeout_s: float | None) -> AsyncIterator[bytes]:
@@ -107,28 +109,32 @@ class _Queue:
         tokens = sum(map(len, question.sequences))
         if self._queued_tokens + tokens > self._limit:
             raise Refusal(503, "Queue full", f"{self._queued_tokens} of {self._limit} tokens are waiting: ask later")
-        return self._chunks(question, tokens, timeout_s)
+        return self._chunks(question, min(timeout_s or self._max_seconds, self._max_seconds))
 
-    async def _chunks(self, question: ScoreRequest, tokens: int, timeout_s: float | None) -> AsyncIterator[bytes]:
-        self._queued_tokens += tokens
+    async def _chunks(self, question: ScoreRequest, timeout_s: float) -> AsyncIterator[bytes]:
+        deadline = asyncio.get_running_loop().time() + timeout_s
         tasks = [asyncio.create_task(self._one(question, i)) for i in range(len(question.sequences))]
         writer = StreamWriter(question.top_k, self._engine.card.fingerprint)
         try:
-            async with asyncio.timeout(timeout_s):
-                for done in asyncio.as_completed(tasks):
-                    yield writer.write(*await done)
+            for done in asyncio.as_completed(tasks):
+                async with asyncio.timeout_at(deadline):  # not around the yield: a client may never read
+                    index, rows = await done
+                yield writer.write(index, rows)
             yield writer.close()
         except Exception:  # the status line is out: an answer cut short is how the client learns of it
             log.exception("an answer was cut short")
         finally:
-            self._queued_tokens -= tokens
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, question: ScoreRequest, index: int) -> tuple[int, Rows]:
-        rows = await self._engine.score(question.sequences[index], question.starts[index], question.top_k)
-        return index, rows
+        sequence = question.sequences[index]
+        self._queued_tokens += len(sequence)
+        try:
+            return index, await self._engine.score(sequence, question.starts[index], question.top_k)
+        finally:
+            self._queued_tokens -= len(sequence)
 
 
 def check_request(question: ScoreRequest, card: Card, limits: Limits) -> ScoreRequest:

@@ -21,6 +21,7 @@ from teachers.errors import (
     VersionMismatch,
 )
 from teachers.protocol import (
+    ARROW_STREAM,
     PROTOCOL,
     TIMEOUT_HEADER,
     TOKENIZER_FILES,
@@ -48,7 +49,7 @@ class TeacherClient:
 
     def __init__(self, name: str, url: str, key: str | None = None) -> None:
         self.name = name
-        self.url = url.rstrip("/")
+        self.url = check_url(name, url)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=None, trust_env=False)
 
@@ -102,6 +103,8 @@ class TeacherClient:
             body = request.model_dump_json()
             async with self._http.stream("POST", "/v1/score", content=body, headers=headers) as response:
                 await _raise_for_status(response)
+                if (kind := response.headers.get("content-type")) != ARROW_STREAM:
+                    raise ProtocolError(f"expected {ARROW_STREAM}, received {kind}")
                 data = await _read(response, limit)
         with self._named():
             return read_stream(data, request, card)
@@ -129,6 +132,17 @@ class TeacherClient:
 
     def _named(self) -> "_Named":
         return _Named(f"teacher {self.name} at {self.url}")
+
+
+def check_url(name: str, url: str) -> str:
+    """The address without a trailing slash. Raises TeacherError if it is none."""
+    try:
+        parsed = httpx.URL(url.rstrip("/"))
+    except httpx.InvalidURL as error:
+        raise TeacherError(f"teacher {name}: {url!r} is no address ({error})") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host or not 0 < (parsed.port or 80) < 65536:
+        raise TeacherError(f"teacher {name}: {url!r} is no address: expected http://HOST:PORT")
+    return str(parsed).rstrip("/")
 
 
 class _Named:

@@ -14,7 +14,7 @@ def key_from_file(path: Path) -> str:
         raise TeacherError(f"cannot read the key file {path}: {error}") from error
     if not key:
         raise TeacherError(f"the key file {path} is empty: write the teacher's bearer key into it")
-    return key
+    return _usable(key, f"the key file {path}")
 
 
 def key_from_environment(variable: str) -> str:
@@ -22,4 +22,10 @@ def key_from_environment(variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise TeacherError(f"the environment variable {variable} is not set: put the teacher's bearer key into it")
+    return _usable(key, f"the environment variable {variable}")
+
+
+def _usable(key: str, source: str) -> str:
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise TeacherError(f"{source} holds no bearer key: expected one line of printable ASCII without spaces")
     return key

@@ -7,6 +7,7 @@ cannot is raised at once. A teacher that is killed and restarted costs time, nev
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from teachers.errors import FingerprintMismatch, Overloaded, TeacherError, Unava
 from teachers.protocol import Card, Rows, ScoreRequest
 
 log = logging.getLogger("tutelage.pool")
+REST_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class _Replica:
         self.client = client
         self.slots = asyncio.Semaphore(concurrency)
         self.outstanding_tokens = 0
-        self.failures = 0
+        self.resting_until = 0.0  # after a failure others are preferred for a while
 
     async def score(self, request: ScoreRequest, card: Card, timeout_s: float) -> Rows:
         tokens = len(request.sequences[0])
@@ -51,14 +53,14 @@ class _Replica:
         try:
             async with self.slots:
                 rows = (await self.client.score(request, card, timeout_s))[0]
-            if self.failures:
+            if self.resting_until:
                 log.warning("teacher %s at %s answers again", self.client.name, self.client.url)
-            self.failures = 0
+            self.resting_until = 0.0
             return rows
         except Unavailable as error:
-            if not self.failures:
+            if not self.resting_until:
                 log.warning("%s; asking again", error)
-            self.failures += 1
+            self.resting_until = time.monotonic() + REST_S
             raise
         finally:
             self.outstanding_tokens -= tokens
@@ -72,6 +74,8 @@ class TeacherPool:
         self._replicas = {
             a.name: [_Replica(TeacherClient(a.name, url, a.key), a.concurrency) for url in a.urls] for a in addresses
         }
+        # a question's patience begins when it can be asked, not while it waits behind others
+        self._slots = {a.name: asyncio.Semaphore(a.concurrency * len(a.urls)) for a in addresses}
         self._cards: dict[str, Card] = {}
 
     async def __aenter__(self) -> "TeacherPool":
@@ -115,13 +119,17 @@ class TeacherPool:
         """One teacher's rows for one sequence. Raises the last error once the teacher's patience is over."""
         address, card = self._addresses[name], self._cards[name]
         request = ScoreRequest(sequences=[sequence], starts=[start], top_k=top_k)
-        async for attempt in stamina.retry_context(
-            on=_backoff, attempts=None, timeout=address.patience_s, wait_initial=0.2, wait_max=5.0
-        ):
-            with attempt:
-                replica = min(self._replicas[name], key=lambda r: (r.failures, r.outstanding_tokens))
-                return await replica.score(request, card, address.timeout_s)
+        async with self._slots[name]:
+            async for attempt in stamina.retry_context(
+                on=_backoff, attempts=None, timeout=address.patience_s, wait_initial=0.2, wait_max=5.0
+            ):
+                with attempt:
+                    return await self._next_replica(name).score(request, card, address.timeout_s)
         raise AssertionError("retry_context returns or raises")
+
+    def _next_replica(self, name: str) -> _Replica:
+        now = time.monotonic()
+        return min(self._replicas[name], key=lambda r: (now < r.resting_until, r.outstanding_tokens))
 
 
 def _backoff(error: Exception) -> bool | float:

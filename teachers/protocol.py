@@ -30,6 +30,9 @@ MOST = 2.0**-6  # largest relative rounding of a probability above e^−32
 MASS_TOLERANCE = 1e-4  # what the engine's own float32 sums may be off by
 
 
+PROBE = "The lighthouse keeper climbed the stairs every evening. He counted them once, long ago, and never again."
+
+
 class Message(BaseModel):
     """Base of everything sent as JSON."""
 
@@ -64,6 +67,11 @@ class Card(Message):
     """Longest sequence it takes, BOS included."""
     max_top_k: int
     """Largest K it answers."""
+
+    @property
+    def prefix(self) -> list[int]:
+        """The ids that stand in front of every text: BOS where the model expects it, else nothing."""
+        return [self.bos_id] if self.expects_bos and self.bos_id is not None else []
 
 
 class ScoreRequest(Message):
@@ -184,6 +192,8 @@ def read_stream(data: bytes, request: ScoreRequest, card: Card) -> list[Rows]:
             answers[index] = restore_mass(check_rows(rows, request, index, card), actual_ids)
     except (pa.ArrowInvalid, OSError) as error:
         raise Truncated(f"the answer broke off after {len(answers)} of {len(request.sequences)} sequences") from error
+    except (TypeError, KeyError, ValueError) as error:
+        raise ProtocolError(f"a batch without a usable index and start: {error!r}") from error
     if len(answers) < len(request.sequences):
         raise Truncated(f"the answer ended after {len(answers)} of {len(request.sequences)} sequences")
     return [answers[i] for i in range(len(request.sequences))]
@@ -263,6 +273,8 @@ def _faults(rows: Rows, actual_ids: Sequence[int], vocab_size: int) -> Iterator[
     yield "a positive log-probability", (rows.logprobs > 0).any(axis=1) | (rows.actual > 0)
     yield "candidates that are not in descending order", (np.diff(rows.logprobs, axis=1) > 0).any(axis=1)
     yield f"a token id outside the vocabulary of {vocab_size}", (rows.ids >= vocab_size).any(axis=1)
+    ids = np.sort(rows.ids, axis=1)
+    yield "a candidate that is listed twice", (ids[:, 1:] == ids[:, :-1]).any(axis=1)
     probs = np.exp(rows.logprobs.astype(np.float64))
     rounding = MASS_TOLERANCE + (probs * np.abs(rows.logprobs)).sum(axis=1) * HALF_ULP
     yield "listed mass and tail that do not sum to 1", np.abs(probs.sum(axis=1) + rows.tail - 1) > rounding
@@ -270,6 +282,8 @@ def _faults(rows: Rows, actual_ids: Sequence[int], vocab_size: int) -> Iterator[
     gap = np.abs(rows.logprobs - rows.actual[:, None])
     rounding = MASS_TOLERANCE + np.abs(rows.actual) * HALF_ULP
     yield "an actual token that contradicts its own listing", (is_actual & (gap > rounding[:, None])).any(axis=1)
+    unlisted = ~is_actual.any(axis=1) & (np.exp(rows.actual) > rows.tail + MASS_TOLERANCE)
+    yield "an unlisted actual token that is likelier than the whole tail", unlisted
 
 
 def as_received(rows: Rows, sequence: list[int], card: Card) -> Rows:

@@ -33,8 +33,10 @@ def serve(engine: Engine, sock: socket.socket, key: str | None, limits: Limits =
     config = uvicorn.Config(
         build_app(engine, key, limits), log_level="warning", timeout_graceful_shutdown=5, lifespan="off"
     )
-    uvicorn.Server(config).run(sockets=[sock])
-    engine.close()
+    try:
+        uvicorn.Server(config).run(sockets=[sock])
+    finally:  # uvicorn raises the signal that stopped it once more
+        engine.close()
 
 
 def stop_with_parent() -> None:

@@ -4,9 +4,8 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal
 
-from teachers.errors import TeacherError
 from teachers.keys import key_from_environment, key_from_file
 
 Dtype = Literal["bfloat16", "float32"]
@@ -20,9 +19,9 @@ class TeachOptions:
 
     host: str = "127.0.0.1"
     port: int = 8101
-    dtype: str = "bfloat16"
+    dtype: Dtype = "bfloat16"
     device: str = "cpu"
-    bos: str = "auto"
+    bos: Bos = "auto"
     max_tokens: int | None = None
     max_top_k: int = 128
     batch_tokens: int = 0
@@ -33,8 +32,6 @@ def teach_model(folder: Path, options: TeachOptions, stop_with_parent: bool, say
     """Serve until stopped. Raises TeacherError for an address, key or model that cannot be used."""
     from teachers import serving
 
-    dtype = cast(Dtype, _one_of("--dtype", options.dtype, get_args(Dtype)))
-    bos = cast(Bos, _one_of("--bos", options.bos, get_args(Bos)))
     if options.key_file is not None:
         key: str | None = key_from_file(options.key_file)
     else:
@@ -46,14 +43,10 @@ def teach_model(folder: Path, options: TeachOptions, stop_with_parent: bool, say
 
     engine = TransformersEngine(
         folder,
-        EngineOptions(dtype, options.device, bos, options.max_tokens, options.max_top_k, options.batch_tokens),
+        EngineOptions(
+            options.dtype, options.device, options.bos, options.max_tokens, options.max_top_k, options.batch_tokens
+        ),
     )
     guard = "with a key" if key else "without a key"
     say(f"teacher {engine.card.model} on {options.host}:{options.port} {guard}, up to K = {engine.card.max_top_k}")
     serving.serve(engine, sock, key)
-
-
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise TeacherError(f"{option} must be one of {', '.join(choices)}, received {value}")
-    return value

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -72,10 +72,10 @@ def demo(
 def teach(
     model: Annotated[str, typer.Argument(help="Model directory, or a name under $TUTELAGE_CACHE/models.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8101,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8101,
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Type to compute in.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    bos: Annotated[str, typer.Option(help="BOS in front of every text: auto, yes or no.")] = "auto",
+    bos: Annotated[Literal["auto", "yes", "no"], typer.Option(help="BOS in front of every text.")] = "auto",
     max_tokens: Annotated[int | None, typer.Option(help="Longest sequence to take.")] = None,
     max_top_k: Annotated[int, typer.Option(help="Largest K to answer.")] = 128,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in one forward pass; 0: one sequence each.")] = 0,

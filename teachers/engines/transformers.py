@@ -9,8 +9,10 @@ own forward pass: an architecture that changes its logits afterwards is refused,
 
 import asyncio
 import hashlib
+import json
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,13 +22,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from teachers.errors import TeacherError
-from teachers.protocol import TOKENIZER_FILES, Card, Rows
+from teachers.protocol import PROBE, TOKENIZER_FILES, Card, Rows
 
 CHUNK_TOKENS = 128  # [128, 262144] float32 is 134 MB
-PROBE = "The lighthouse keeper climbed the stairs every evening. He counted them once, long ago, and never again."
+PROGRESS_S = 15.0  # an engine that finished a batch within this time is alive, however much waits
 
 # torch legend: B sequences, L padded length, C chunk of positions, D width, W teacher's vocabulary, K top-k
 
@@ -37,7 +40,8 @@ class EngineOptions:
 
     dtype         weights and activations: "bfloat16" or "float32"
     device        "cpu", "cuda", "cuda:1", …
-    bos           whether BOS goes in front of every text; "auto" asks the model which it predicts better
+    bos           whether BOS goes in front of every text; "auto" is the tokenizer's word, or, where it has none,
+                  what the model predicts better
     max_tokens    longest sequence; None takes the model's own limit
     max_top_k     largest K
     batch_tokens  padded tokens in one forward pass; 0 scores each sequence alone, reproducibly
@@ -69,6 +73,9 @@ class TransformersEngine:
         self._check_head()
         self._card = self._describe(folder)
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._closing = threading.Event()
+        self._busy = False
+        self._progress_at = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -87,21 +94,31 @@ class TransformersEngine:
         return await asyncio.wrap_future(job.answer)
 
     async def check(self) -> None:
-        await self.score([self._card.bos_id or 0, 0], 1, 1)
+        """A busy engine shows that it lives by what it finishes; an idle one is asked."""
+        if not self._busy or time.monotonic() - self._progress_at > PROGRESS_S:
+            await self.score([self._card.bos_id or 0, 0], 1, 1)
 
     def close(self) -> None:
+        """End the thread after the batch it is at; what still waits is cancelled."""
+        self._closing.set()
         self._jobs.put(None)
         self._thread.join(timeout=30)
 
     # --- the thread that owns the model ---
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            waiting = [job]
-            while not self._jobs.empty() and (more := self._jobs.get_nowait()) is not None:
-                waiting.append(more)
-            for batch in batches_by_length(waiting, self._options.batch_tokens):
-                self._answer([j for j in batch if j.answer.set_running_or_notify_cancel()])
+        while not self._closing.is_set():
+            self._busy = False
+            waiting = [self._jobs.get()]
+            self._busy, self._progress_at = True, time.monotonic()
+            while not self._jobs.empty():
+                waiting.append(self._jobs.get_nowait())
+            for batch in batches_by_length([job for job in waiting if job is not None], self._options.batch_tokens):
+                if self._closing.is_set():
+                    for job in batch:
+                        job.answer.cancel()
+                self._answer([job for job in batch if job.answer.set_running_or_notify_cancel()])
+                self._progress_at = time.monotonic()
 
     def _answer(self, batch: list[_Job]) -> None:
         if not batch:
@@ -182,11 +199,16 @@ class TransformersEngine:
         )
 
     def _prefers_bos(self, folder: Path) -> bool:
-        """Whether a plain sentence is at least a tenth cheaper with BOS in front (Gemma: by half)."""
+        """The tokenizer's word; else whether a plain sentence is a tenth cheaper with BOS in front (Gemma: by half)."""
         bos = self._model.config.get_text_config().bos_token_id
-        if bos is None:
-            return False
-        ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(PROBE, add_special_tokens=False).input_ids
+        config = self._files.get("tokenizer_config.json")
+        said = json.loads(config.read_bytes()) if config else {}
+        if bos is None or isinstance(said.get("add_bos_token"), bool):
+            return bos is not None and bool(said["add_bos_token"])
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if tokenizer(PROBE).input_ids[0] == bos:
+            return True
+        ids = tokenizer(PROBE, add_special_tokens=False).input_ids
         return self._probe_loss([bos, *ids], 2) < 0.9 * self._probe_loss(ids, 1)
 
     def _probe_loss(self, sequence: list[int], start: int) -> float:
@@ -221,8 +243,12 @@ def _load(folder: Path, options: EngineOptions) -> Any:
     if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
         raise TeacherError(f"{folder} is no model directory: it needs config.json, weights and tokenizer.json")
     loader: Any = AutoModelForCausalLM
-    model = loader.from_pretrained(folder, dtype=getattr(torch, options.dtype), local_files_only=True)
-    return model.to(options.device).eval()
+    try:
+        model = loader.from_pretrained(folder, dtype=getattr(torch, options.dtype), local_files_only=True)
+        return model.to(options.device).eval()
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
+        reason = str(error).partition("\n")[0]
+        raise TeacherError(f"cannot load {folder} on {options.device}: {reason}") from error
 
 
 def _sha256(path: Path) -> str:

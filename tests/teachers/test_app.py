@@ -1,7 +1,9 @@
 """Server and client over loopback: the contract, its limits, its errors."""
 
 import asyncio
+import json
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +15,7 @@ import pytest
 import teachers.errors as errors
 from teachers.app import Limits
 from teachers.client import TeacherClient
+from teachers.keys import key_from_file
 from teachers.protocol import TIMEOUT_HEADER, ScoreRequest
 from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port, saying, serving
@@ -82,7 +85,7 @@ def test_a_wrong_key_is_refused_everywhere_but_at_health(tiny_byte_level: Path, 
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.get(f"{url}/ready").status_code == 200
         assert call(url, lambda c: ask(c, 5), key="right")
-        if key != "schlüssel":
+        if key is None or key.isascii():  # others are refused where keys are read
             with pytest.raises(errors.Unauthorized, match="teacher gemma at"):
                 call(url, lambda c: c.card(), key=key)
 
@@ -186,6 +189,27 @@ def test_an_engine_that_does_not_answer_is_not_ready(tiny_byte_level: Path) -> N
             call(url, lambda c: c.ready())
 
 
+@pytest.mark.parametrize("content", ["schlüssel", "two\nlines", "a b"])
+def test_a_key_that_no_header_can_carry_is_refused_where_it_is_read(tmp_path: Path, content: str) -> None:
+    (tmp_path / "key").write_text(content, encoding="utf-8")
+    with pytest.raises(errors.TeacherError, match="printable ASCII"):
+        key_from_file(tmp_path / "key")
+
+
+def test_a_client_that_never_reads_holds_no_place_in_the_queue(tiny_byte_level: Path) -> None:
+    engine = FormulaEngine(tiny_byte_level)
+    body = json.dumps({"sequences": [list(range(400))] * 40, "starts": [1] * 40, "top_k": 64}).encode()
+    with serving(engine, limits=Limits(max_queued_tokens=20_000)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as lazy:
+            lazy.sendall(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            for _ in range(200):
+                if engine.finished == 40:
+                    break
+                asyncio.run(asyncio.sleep(0.02))
+            assert call(url, lambda c: ask(c, *([400] * 40)))
+
+
 def test_another_protocol_version_is_refused(tiny_byte_level: Path) -> None:
     with serving(FormulaEngine(tiny_byte_level, protocol="99")) as url:
         with pytest.raises(errors.VersionMismatch, match="expected protocol 1, received 99"):
@@ -221,13 +245,28 @@ def test_nobody_there_is_unavailable() -> None:
 
 
 def test_an_address_that_is_none_is_an_error_of_ours() -> None:
-    for url in ("no-scheme:8101", "http://", "ftp://127.0.0.1"):
-        with pytest.raises(errors.TeacherError, match="teacher gemma at"):
+    for url in ("no-scheme:8101", "127.0.0.1:9", "http://", "ftp://127.0.0.1", "http://a:abc", "http://a:99999"):
+        with pytest.raises(errors.TeacherError, match="teacher gemma: .* is no address"):
             call(url, lambda c: c.card())
 
 
-def test_every_httpx_error_is_mapped() -> None:
-    """The one place that maps them must know each class httpx can raise."""
-    mapped = (httpx.TransportError, httpx.HTTPError, httpx.InvalidURL, httpx.StreamError)
-    classes = [c for c in vars(httpx).values() if isinstance(c, type) and issubclass(c, Exception)]
-    assert [c for c in classes if not issubclass(c, mapped)] == [httpx.CookieConflict]
+HTTPX_ERRORS = [c for c in vars(httpx).values() if isinstance(c, type) and issubclass(c, Exception)]
+
+
+@pytest.mark.parametrize("kind", HTTPX_ERRORS, ids=lambda kind: kind.__name__)
+def test_every_httpx_error_is_mapped(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever httpx can raise on the way arrives as an error of ours, with the teacher's name."""
+    if kind is httpx.CookieConflict:
+        return  # no cookies are read
+    error = kind.__new__(kind)
+    error.args = ("from httpx",)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    async def run(client: TeacherClient) -> None:
+        monkeypatch.setattr(client._http, "stream", fail)
+        await client.card()
+
+    with pytest.raises(errors.TeacherError, match="teacher gemma at"):
+        call("http://127.0.0.1:9", run)

@@ -1,6 +1,10 @@
 """The transformers engine against a plain float32 forward pass."""
 
 import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from alignment import Vocabulary
 from teachers.engines.transformers import CHUNK_TOKENS, EngineOptions, TransformersEngine, batches_by_length
 from teachers.errors import TeacherError
 from teachers.protocol import Rows
@@ -68,6 +73,73 @@ def test_bos_is_asked_for_where_the_model_predicts_better_with_it(gemma: Path, s
         engine = TransformersEngine(folder)
         engine.close()
         assert engine.card.expects_bos is expected
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_bos_is_what_the_tokenizer_says_where_it_says_something(
+    tmp_path: Path, tiny_sentencepiece: Path, flag: bool
+) -> None:
+    folder = shutil.copytree(tiny_sentencepiece, tmp_path / "m")
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": flag}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    engine = TransformersEngine(folder)
+    engine.close()
+    assert engine.card.expects_bos is flag is Vocabulary.load(folder).expects_bos
+
+
+def test_closing_drops_what_waits_and_does_not_hang(tiny_byte_level: Path) -> None:
+    engine = TransformersEngine(tiny_byte_level, EngineOptions(dtype="float32"))
+
+    async def ask() -> list[object]:
+        jobs = [asyncio.create_task(engine.score(IDS[:300], 1, 16)) for _ in range(200)]
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await asyncio.to_thread(engine.close)
+        assert time.monotonic() - began < 5
+        return await asyncio.gather(*jobs, return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    assert any(isinstance(a, asyncio.CancelledError) for a in answers)
+
+
+def test_a_busy_engine_is_ready(tiny_byte_level: Path) -> None:
+    engine = TransformersEngine(tiny_byte_level, EngineOptions(dtype="float32"))
+
+    async def ask() -> float:
+        jobs = [asyncio.create_task(engine.score(IDS[:300], 1, 16)) for _ in range(100)]
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await engine.check()
+        took = time.monotonic() - began
+        await asyncio.gather(*jobs)
+        return took / (time.monotonic() - began)
+
+    assert asyncio.run(ask()) < 0.5
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "cannot load"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "cannot load"),
+        (lambda f: (f / "config.json").write_text("{"), "cannot load"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "nonsense"}'), "cannot load"),
+    ],
+)
+def test_a_damaged_model_is_one_sentence(
+    tmp_path: Path, tiny_byte_level: Path, damage: Callable[[Path], object], says: str
+) -> None:
+    folder = shutil.copytree(tiny_byte_level, tmp_path / "m")
+    damage(folder)
+    with pytest.raises(TeacherError, match=says):
+        TransformersEngine(folder)
+
+
+def test_a_device_that_is_not_there_is_one_sentence(tiny_byte_level: Path) -> None:
+    for device in ("cuda:7", "nonsense"):
+        with pytest.raises(TeacherError, match=f"on {device}"):
+            TransformersEngine(tiny_byte_level, EngineOptions(device=device))
 
 
 def test_the_card_changes_with_weights_and_with_type(tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from teachers.errors import FingerprintMismatch, InvalidRows, Rejected, Unavailable
-from teachers.pool import TeacherAddress, TeacherPool
+from teachers.pool import REST_S, TeacherAddress, TeacherPool
 from teachers.protocol import Rows
 from tests.serve import FormulaEngine, free_port, serving
 
@@ -75,6 +75,38 @@ def test_a_teacher_that_goes_and_comes_back_costs_time_and_no_sample(tiny_byte_l
 
     before, after = asyncio.run(run())
     assert (before.ids == after.ids).all()
+
+
+def test_a_replica_that_comes_back_is_asked_again(tiny_byte_level: Path) -> None:
+    steady, port = FormulaEngine(tiny_byte_level, delay_s=0.01), free_port()
+
+    async def run(url: str) -> int:
+        async with TeacherPool([TeacherAddress("t", (f"http://127.0.0.1:{port}", url), patience_s=20)]) as pool:
+            await pool.connect("t")
+            await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(8)))
+            back = FormulaEngine(tiny_byte_level, delay_s=0.01)
+            with serving(back, port=port):
+                await asyncio.sleep(REST_S)
+                await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(40)))
+            return back.finished
+
+    with serving(steady) as url:
+        assert asyncio.run(run(url)) >= 10
+
+
+def test_patience_does_not_count_the_time_behind_other_questions(tiny_byte_level: Path) -> None:
+    engine = FormulaEngine(tiny_byte_level, delay_s=0.3)
+
+    async def run(url: str) -> list[Rows]:
+        async with TeacherPool([TeacherAddress("t", (url,), patience_s=1.0, concurrency=1)]) as pool:
+            await pool.connect("t")
+            return await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(8)))
+
+    failing = iter([True])
+    answer = engine.alter
+    engine.alter = lambda rows: 1 / 0 if engine.finished == 6 and next(failing, False) else answer(rows)  # type: ignore
+    with serving(engine) as url:
+        assert len(asyncio.run(run(url))) == 8
 
 
 def test_patience_ends_with_the_last_error(tiny_byte_level: Path) -> None:

@@ -107,6 +107,7 @@ FAULTS = {
     "descending": lambda r: replace(r, logprobs=_at_one(r.logprobs, r.logprobs[1, ::-1])),
     "outside the vocabulary": lambda r: replace(r, ids=_at_one(r.ids, VOCAB_SIZE)),
     "sum to 1": lambda r: replace(r, tail=np.where(np.arange(len(r)) == 1, r.tail + 0.01, r.tail).astype(np.float32)),
+    "listed twice": lambda r: replace(r, ids=_at_one(r.ids, 7)),
     "contradicts": lambda r: replace(r, actual=np.where(np.arange(len(r)) == 1, -20.0, r.actual).astype(np.float32)),
 }
 
@@ -125,6 +126,20 @@ def test_rows_no_model_can_mean_are_refused_with_their_position(fault: str) -> N
     read_stream(stream([rows], [0], VOCAB_SIZE), request, CARD)
     with pytest.raises(InvalidRows, match=f"sequence 0, position 2: .*{fault}"):
         read_stream(stream([FAULTS[fault](rows)], [0], VOCAB_SIZE), request, CARD)
+
+
+def test_an_unlisted_token_cannot_be_likelier_than_the_tail() -> None:
+    request, rows = question([[1, 2]], 4)
+    wrong = replace(rows[0], actual=np.array([-0.01], dtype=np.float32), ids=np.array([[5, 6, 7, 8]], dtype=np.uint32))
+    with pytest.raises(InvalidRows, match="likelier than the whole tail"):
+        read_stream(stream([wrong], [0], 4), request, CARD)
+
+
+def test_a_batch_without_its_index_is_refused() -> None:
+    request, rows = question([[1, 2]], 4)
+    data = stream(rows, [0], 4).replace(b"index", b"xedni")
+    with pytest.raises(ProtocolError, match="without a usable index"):
+        read_stream(data, request, CARD)
 
 
 def test_a_uniform_distribution_passes_despite_half_precision() -> None:

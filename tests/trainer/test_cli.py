@@ -207,4 +207,6 @@ def test_teach_refuses_a_taken_port_and_a_folder_without_a_model(tmp_path: Path,
         port = url.rpartition(":")[2]
         assert_one_sentence(call("teach", tiny_byte_level, "--port", port), f"cannot listen on 127.0.0.1:{port}")
     assert_one_sentence(call("teach", tmp_path / "nothing"), "is neither a model directory")
-    assert_one_sentence(call("teach", tiny_byte_level, "--dtype", "int8"), "--dtype must be one of bfloat16, float32")
+    refused = call("teach", tiny_byte_level, "--dtype", "int8")
+    assert refused.exit_code == 2
+    assert "'int8' is not one of 'bfloat16', 'float32'" in refused.stderr
