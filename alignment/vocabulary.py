@@ -56,8 +56,13 @@ class Vocabulary:
         return cls.parse(path.read_bytes(), config.read_bytes() if config.is_file() else b"{}", name=folder.name)
 
     @classmethod
+    def from_files(cls, files: Mapping[str, bytes], *, name: str) -> "Vocabulary":
+        """Build from a teacher's tokenizer files by name."""
+        return cls.parse(files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=name)
+
+    @classmethod
     def parse(cls, tokenizer_json: bytes, config_json: bytes = b"{}", *, name: str) -> "Vocabulary":
-        """Build from the files' contents, as a teacher's endpoint hands them out."""
+        """Build from the two files' contents. Raises TokenizerError if they cannot be read as bytes."""
         try:
             spec: dict[str, Any] = json.loads(tokenizer_json)
             config: dict[str, Any] = json.loads(config_json)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve import free_port
+from tests.serve import FormulaEngine, free_port, serving
 from tests.tiny import TEXT, save_tiny_model
 from tests.trainer.runs import losses, run_config
 from tests.trainer.test_cli import run_file
@@ -174,6 +174,17 @@ def test_a_demo_that_is_ended_takes_its_teachers_along(tiny_cache: Path, tmp_pat
         demo.process.kill()
     assert demo.process.returncode == (130 if how == signal.SIGINT else -how)
     demo.assert_nothing_is_left()
+
+
+def test_a_demo_does_not_take_a_strangers_teacher_for_its_own(
+    tiny_cache: Path, tmp_path: Path, tiny_byte_level: Path
+) -> None:
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        demo = Demo(tiny_cache, tmp_path / "out", f"teachers.0.urls=['{url}']")
+        _, said = demo.process.communicate(timeout=90)
+    assert demo.process.returncode == 1
+    assert "cannot listen on 127.0.0.1" in said.decode()
+    assert "teacher smollm2 did not start" in said.decode()
 
 
 def test_a_demo_whose_port_is_taken_says_which(tiny_cache: Path, tmp_path: Path) -> None:

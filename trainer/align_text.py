@@ -16,9 +16,12 @@ from teachers.pool import TeacherAddress, TeacherPool
 from teachers.protocol import Card, Rows, as_received
 from trainer.config import find_model
 from trainer.data import cut_windows, read_documents
+from trainer.errors import DataError
+from trainer.pipeline import together
 
 MEASURED_S = 2.0
 MAX_REPEATS = 9
+SHORTEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,23 @@ def align_text(teacher: str, student: str, text: Path, top_k: int, key: str | No
     student_vocabulary = Vocabulary.load(find_model(student))
     documents = [doc for _, doc in read_documents(text, "text")]
     windows = [w for doc in documents for w in cut_windows(doc, student_vocabulary, window_tokens)]
+    if len(windows) > 1 and len(windows[-1].encode()) < SHORTEST_BYTES:
+        windows[-2:] = ["".join(windows[-2:])]  # a last window of a token or two has nothing to align
     if teacher.startswith(("http://", "https://")):
-        vocabulary, scored = asyncio.run(_from_server(teacher, key, windows, top_k))
+        vocabulary, vocab_size, scored = asyncio.run(_from_server(teacher, key, windows, top_k))
     else:
-        vocabulary, scored = asyncio.run(_from_directory(find_model(teacher), windows, top_k))
-    return _measure(vocabulary, student_vocabulary, scored)
+        vocabulary, vocab_size, scored = asyncio.run(_from_directory(find_model(teacher), windows, top_k))
+    return _measure(vocabulary, student_vocabulary, vocab_size, scored)
 
 
-async def _from_server(url: str, key: str | None, windows: list[str], top_k: int) -> tuple[Vocabulary, list[_Scored]]:
+async def _from_server(
+    url: str, key: str | None, windows: list[str], top_k: int
+) -> tuple[Vocabulary, int, list[_Scored]]:
     async with TeacherPool([TeacherAddress("teacher", (url,), key)]) as pool:
         card, files = await pool.connect("teacher")
-        config = files.get("tokenizer_config.json", b"{}")
-        vocabulary = Vocabulary.parse(files["tokenizer.json"], config, name=card.model)
-        asked = [_ask(pool, card, vocabulary, window, top_k) for window in windows]
-        return vocabulary, list(await asyncio.gather(*asked))
+        vocabulary = Vocabulary.from_files(files, name=card.model)
+        asked = (_ask(pool, card, vocabulary, window, top_k) for window in windows)
+        return vocabulary, card.vocab_size, await together(asked)
 
 
 async def _ask(pool: TeacherPool, card: Card, vocabulary: Vocabulary, window: str, top_k: int) -> _Scored:
@@ -66,7 +72,7 @@ async def _ask(pool: TeacherPool, card: Card, vocabulary: Vocabulary, window: st
     return _Scored(window, await pool.score("teacher", sequence, 1, top_k), 1 - prefix)
 
 
-async def _from_directory(folder: Path, windows: list[str], top_k: int) -> tuple[Vocabulary, list[_Scored]]:
+async def _from_directory(folder: Path, windows: list[str], top_k: int) -> tuple[Vocabulary, int, list[_Scored]]:
     """A local model, through the same rounding that the wire has."""
     from teachers.engines.transformers import TransformersEngine
 
@@ -79,22 +85,23 @@ async def _from_directory(folder: Path, windows: list[str], top_k: int) -> tuple
             scored.append(_Scored(window, as_received(rows, sequence, engine.card), 1 - prefix))
     finally:
         engine.close()
-    return vocabulary, scored
+    return vocabulary, engine.card.vocab_size, scored
 
 
 def _sequence(card: Card, vocabulary: Vocabulary, window: str, top_k: int) -> tuple[list[int], int]:
     """The ids to score and how many of them are BOS."""
-    prefix = [card.bos_id] if card.expects_bos and card.bos_id is not None else []
-    sequence = prefix + vocabulary.encode(window).ids.tolist()
+    sequence = card.prefix + vocabulary.encode(window).ids.tolist()
     if top_k > card.max_top_k:
         raise Rejected(f"teacher {card.model}: top_k is {top_k}, it answers at most {card.max_top_k}")
-    if not 2 <= len(sequence) <= card.max_tokens:
-        raise Rejected(f"teacher {card.model}: a window is {len(sequence)} tokens, it takes 2 to {card.max_tokens}")
-    return sequence, len(prefix)
+    if len(sequence) < 2:
+        raise DataError(f"the text {window[:20]!r} is a single token of the teacher: give a longer one")
+    if len(sequence) > card.max_tokens:
+        raise Rejected(f"teacher {card.model}: a window is {len(sequence)} tokens, it takes {card.max_tokens}")
+    return sequence, len(card.prefix)
 
 
-def _measure(teacher: Vocabulary, student: Vocabulary, scored: list[_Scored]) -> AlignFigures:
-    translation = translate(teacher, student)
+def _measure(teacher: Vocabulary, student: Vocabulary, vocab_size: int, scored: list[_Scored]) -> AlignFigures:
+    translation = translate(teacher, student, vocab_size)
     pairs = [(teacher.encode(s.text), student.encode(s.text)) for s in scored]
     total = AlignmentReport()
     for s, pair in zip(scored, pairs, strict=True):
@@ -106,6 +113,8 @@ def _measure(teacher: Vocabulary, student: Vocabulary, scored: list[_Scored]) ->
             for s, pair in zip(scored, pairs, strict=True):
                 align(s.rows, s.first_row, *pair, translation)
             took.append(time.perf_counter() - began)
+    if not total.num_bytes:
+        raise DataError("the text has no block that the teacher speaks of: give a longer one")
     speed = total.positions / statistics.median(took)
     return AlignFigures(
         total.positions, total.valid, total.teacher_bpb, total.aligned_bpb, total.mean_mass, round(speed, 1)

@@ -117,15 +117,15 @@ def prepare_text() -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time makes a folder."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
     except OSError as error:
-        raise BundleError(
-            f"cannot write {folder.parent} ({error.strerror}): set TUTELAGE_CACHE to another folder"
-        ) from error
+        raise BundleError(f"cannot write {folder.parent} ({error.strerror}): set TUTELAGE_CACHE to another") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _download(bundle: Bundle, scratch: Path) -> list[Path]:

@@ -4,11 +4,12 @@ A checkpoint is a folder step-N made by torch.distributed.checkpoint under anoth
 complete, so one that was cut off is never found. Frozen weights are not saved; they are the base model's.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,31 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from trainer.config import RunConfig
+from trainer.data import Corpus
 from trainer.errors import CheckpointError
 from trainer.student import Student
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
-_ORDER = "order.json"  # what decides the order of samples
+_IDENTITY = "identity.json"  # what a checkpoint is worth nothing without
+
+Identity = Mapping[str, Any]
 
 
 def save_checkpoint(
-    folder: Path, step: int, student: Student, optimizer: torch.optim.Optimizer, config: RunConfig
+    folder: Path, step: int, student: Student, optimizer: torch.optim.Optimizer, run: tuple[Identity, int]
 ) -> Path:
-    """Save after `step` steps and delete old ones. Raises CheckpointError; earlier checkpoints stay."""
+    """Save after `step` steps; `run` is its identity and the number of checkpoints to keep.
+
+    Raises CheckpointError; earlier checkpoints stay.
+    """
+    identity, keep = run
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with _single_process():
             save(_state(student, optimizer, step), checkpoint_id=partial, no_dist=True)
-        (partial / _ORDER).write_text(json.dumps(_order(config)), encoding="utf-8")
+        (partial / _IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     except (OSError, RuntimeError, CheckpointException) as error:
@@ -47,7 +55,7 @@ def save_checkpoint(
         raise CheckpointError(
             f"cannot write checkpoint {final} ({_reason(error)}); {kept}: make room, then run again with --resume"
         ) from error
-    for old in list(_checkpoints(folder))[: -config.output.keep_checkpoints]:
+    for old in list(_checkpoints(folder))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -57,19 +65,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(_checkpoints(folder), default=None, key=lambda path: path.name)
 
 
-def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer, config: RunConfig) -> int:
+def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer, identity: Identity) -> int:
     """Restore and return the number of steps done. Raises CheckpointError if it belongs to another run."""
     try:
-        saved = json.loads((path / _ORDER).read_text(encoding="utf-8"))
-        for key, value in _order(config).items():
+        saved = dict(json.loads((path / _IDENTITY).read_text(encoding="utf-8")))
+        for key, value in identity.items():
             if saved.get(key) != value:
-                raise CheckpointError(
-                    f"{path} was written with {key} = {saved.get(key)!r}, the run file says {value!r}"
-                )
+                raise CheckpointError(f"{path} was written with {key} = {saved.get(key)!r}, this run has {value!r}")
         state = _state(student, optimizer, 0)
         with _single_process():
             load(state, checkpoint_id=path, no_dist=True)
-    except (OSError, ValueError, RuntimeError, CheckpointException) as error:
+    except (OSError, TypeError, ValueError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(f"cannot read checkpoint {path} ({_reason(error)})") from error
     set_state_dict(
         student.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
@@ -91,13 +97,21 @@ def _state(student: Student, optimizer: torch.optim.Optimizer, step: int) -> dic
     return {"model": model, "optimizer": optim, "step": torch.tensor(step), "rng": torch.get_rng_state()}
 
 
-def _order(config: RunConfig) -> dict[str, Any]:
-    """JSON values of everything that decides which sample comes when."""
-    data = {f"data.{key}": value for key, value in config.data.model_dump(mode="json").items()}
-    return data | {
-        "eval.held_out_documents": config.eval.held_out_documents,
+def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity:
+    """What must not change under a run, as JSON values: base weights, what of them is trained, samples, their order."""
+    texts = hashlib.sha256()
+    for sample in corpus.train:
+        texts.update(f"{len(sample.text)} {sample.closes} {sample.text}".encode())
+    weights = hashlib.sha256()
+    for path in sorted([student.folder / "config.json", *student.folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            weights.update(hashlib.file_digest(file, "sha256").digest())
+    return {
         "train.seed": config.train.seed,
         "train.batch_samples": config.train.batch_samples,
+        "student.train_layers": config.student.train_layers,
+        "student weights": weights.hexdigest()[:16],
+        "samples": texts.hexdigest()[:16],
     }
 
 

@@ -109,8 +109,8 @@ def train(
         config = load_config(run, sets)
         from trainer.loop import train as run_loop
 
-        with watching("training", as_json) as listener:
-            result = run_loop(config, resume=resume, stop_at=stop_at, listener=listener)
+        listener = None if as_json else watching("training")
+        result = run_loop(config, resume=resume, stop_at=stop_at, listener=listener)
         if as_json:
             _print_json(asdict(result) | {"model": str(result.model) if result.model else None})
 

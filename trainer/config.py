@@ -12,14 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trainer.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, and strict about names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class StudentConfig(Section):
@@ -104,7 +105,7 @@ class OptimConfig(Section):
     """Steps of linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's decay of first and second moments."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest gradient norm."""
@@ -121,10 +122,10 @@ class TrainConfig(Section):
     """Samples in one step."""
     accumulate: Positive = 1
     """Forward passes that one step is split into."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Decides the order of samples and the held-out documents."""
     prefetch_batches: Positive = 4
-    """Batches asked for, aligned and fused ahead of the step."""
+    """Batches under way ahead of the step: asked for, aligned, fused. Two more may be done and waiting."""
     target_cache_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     """Memory for targets of samples that come again in a later epoch; never on disk."""
 

@@ -1,8 +1,6 @@
 """What people see: progress while a run goes on, tables when it has ended. Nothing else prints."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -15,13 +13,9 @@ console = Console(stderr=True)  # progress and tables; standard output is for --
 REFRESH_S = 2.0
 
 
-@contextmanager
-def watching(title: str, silent: bool) -> Iterator[Listener | None]:
+def watching(title: str) -> Listener:
     """A listener that shows a run's events as lines."""
-    if silent:
-        yield None
-        return
-    yield _Watcher(title).show
+    return _Watcher(title).show
 
 
 class _Watcher:

@@ -68,6 +68,10 @@ def read_documents(path: Path, text_column: str) -> Iterator[tuple[str, str]]:
             raise DataError(f"{path}, line {number}: expected a JSON object with a {text_column!r} string") from error
         if not isinstance(document, str):
             raise DataError(f"{path}, line {number}: {text_column!r} is {type(document).__name__}, expected a string")
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{path}, line {number}: character {error.start} is half of a surrogate pair") from error
         if document:
             yield f"{path.name}:{number}", document
 
@@ -78,7 +82,7 @@ def cut_windows(text: str, vocabulary: Vocabulary, window_tokens: int) -> Iterat
     ends = vocabulary.encode(text).ends
     whole = [i for i, end in enumerate(ends.tolist()) if end > 0 and _is_character_end(data, end)]
     begin = first = at = 0  # the window's first byte, first token and first possible cut
-    while begin < len(data):
+    while begin < len(data) and at < len(whole):
         cut = max(bisect_right(whole, first + window_tokens - 1) - 1, at)
         piece = data[begin : ends[whole[cut]]].decode()
         while cut > at and len(vocabulary.encode(piece)) > window_tokens:
@@ -86,6 +90,8 @@ def cut_windows(text: str, vocabulary: Vocabulary, window_tokens: int) -> Iterat
             piece = data[begin : ends[whole[cut]]].decode()
         yield piece
         begin, first, at = int(ends[whole[cut]]), whole[cut] + 1, cut + 1
+    if begin < len(data):  # text at the end that the tokenizer has no token for
+        yield data[begin:].decode()
 
 
 def _is_character_end(data: bytes, end: int) -> bool:

@@ -5,6 +5,9 @@ twin on the same tokens without teachers. Whatever happens to this process, the 
 stops when its standard input closes.
 """
 
+import asyncio
+import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from teachers.client import TeacherClient
+from teachers.errors import Unauthorized, Unavailable
 from trainer.bundled import BUNDLES, prepare
 from trainer.config import RunConfig, TeacherConfig, load_config
 from trainer.console import console, show_preview, show_table, watching
@@ -23,7 +28,7 @@ from trainer.loop import RunResult, train
 from trainer.preview import Preview, preview
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"
-MODELS = {"smollm2": BUNDLES[0].name, "gemma": BUNDLES[1].name}
+KEY_VARIABLE = "TUTELAGE_DEMO_KEY"  # made anew each time: a teacher of somebody else's is never taken for ours
 START_S = 180.0
 
 
@@ -45,10 +50,11 @@ def run_demo(overrides: Sequence[str], silent: bool) -> DemoResult:
     """The whole demo; raises UserError or TeacherError with what is missing."""
     began = time.monotonic()
     prepare_all(silent)
-    config = load_config(RECIPE, overrides)
-    out = Path(config.output.dir)
+    config = _with_key(load_config(RECIPE, overrides))
+    out = Path(config.output.dir).expanduser()
     for earlier in (out / "fused", out / "twin"):
-        shutil.rmtree(earlier, ignore_errors=True)
+        if (earlier / "metrics.jsonl").is_file():
+            shutil.rmtree(earlier)
     with served(config.teachers):
         seen = preview(config)
         if not silent:
@@ -59,10 +65,18 @@ def run_demo(overrides: Sequence[str], silent: bool) -> DemoResult:
     return DemoResult(seen, student, twin, round(time.monotonic() - began, 1))
 
 
+def _with_key(config: RunConfig) -> RunConfig:
+    """The run file with a fresh key for its teachers."""
+    if len(config.teachers) != len(BUNDLES):
+        raise UserError(f"the demo has {len(BUNDLES)} teachers, the run file names {len(config.teachers)}")
+    os.environ[KEY_VARIABLE] = secrets.token_hex(16)
+    teachers = [teacher.model_copy(update={"key_env": KEY_VARIABLE}) for teacher in config.teachers]
+    return config.model_copy(update={"teachers": teachers})
+
+
 def _train(config: RunConfig, folder: Path, title: str, silent: bool) -> RunResult:
     config = config.model_copy(update={"output": config.output.model_copy(update={"dir": str(folder)})})
-    with watching(title, silent) as listener:
-        return train(config, listener=listener)
+    return train(config, listener=None if silent else watching(title))
 
 
 @contextmanager
@@ -70,10 +84,9 @@ def served(teachers: Sequence[TeacherConfig]) -> Iterator[None]:
     """One process per teacher, ready when the block begins and gone when it ends."""
     processes: list[tuple[TeacherConfig, subprocess.Popen[bytes]]] = []
     try:
-        for teacher in teachers:
-            processes.append((teacher, _start(teacher)))
-        for teacher, process in processes:
-            _await_ready(teacher, process)
+        for teacher, bundle in zip(teachers, BUNDLES, strict=True):
+            processes.append((teacher, _start(teacher, bundle.name)))
+        asyncio.run(_await_ready(processes))
         yield
     finally:
         for _, process in processes:
@@ -86,37 +99,34 @@ def served(teachers: Sequence[TeacherConfig]) -> Iterator[None]:
                 process.communicate()
 
 
-def _start(teacher: TeacherConfig) -> "subprocess.Popen[bytes]":
+def _start(teacher: TeacherConfig, model: str) -> "subprocess.Popen[bytes]":
     address = urlsplit(teacher.urls[0])
-    command = [sys.executable, "-m", "trainer.cli", "teach", MODELS[teacher.name], "--stop-with-parent"]
+    command = [sys.executable, "-m", "trainer.cli", "teach", model, "--stop-with-parent"]
     command += ["--host", str(address.hostname), "--port", str(address.port)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    environment = os.environ | {"TUTELAGE_KEY": os.environ[KEY_VARIABLE]}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
 
 
-def _await_ready(teacher: TeacherConfig, process: "subprocess.Popen[bytes]") -> None:
-    """Return when /ready answers; raise if the process ends or takes too long."""
-    import asyncio
-
-    from teachers.client import TeacherClient
-    from teachers.errors import Unavailable
-
-    async def poll() -> None:
-        client = TeacherClient(teacher.name, teacher.urls[0])
-        deadline = time.monotonic() + START_S
+async def _await_ready(processes: "Sequence[tuple[TeacherConfig, subprocess.Popen[bytes]]]") -> None:
+    """Return when every teacher answers to its key; raise if a process ends or takes too long."""
+    deadline = time.monotonic() + START_S
+    for teacher, _ in processes:
+        client = TeacherClient(teacher.name, teacher.urls[0], os.environ[KEY_VARIABLE])
         try:
             while True:
-                if process.poll() is not None:
-                    raise UserError(f"teacher {teacher.name} did not start; its own message is above")
+                ended = [t.name for t, p in processes if p.poll() is not None]
+                if ended:
+                    raise UserError(f"teacher {ended[0]} did not start; its own message is above")
                 try:
-                    return await client.ready()
-                except Unavailable as error:
+                    await client.card()
+                    await client.ready()
+                    break
+                except (Unavailable, Unauthorized) as error:  # not yet, or a stranger on the port: ours will end
                     if time.monotonic() > deadline:
                         raise UserError(f"teacher {teacher.name} was not ready in {START_S:g} s") from error
                 await asyncio.sleep(0.2)
         finally:
             await client.aclose()
-
-    asyncio.run(poll())
 
 
 def show(result: DemoResult, as_json: bool) -> None:

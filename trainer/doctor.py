@@ -1,19 +1,20 @@
 """Every start-up check of a run, before anything is spent: what is wrong, and with which teacher."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignment import TokenizerError, Vocabulary
 from teachers.errors import TeacherError
 from teachers.pool import TeacherPool
-from teachers.protocol import Card
+from teachers.protocol import PROBE, Card
 from trainer.config import RunConfig, TeacherConfig, find_model
-from trainer.data import load_corpus
+from trainer.data import Sample, load_corpus
 from trainer.errors import UserError
+from trainer.loop import total_steps
 from trainer.pipeline import address_of, check_card
+from trainer.student import check_folder
 
-PROBE = "The lighthouse keeper climbed the stairs every evening. He counted them once, long ago, and never again."
 BOS_MATTERS = 1.1  # nats with and without BOS that differ by more than a tenth are no accident
 
 
@@ -28,25 +29,29 @@ class Finding:
 
 def examine(config: RunConfig) -> list[Finding]:
     """Check student, data and every teacher; a failed check does not keep the others from being made."""
-    findings = []
+    findings: list[Finding] = []
+    samples: tuple[Sample, ...] = ()
     try:
-        vocabulary = Vocabulary.load(find_model(config.student.model))
+        folder = find_model(config.student.model)
+        vocabulary = Vocabulary.load(folder)
+        check_folder(folder, config)
         findings.append(Finding("student", True, f"{vocabulary.name}: {len(vocabulary)} tokens"))
         corpus = load_corpus(config.data, config.eval, vocabulary, config.train.seed)
+        samples = corpus.train + corpus.held_out
         detail = f"{len(corpus.train)} windows to train on, {len(corpus.held_out)} held out"
-        findings.append(Finding("data", True, detail))
+        findings.append(Finding("data", True, f"{detail}, {total_steps(config, corpus)} steps"))
     except (UserError, TokenizerError) as error:
         findings.append(Finding("data" if findings else "student", False, str(error)))
-    return findings + asyncio.run(_examine_teachers(config))
+    return findings + asyncio.run(_examine_teachers(config, samples))
 
 
-async def _examine_teachers(config: RunConfig) -> list[Finding]:
-    groups = await asyncio.gather(*(_examine_teacher(teacher, config) for teacher in config.teachers))
+async def _examine_teachers(config: RunConfig, samples: Sequence[Sample]) -> list[Finding]:
+    groups = await asyncio.gather(*(_examine_teacher(teacher, samples) for teacher in config.teachers))
     return [finding for group in groups for finding in group]
 
 
-async def _examine_teacher(teacher: TeacherConfig, config: RunConfig) -> list[Finding]:
-    """Card, tokenizer, K, length; then a probe sentence, with and without BOS."""
+async def _examine_teacher(teacher: TeacherConfig, samples: Sequence[Sample]) -> list[Finding]:
+    """Card, tokenizer, K, lengths; then a probe sentence, with and without BOS."""
     findings: list[Finding] = []
     who = f"teacher {teacher.name}"
     try:
@@ -55,24 +60,22 @@ async def _examine_teacher(teacher: TeacherConfig, config: RunConfig) -> list[Fi
             findings.append(
                 Finding(who, True, f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}")
             )
-            vocabulary = Vocabulary.parse(
-                files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=teacher.name
-            )
+            vocabulary = Vocabulary.from_files(files, name=teacher.name)
             check_card(teacher, card, vocabulary)
             findings.append(Finding(who, True, f"tokenizer of {len(vocabulary)} tokens is the one of its card"))
-            findings.extend(_length(who, card, config))
+            findings.append(_length(who, card, vocabulary, samples))
             findings.append(await _probe(pool, teacher, card, vocabulary))
     except (TeacherError, TokenizerError) as error:
         findings.append(Finding(who, False, str(error)))
     return findings
 
 
-def _length(who: str, card: Card, config: RunConfig) -> Iterator[Finding]:
-    window = config.data.window_tokens
-    detail = f"takes {card.max_tokens} tokens; windows are {window} of the student's"
-    yield Finding(
-        who, card.max_tokens > window, detail if card.max_tokens > window else f"{detail}: lower data.window_tokens"
-    )
+def _length(who: str, card: Card, vocabulary: Vocabulary, samples: Sequence[Sample]) -> Finding:
+    """Every window, as this teacher will be asked."""
+    lengths = [len(card.prefix) + len(vocabulary.encode(s.text)) + s.closes for s in samples]
+    detail = f"takes {card.max_tokens} tokens; the longest window is {max(lengths, default=0)} of them"
+    ok = max(lengths, default=0) <= card.max_tokens
+    return Finding(who, ok, detail if ok else f"{detail}: lower data.window_tokens")
 
 
 async def _probe(pool: TeacherPool, teacher: TeacherConfig, card: Card, vocabulary: Vocabulary) -> Finding:

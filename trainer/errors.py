@@ -13,6 +13,10 @@ class DataError(UserError):
     """A text that cannot be read or holds nothing to train on."""
 
 
+class MetricsError(UserError):
+    """A metrics file that cannot be written."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or read."""
 

@@ -35,6 +35,7 @@ def text_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tens
 
 def evaluate(student: Student, samples: Sequence[Tokens], chunk_tokens: int) -> Evaluation:
     """Sum over samples; the bytes of a first token that nothing predicts are not counted."""
+    was_training = student.model.training
     student.model.eval()
     nats, num_tokens, num_bytes = 0.0, 0, 0
     for tokens in samples:
@@ -42,5 +43,5 @@ def evaluate(student: Student, samples: Sequence[Tokens], chunk_tokens: int) -> 
         nats += float(text_nats(student, tokens, chunk_tokens).double().sum())
         num_tokens += len(tokens) - first
         num_bytes += tokens.num_bytes - (int(tokens.ends[first - 1]) if first else 0)
-    student.model.train()
+    student.model.train(was_training)
     return Evaluation(nats, num_tokens, num_bytes)

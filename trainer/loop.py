@@ -5,13 +5,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.checkpoint import identity_of, latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.config import RunConfig
 from trainer.data import Corpus, Sample, batch_indices, load_corpus
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -24,7 +26,7 @@ from trainer.student import Student, load_student
 
 @dataclass(frozen=True)
 class RunResult:
-    """Held-out bits per byte over the run as (step, bpb); where the student was exported, if the run ended."""
+    """Held-out bits per byte as (step, bpb), since this start; where the student was exported, if the run ended."""
 
     steps: int
     held_out: tuple[tuple[int, float], ...]
@@ -37,6 +39,8 @@ def train(
     """Run to the end, or save and leave after step `stop_at`. Raises the errors of trainer, teachers, alignment."""
     out = Path(config.output.dir).expanduser()
     last = latest_checkpoint(out / "checkpoints")
+    if out.is_file():
+        raise ConfigError(f"output.dir: {out} is a file")
     if out.exists() and any(out.iterdir()) and not resume:
         raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
     torch.manual_seed(config.train.seed)
@@ -45,19 +49,20 @@ def train(
         raise ConfigError(f"data.window_tokens is {config.data.window_tokens}, the student takes {student.max_tokens}")
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
     optimizer = make_optimizer(student, config.optim)
-    done = load_checkpoint(last, student, optimizer, config) if resume and last else 0
+    identity = identity_of(config, student, corpus)
+    done = load_checkpoint(last, student, optimizer, identity) if resume and last else 0
     num_steps = total_steps(config, corpus)
     end = min(num_steps, stop_at or num_steps)
-    run = _Run(config, student, corpus, num_steps)
+    run = _Run(config, student, corpus)
 
     with TargetStream(config, student.vocabulary, _batches(config, corpus, done, end)) as stream:
         batches = iter(stream)
-        first = next(batches, None)  # nothing is written before every teacher has been checked
-        out.mkdir(parents=True, exist_ok=True)
+        first = list(islice(batches, 1))  # nothing is written before every teacher has been checked
+        make_folder(out)
         with Metrics(out / "metrics.jsonl", listener) as metrics:
             metrics.emit("start", step=done, steps=num_steps, samples=len(corpus.train), run=config.model_dump())
             run.measure(metrics, done)
-            for batch in _chain(first, batches):
+            for batch in chain(first, batches):
                 began = time.monotonic()
                 lr = learning_rate(done, num_steps, config.optim)
                 result = train_step(student, optimizer, batch.lessons, lr, config)
@@ -67,17 +72,26 @@ def train(
                 if done == end or _due(done, config.eval.every_steps):
                     run.measure(metrics, done)
                 if done == end or _due(done, config.output.checkpoint_every_steps):
-                    save_checkpoint(out / "checkpoints", done, student, optimizer, config)
+                    kept = (identity, config.output.keep_checkpoints)
+                    save_checkpoint(out / "checkpoints", done, student, optimizer, kept)
                     metrics.emit("checkpoint", step=done)
             model = run.export(out / "model") if done == num_steps else None
             metrics.emit("end", step=done, model=str(model) if model else None)
     return RunResult(done, tuple(run.held_out), model)
 
 
+def make_folder(out: Path) -> None:
+    """Make the run's folder. Raises ConfigError if it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output.dir: cannot make {out}: {error.strerror}") from error
+
+
 class _Run:
     """What measuring and exporting need."""
 
-    def __init__(self, config: RunConfig, student: Student, corpus: Corpus, num_steps: int) -> None:
+    def __init__(self, config: RunConfig, student: Student, corpus: Corpus) -> None:
         self._config = config
         self._student = student
         self._samples = [student.vocabulary.encode(s.text, close=s.closes) for s in corpus.held_out]
@@ -92,10 +106,14 @@ class _Run:
 
     def export(self, folder: Path) -> Path:
         partial = folder.with_name(".partial-model")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        self._student.export(partial)
-        partial.rename(folder)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            self._student.export(partial)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"cannot export to {folder} ({error}): make room, then run with --resume") from error
         return folder
 
 
@@ -115,12 +133,6 @@ def _batches(config: RunConfig, corpus: Corpus, begin: int, end: int) -> Iterato
     for step in range(begin, end):
         indices = batch_indices(len(corpus.train), config.train.batch_samples, config.train.seed, step)
         yield [corpus.train[i] for i in indices]
-
-
-def _chain(first: Batch | None, rest: Iterator[Batch]) -> Iterator[Batch]:
-    if first is not None:
-        yield first
-        yield from rest
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -10,10 +10,11 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from teachers.protocol import Card, Rows
 from trainer.config import FusionConfig, RunConfig, TeacherConfig
 from trainer.data import Sample
 from trainer.fusion import fuse
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,7 @@ class Teacher:
 
     @property
     def prefix(self) -> list[int]:
-        return [self.card.bos_id] if self.card.expects_bos and self.card.bos_id is not None else []
+        return self.card.prefix
 
 
 class Teachers:
@@ -83,11 +86,10 @@ class Teachers:
 
     async def answers(self, sample: Sample) -> list[Answer]:
         """Ask all teachers at once about one sample; the first error ends the others."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._answer(teacher, sample)) for teacher in self.teachers]
-        return [task.result() for task in tasks]
+        student = self._student.encode(sample.text, close=sample.closes)
+        return await together(self._answer(teacher, sample, student) for teacher in self.teachers)
 
-    async def _answer(self, teacher: Teacher, sample: Sample) -> Answer:
+    async def _answer(self, teacher: Teacher, sample: Sample, student: Tokens) -> Answer:
         tokens = teacher.vocabulary.encode(sample.text, close=sample.closes)
         sequence = teacher.prefix + tokens.ids.tolist()
         if len(sequence) > teacher.card.max_tokens:
@@ -96,11 +98,14 @@ class Teachers:
                 f"{teacher.card.max_tokens}: set data.window_tokens lower"
             )
         if len(sequence) < 2:  # one token with nothing in front: there is no position to predict
-            nothing = Target.nothing(len(self._student.encode(sample.text, close=sample.closes)))
+            nothing = Target.nothing(len(student))
             return Answer(None, 0, tokens, nothing, AlignmentReport(positions=len(nothing)))
-        rows = await self._pool.score(teacher.config.name, sequence, 1, teacher.config.top_k)
+        try:
+            rows = await self._pool.score(teacher.config.name, sequence, 1, teacher.config.top_k)
+        except TeacherError as error:
+            error.args = (f"{error} (sample {sample.name})",)
+            raise
         first_row = 1 - len(teacher.prefix)
-        student = self._student.encode(sample.text, close=sample.closes)
         try:
             return await asyncio.to_thread(_aligned, rows, first_row, (tokens, student), teacher.translation)
         except AlignmentError as error:
@@ -157,14 +162,12 @@ def check_card(teacher: TeacherConfig, card: Card, vocabulary: Vocabulary) -> No
 async def connected(config: RunConfig, student: Vocabulary) -> AsyncIterator[Teachers]:
     """Connect to every teacher of a run, check its card, and build its translation."""
     async with TeacherPool([address_of(teacher) for teacher in config.teachers]) as pool:
-        answers = await asyncio.gather(*(pool.connect(teacher.name) for teacher in config.teachers))
+        answers = await together(pool.connect(teacher.name) for teacher in config.teachers)
         teachers = []
         for teacher, (card, files) in zip(config.teachers, answers, strict=True):
-            vocabulary = Vocabulary.parse(
-                files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=teacher.name
-            )
+            vocabulary = Vocabulary.from_files(files, name=teacher.name)
             check_card(teacher, card, vocabulary)
-            translation = await asyncio.to_thread(translate, vocabulary, student)
+            translation = await asyncio.to_thread(translate, vocabulary, student, card.vocab_size)
             teachers.append(Teacher(teacher, card, vocabulary, translation))
         yield Teachers(pool, teachers, student, config.fusion)
 
@@ -209,7 +212,7 @@ class TargetStream:
         self._config = config
         self._student = student
         self._batches = iter(batches)
-        self._queue: queue.Queue[object] = queue.Queue(maxsize=config.train.prefetch_batches)
+        self._queue: queue.Queue[object] = queue.Queue(maxsize=1)
         self._stopping = threading.Event()
         self._cancel: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._work, name="targets", daemon=True)
@@ -249,8 +252,8 @@ class TargetStream:
             async with connected(self._config, self._student) as teachers:
                 await self._run(teachers)
             await self._put(_END)
-        except* Exception as group:
-            await self._put(_first(group))
+        except Exception as error:  # whatever it is, it is raised from the iteration
+            await self._put(error)
 
     async def _run(self, teachers: Teachers) -> None:
         """Keep up to `prefetch_batches` batches under way; hand them over in order."""
@@ -272,11 +275,10 @@ class TargetStream:
     async def _batch(self, teachers: Teachers, cache: _TargetCache, samples: Sequence[Sample]) -> tuple[Lesson, ...]:
         known = {sample.index: cache.get(sample) for sample in samples}
         fresh = [sample for sample in samples if known[sample.index] is None]
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(teachers.lesson(sample)) for sample in fresh]
-        for task in tasks:
-            cache.put(task.result())
-        by_index = {task.result().sample.index: task.result() for task in tasks}
+        lessons = await together(teachers.lesson(sample) for sample in fresh)
+        for lesson in lessons:
+            cache.put(lesson)
+        by_index = {lesson.sample.index: lesson for lesson in lessons}
         return tuple(known[s.index] or by_index[s.index] for s in samples)
 
     async def _put(self, item: object) -> None:
@@ -289,11 +291,14 @@ class TargetStream:
                 await asyncio.sleep(0.005)
 
 
-def _first(group: BaseException) -> BaseException:
-    """The first plain error inside nested groups."""
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group
+async def together(questions: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; the first error ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(question) for question in questions]
+    except BaseExceptionGroup as group_error:
+        raise group_error.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def labels_of(lesson: Lesson, first_position: int) -> tuple[np.ndarray, Target | None]:

@@ -18,7 +18,7 @@ from trainer.data import Sample, load_corpus
 from trainer.errors import DataError
 from trainer.evaluate import text_nats
 from trainer.fusion import METHODS, fuse
-from trainer.pipeline import Answer, connected
+from trainer.pipeline import Answer, connected, together
 from trainer.student import Student, load_student
 
 
@@ -65,6 +65,8 @@ def preview(config: RunConfig) -> Preview:
     """Ask every teacher about the held-out text. Raises DataError if nothing is held out."""
     student = load_student(config.student)
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
+    if not config.teachers:
+        raise DataError("there is no teacher to preview: add [[teachers]] to the run file")
     if not corpus.held_out:
         raise DataError("nothing is held out: set eval.held_out_documents")
     samples = list(asyncio.run(_ask(config, student, corpus.held_out)))
@@ -73,7 +75,7 @@ def preview(config: RunConfig) -> Preview:
 
 async def _ask(config: RunConfig, student: Student, held_out: Sequence[Sample]) -> list[_Common]:
     async with connected(config, student.vocabulary) as teachers:
-        answers = await asyncio.gather(*(teachers.answers(sample) for sample in held_out))
+        answers = await together(teachers.answers(sample) for sample in held_out)
     encoded = [student.vocabulary.encode(sample.text, close=sample.closes) for sample in held_out]
     return [c for tokens, each in zip(encoded, answers, strict=True) for c in _common(tokens, each, student)]
 
@@ -101,8 +103,10 @@ def _own_nats(answer: Answer, begin: int) -> float | None:
 
 
 def measure(config: RunConfig, student: Student, samples: Sequence[_Common]) -> Preview:
-    """Bits per byte of everything over the samples' common parts."""
+    """Bits per byte of everything over the samples' common parts. Raises DataError if there are none."""
     num_bytes = sum(sample.num_bytes for sample in samples)
+    if not num_bytes:
+        raise DataError("the held-out text has no part that the student and every teacher speak of: give longer text")
     chunk, skip = config.loss.chunk_tokens, student.first_position
     nats = [float(text_nats(student, s.tokens, chunk)[s.first - skip :].double().sum()) for s in samples]
     teachers = []

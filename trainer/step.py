@@ -72,12 +72,12 @@ def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, conf
         hidden_TD = student.hidden([lesson.tokens for lesson in lessons])
         ce_T, kl_T = chunked_loss(student.head, hidden_TD, labels, weight, config.loss.chunk_tokens)
     loss_T = weight * ce_T + (1 - weight) * kl_T
-    _check_finite(loss_T, lessons, student.first_position)
+    _check_finite(loss_T, lessons, student.first_position, config)
     (loss_T.sum() / num_tokens).backward()
     return torch.stack([loss_T.sum(), ce_T.sum(), kl_T.sum()]).detach().double().cpu()
 
 
-def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int) -> None:
+def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int, config: RunConfig) -> None:
     if bool(torch.isfinite(loss_T).all()):
         return
     lengths = [len(lesson.tokens) - first_position for lesson in lessons]
@@ -86,5 +86,6 @@ def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_positio
         if len(bad):
             raise NonFiniteLoss(
                 f"the loss of sample {lesson.sample.name} at token {int(bad[0]) + first_position} is "
-                f"{float(part[bad[0]])} with {len(lesson.shares)} teachers; nothing was updated"
+                f"{float(part[bad[0]])} (teachers: {', '.join(t.name for t in config.teachers) or 'none'}); "
+                "nothing was updated"
             )

@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment import Vocabulary
 from alignment.spans import Tokens
-from trainer.config import StudentConfig, find_model
+from trainer.config import RunConfig, StudentConfig, find_model
 from trainer.errors import ConfigError
+
+NEWLINE = "\n"
 
 
 class Head(nn.Module):
@@ -90,15 +93,35 @@ class Student:
                 (folder / path.name).write_bytes(path.read_bytes())
 
 
+def check_folder(folder: Path, config: RunConfig) -> None:
+    """What can be said of a student without loading it. Raises ConfigError for what `load_student` would refuse."""
+    try:
+        model = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"student.model: cannot read {folder}: {str(error).partition(NEWLINE)[0]}") from error
+    if not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        raise ConfigError(f"student.model: {folder} has no weights")
+    layers = getattr(model, "num_hidden_layers", 1 << 31)
+    if (config.student.train_layers or 0) > layers:
+        raise ConfigError(f"student.train_layers is {config.student.train_layers}, but the model has {layers} layers")
+    limit = getattr(model, "max_position_embeddings", 1 << 31)
+    if config.data.window_tokens > limit:
+        raise ConfigError(f"data.window_tokens is {config.data.window_tokens}, the student takes {limit}")
+
+
 def load_student(config: StudentConfig) -> Student:
     """Load and choose what is trained. Raises ConfigError if the model is not there or has too few layers."""
     folder = find_model(config.model)
     vocabulary = Vocabulary.load(folder)
     loader: Any = AutoModelForCausalLM
-    model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    try:
+        model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(config.device).train()
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"student.model: cannot load {folder} on {config.device}: {reason}") from error
     if config.train_layers is not None:
         train_upper_layers(model, config.train_layers)
-    return Student(model.to(config.device), vocabulary, folder, config.device, config.precision == "bf16")
+    return Student(model, vocabulary, folder, config.device, config.precision == "bf16")
 
 
 def train_upper_layers(model: Any, num_layers: int) -> None:

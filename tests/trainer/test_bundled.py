@@ -52,7 +52,7 @@ def test_a_full_disk_is_said_before_anything_is_fetched(cache: Path, monkeypatch
 
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTELAGE_CACHE", "/proc/nowhere")
-    with pytest.raises(BundleError, match="set TUTELAGE_CACHE to another folder"):
+    with pytest.raises(BundleError, match="set TUTELAGE_CACHE to another"):
         prepare_model(BUNDLES[0], quiet)
 
 

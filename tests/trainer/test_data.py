@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from alignment import Vocabulary
 from tests.tiny import TEXT, tiny_vocabulary
 from trainer.config import DataConfig, EvalConfig
 from trainer.data import batch_indices, cut_windows, load_corpus, read_documents
@@ -24,6 +25,17 @@ def test_windows_are_the_text_in_pieces_of_bounded_length(vocabulary, text: str,
     pieces = list(cut_windows(text, vocabulary, size))
     assert "".join(pieces) == text
     assert all(len(vocabulary.encode(piece)) <= size for piece in pieces)
+
+
+def test_text_that_a_tokenizer_has_no_token_for_is_not_lost(smollm2_vocabulary: Vocabulary) -> None:
+    for text in ("\x04", "the end\x04", "\x04 the beginning", "a \x04 b"):
+        assert "".join(cut_windows(text, smollm2_vocabulary, 4)) == text
+
+
+def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "ab\\ud83d"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="line 1: character 2 is half of a surrogate pair"):
+        list(read_documents(tmp_path / "d.jsonl", "text"))
 
 
 def test_a_character_of_more_tokens_than_a_window_is_not_cut() -> None:

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from alignment import Vocabulary
 from teachers.errors import FingerprintMismatch, Rejected, Unavailable
 from teachers.protocol import Rows
 from tests.serve import FormulaEngine, free_port, serving
+from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from trainer.errors import CheckpointError, DataError, NonFiniteLoss
 from trainer.evaluate import evaluate
 from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.pipeline import connected
-from trainer.student import load_student
+from trainer.step import StepResult, train_step
+from trainer.student import Student, load_student
 
 
 def test_a_student_learns_from_two_teachers_with_other_tokenizers(
@@ -128,6 +131,45 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, tiny_byte_
         train(config)
 
 
+def test_a_metrics_line_cut_in_half_is_cut_off(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+    train(config, stop_at=2)
+    with (tmp_path / "out" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"event": "step", "st')
+    train(config, resume=True)
+    assert losses(tmp_path / "out").keys() == set(range(1, 7))
+
+
+@pytest.mark.parametrize("held_out_documents", [0, 2])
+def test_the_student_trains_in_training_mode(
+    tmp_path: Path, tiny_byte_level: Path, held_out_documents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer import loop
+
+    modes = []
+
+    def step(student: Student, *rest: Any) -> StepResult:
+        modes.append(student.model.training)
+        return train_step(student, *rest)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    held_out = {"held_out_documents": held_out_documents}
+    train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], eval=held_out))
+    assert modes == [True] * 6
+
+
+def test_a_teacher_with_padded_embeddings_teaches(tmp_path: Path, tiny_byte_level: Path) -> None:
+    """Its model scores more ids than its tokenizer has; what it lists of those is tail."""
+    vocabulary = Vocabulary.load(tiny_byte_level)
+    engine = FormulaEngine(tiny_byte_level, vocab_size=len(vocabulary) + 64)
+    for model in (tiny_byte_level, save_tiny_model(tmp_path / "other", kind="sentencepiece", seed=3)):
+        out = tmp_path / f"out-{model.name}"
+        with serving(engine) as url:
+            train(run_config(model, write_corpus(tmp_path), out, [url]))
+        (step, *_) = [e for e in read_metrics(out / "metrics.jsonl") if e["event"] == "step"]
+        assert 0 < step["mass"] < 1
+
+
 def test_old_checkpoints_are_deleted(tmp_path: Path, tiny_byte_level: Path) -> None:
     out = tmp_path / "out"
     sections = {"dir": str(out), "checkpoint_every_steps": 1, "keep_checkpoints": 2}
@@ -135,11 +177,20 @@ def test_old_checkpoints_are_deleted(tmp_path: Path, tiny_byte_level: Path) -> N
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
 
 
-def test_resuming_with_another_order_is_refused(tmp_path: Path, tiny_byte_level: Path) -> None:
-    corpus = write_corpus(tmp_path)
-    train(run_config(tiny_byte_level, corpus, tmp_path / "out", []), stop_at=2)
-    other = run_config(tiny_byte_level, corpus, tmp_path / "out", [], train={"seed": 7})
-    with pytest.raises(CheckpointError, match="train.seed = 0, the run file says 7"):
+@pytest.mark.parametrize("key", ["train.seed", "student.train_layers", "samples", "student weights"])
+def test_resuming_another_run_is_refused(tmp_path: Path, tiny_byte_level: Path, key: str) -> None:
+    corpus, model = write_corpus(tmp_path), tiny_byte_level
+    train(run_config(model, corpus, tmp_path / "out", []), stop_at=2)
+    if key == "samples":
+        corpus.write_text(corpus.read_text(encoding="utf-8").replace("gull", "seal"), encoding="utf-8")
+    if key == "student weights":
+        model = save_tiny_model(tmp_path / "other", kind="byte_level", seed=9)
+    sections: dict[str, dict[str, Any]] = {
+        "train.seed": {"train": {"seed": 7}},
+        "student.train_layers": {"student": {"train_layers": 1}},
+    }.get(key, {})
+    other = run_config(model, corpus, tmp_path / "out", [], **sections)
+    with pytest.raises(CheckpointError, match=f"{key}.*, this run has"):
         train(other, resume=True)
 
 
@@ -221,7 +272,7 @@ def test_a_loss_that_is_not_a_number_names_the_sample_and_updates_nothing(
 ) -> None:
     from trainer.data import load_corpus
     from trainer.pipeline import Lesson
-    from trainer.step import make_optimizer, train_step
+    from trainer.step import make_optimizer
 
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
     student = load_student(config.student)
