@@ -22,14 +22,15 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
+    """numba's njit without the lock, cached where a cache can be written."""
     try:
         return njit(cache=True, nogil=True)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written
         return njit(nogil=True)(function)
 
 
-@_compiled
+@compiled
 def reach(actual: Floats, first_row: int, cuts: Ints) -> Floats:
     """[S] probability of the block's text before each row; what stands before the first row is taken as certain."""
     out = np.ones(len(actual))
@@ -41,7 +42,7 @@ def reach(actual: Floats, first_row: int, cuts: Ints) -> Floats:
     return out
 
 
-@_compiled
+@compiled
 def settled(cuts_teacher: Ints, cuts_student: Ints, ends_teacher: Ints, ends_student: Ints) -> Any:
     """For each teacher token: how many student tokens of its block lie wholly in the text before it [T_t], and
     whether the last of them ends where that text ends [T_t].
@@ -62,7 +63,7 @@ def settled(cuts_teacher: Ints, cuts_student: Ints, ends_teacher: Ints, ends_stu
     return count, flush
 
 
-@_compiled
+@compiled
 def _add(scratch: Floats, touched: NDArray[np.int32], size: int, token: int, prob: float) -> Any:
     """Add to one token of the row being gathered; returns the number of tokens touched.
 
@@ -76,7 +77,7 @@ def _add(scratch: Floats, touched: NDArray[np.int32], size: int, token: int, pro
     return size
 
 
-@_compiled
+@compiled
 def _single(row: Any, candidates: Any, j: int, text: Any, first: Any) -> Any:
     """A block of one and one: every candidate but the text's adds to its first student token."""
     ids, probs, actual, _ = candidates
@@ -90,7 +91,7 @@ def _single(row: Any, candidates: Any, j: int, text: Any, first: Any) -> Any:
     return _add(scratch, touched, size, student_token, actual[j])
 
 
-@_compiled
+@compiled
 def _gather(branches: Any, candidates: Any, block: Any, texts: Any, table: Any, later: Any) -> Any:
     """List the branches of a block of several tokens; the text itself is the last.
 
@@ -126,7 +127,7 @@ def _gather(branches: Any, candidates: Any, block: Any, texts: Any, table: Any, 
     return n + 1, slot
 
 
-@_compiled
+@compiled
 def _advance(row: Any, branches: Any, alive: int, at: Any, pools: Any) -> Any:
     """Add each branch's share to its next token, and keep those whose next token is the text's.
 
@@ -150,7 +151,7 @@ def _advance(row: Any, branches: Any, alive: int, at: Any, pools: Any) -> Any:
     return size, kept
 
 
-@_compiled
+@compiled
 def _room(ids: Any, probs: Any, needed: int) -> Any:
     """The arrays, longer if they hold fewer than `needed` entries."""
     if needed <= len(ids):
@@ -160,7 +161,7 @@ def _room(ids: Any, probs: Any, needed: int) -> Any:
     return wide_ids, wide_probs
 
 
-@_compiled
+@compiled
 def _flush(row: Any, size: int, out: Any, used: int) -> float:
     """Write the gathered row after entry `used`, clear the scratch, and return the row's mass."""
     (scratch, touched), (ids, probs) = row, out
@@ -175,7 +176,7 @@ def _flush(row: Any, size: int, out: Any, used: int) -> float:
     return mass
 
 
-@_compiled
+@compiled
 def chain_rows(
     candidates: Any,  # [S, K] uint32 ids, [S, K] float32 and [S] float64 probabilities, [S] reach
     texts: Any,  # teacher ids [T_t], student ids [T], first_row, and what `settled` returns

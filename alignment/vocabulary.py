@@ -22,6 +22,7 @@ from alignment.spans import Tokens, offset_ends, running_ends, sparse_ends
 
 ROLES = ("bos", "eos", "pad", "unk")
 SPACE_MARK = "▁"
+BYTE_SPACE = "Ġ"
 
 
 class TokenizerError(ValueError):
@@ -84,6 +85,16 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.token_bytes)
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """[V] each id as the tokenizer spells it; empty for unassigned ids."""
+        return tuple(self._reader.id_to_token(i) or "" for i in range(len(self)))
+
+    @property
+    def space_mark(self) -> str:
+        """How a leading space is spelled: 'Ġ' or '▁'."""
+        return BYTE_SPACE if b" " in self._by_bytes and self.tokens[self._by_bytes[b" "]] == BYTE_SPACE else SPACE_MARK
 
     @property
     def prefix(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def _one_sentence_errors(as_json: bool = False) -> Iterator[None]:
 
 def _quiet() -> None:
     """Keep progress bars of libraries off the screen; their errors still show."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
