@@ -72,4 +72,4 @@ def test_2048_tokens_are_aligned_at_15_000_a_second(vocabularies: dict[str, Voca
             began = time.perf_counter()
             align_fusellm(pool[rows.ids], rows.logprobs, teacher_ids, student_ids, token_map)
             took.append(time.perf_counter() - began)
-        assert 2048 / min(took) > 15_000 / 3  # a shared machine may be three times slower than it can be
+        assert 2048 / min(took) > 15_000  # 173,000 to 184,000 were seen on one core
