@@ -23,7 +23,7 @@ from alignment.spans import AlignmentError, Cuts, Tokens, common_cuts
 from alignment.target import Target
 from alignment.translation import Translation
 
-EXACT_ABOVE = 1e-3
+EXACT_ABOVE = 1e-4
 
 
 class Rows(Protocol):

@@ -14,7 +14,7 @@ from alignment.kernels import NONE
 from alignment.vocabulary import Vocabulary
 
 _SHARED_ROLES = ("eos",)
-_REMEMBERED = 1 << 18
+_REMEMBERED = 1 << 19  # byte strings, some 100 MB
 
 
 @dataclass(frozen=True, eq=False)
