@@ -49,11 +49,13 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     except (OSError, RuntimeError, CheckpointException) as error:
+        free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free" if folder.exists() else "no folder"
         shutil.rmtree(partial, ignore_errors=True)
         last = latest_checkpoint(folder)
         kept = f"the last good one is {last.name}" if last else "there is none yet"
         raise CheckpointError(
-            f"cannot write checkpoint {final} ({_reason(error)}); {kept}: make room, then run again with --resume"
+            f"cannot write checkpoint {final} ({free}: {_reason(error)}); {kept}: make room, then run again "
+            "with --resume"
         ) from error
     for old in list(_checkpoints(folder))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
