@@ -40,10 +40,6 @@ class Translation:
     def is_identity(self) -> bool:
         return self.teacher.fingerprint == self.student.fingerprint
 
-    def of(self, token: int) -> tuple[int, ...]:
-        """The student's tokens for one teacher token."""
-        return tuple(self.tokens[self.offsets[token] : self.offsets[token + 1]].tolist())
-
     def write(self, pieces: list[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """The student's tokens for byte strings, as offsets and tokens; what was written once is remembered."""
         known = {piece: self._written.get(piece) for piece in pieces}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from alignment import AlignmentError, Target, Tokens, Translation, align, translate
 from alignment.chain import EXACT_ABOVE, Rows
+from alignment.kernels import NONE
 from alignment.report import block_likelihoods, report
 from alignment.spans import common_cuts
 from tests.rows import random_rows
@@ -163,7 +164,7 @@ def test_eos_of_the_teacher_speaks_for_eos_of_the_student() -> None:
 def test_bos_and_pad_have_no_counterpart_and_stay_in_the_tail() -> None:
     translation = PAIRS["sentencepiece to byte level"]
     for role in ("bos", "pad"):
-        assert translation.of(SENTENCEPIECE.roles[role]) == ()
+        assert translation.first[SENTENCEPIECE.roles[role]] == NONE
 
 
 def test_report_counts_positions_and_bytes() -> None:
