@@ -8,7 +8,7 @@ cannot is raised at once. A teacher that is killed and restarted costs time, nev
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import stamina
@@ -84,11 +84,6 @@ class TeacherPool:
     async def __aexit__(self, *_: object) -> None:
         for replica in [r for replicas in self._replicas.values() for r in replicas]:
             await replica.client.aclose()
-
-    @property
-    def cards(self) -> Mapping[str, Card]:
-        """Each teacher's card, once connected."""
-        return self._cards
 
     async def connect(self, name: str) -> tuple[Card, dict[str, bytes]]:
         """Ask every replica for its card, and one for the tokenizer's files.

@@ -105,7 +105,8 @@ def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity
     for sample in corpus.train:
         texts.update(f"{len(sample.text)} {sample.closes} {sample.text}".encode())
     weights = hashlib.sha256()
-    for path in sorted([student.folder / "config.json", *student.folder.glob("*.safetensors")]):
+    base = student.folder
+    for path in sorted([base / "config.json", *base.glob("*.safetensors"), *base.glob("*.bin")]):
         with path.open("rb") as file:
             weights.update(hashlib.file_digest(file, "sha256").digest())
     return {
