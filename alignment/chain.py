@@ -11,6 +11,10 @@ EXACT_ABOVE; they are written by the student's own tokenizer. Approximate: a les
 taken to begin with the text's student tokens that lie wholly before it and to go on with its candidate alone, if the
 candidate begins where such a token ends; otherwise what follows is tail. Every branch follows one candidate beyond
 the text, so a candidate that ends inside a student token stands for the student's tokenization of it alone.
+
+Masked: a tokenizer whose normalizer changes the text (lower case, dropped blanks) says nothing of some bytes. Positions
+there are invalid and counted as such. A space that a tokenizer puts in front of a text is taken off a teacher's
+candidates and put before a student's branches. Values are float32: a block less likely than e^−87 is lost.
 """
 
 from typing import Protocol
@@ -19,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import kernels
-from alignment.spans import AlignmentError, Cuts, Tokens, common_cuts
+from alignment.spans import INSIDE, AlignmentError, Cuts, Tokens, common_cuts
 from alignment.target import Target
 from alignment.translation import Translation
 
@@ -69,14 +73,17 @@ def align(
     probs = np.exp(rows.logprobs, dtype=np.float32)
     actual = np.exp(rows.actual, dtype=np.float64)
     reach = kernels.reach(actual, first_row, cuts.teacher)
-    later = _later_rows(cuts, first_row, len(teacher))
-    wanted = (reach[later, None] * probs[later] >= exact_above) & (ids[later] != teacher.ids[later + first_row, None])
+    rewritten, spaced = _rewritten_rows(cuts, first_row, teacher, student)
+    wanted = (reach[rewritten, None] * probs[rewritten] >= exact_above) | spaced[:, None]
+    wanted &= ids[rewritten] != teacher.ids[rewritten + first_row, None]
+    slots = np.full(len(actual), kernels.NONE, dtype=np.int64)
+    slots[rewritten] = np.arange(len(rewritten))
     offsets, out_ids, out_probs, tail = kernels.chain_rows(
         (ids, probs, actual, reach),
         (teacher.ids, student.ids, first_row, *kernels.settled(*cuts[:2], teacher.ends, student.ends)),
         cuts[:2],
         (translation.offsets, translation.tokens, translation.first),
-        _continuations(ids, wanted, (later, first_row), (teacher, cuts), translation),
+        (slots, *_continuations(ids, wanted, rewritten, (teacher, student, cuts), translation)),
         valid,
         len(translation.student),
     )
@@ -92,7 +99,7 @@ def cuts_between(teacher: Tokens, student: Tokens, translation: Translation) -> 
 
 
 def _valid_positions(cuts: Cuts, first_row: int, teacher: Tokens, student: Tokens) -> NDArray[np.bool_]:
-    """Positions at or after the first byte that a row speaks of."""
+    """Positions at or after the first byte that a row speaks of, of bytes that the teacher has tokens for."""
     valid = np.zeros(len(student), dtype=bool)
     block = int(np.searchsorted(cuts.teacher, first_row))  # first cut at or after the first row
     valid[cuts.student[block] :] = True
@@ -100,35 +107,89 @@ def _valid_positions(cuts: Cuts, first_row: int, teacher: Tokens, student: Token
         spoken_from = teacher.ends[first_row - 1]
         inside = np.arange(cuts.student[block - 1] + 1, cuts.student[block])
         valid[inside] = (student.ends[inside - 1] >= spoken_from) & (spoken_from > 0)
+    if teacher.placing is not None:
+        valid &= ~_unspoken(cuts, teacher)
     return valid
 
 
-def _later_rows(cuts: Cuts, first_row: int, num_tokens: int) -> NDArray[np.int64]:
-    """[R] rows of teacher tokens that do not begin a block."""
-    begins = np.zeros(num_tokens, dtype=bool)
-    begins[cuts.teacher[:-1]] = True
-    return np.flatnonzero(~begins[first_row:])
+def _unspoken(cuts: Cuts, teacher: Tokens) -> NDArray[np.bool_]:
+    """Positions of which a teacher whose normalizer changed the text says nothing.
+
+    They are those of a block of which some bytes are in none of its tokens and, where its tokens do not write the
+    text's bytes, all but the first: no other of its branches begins with what the student has read there, so they
+    would merely repeat the text.
+    """
+    changed = np.concatenate([[0], np.cumsum(~teacher.written)])[cuts.teacher]
+    per_block = np.diff(cuts.student)
+    later = np.ones(cuts.student[-1], dtype=bool)
+    later[cuts.student[:-1][per_block > 0]] = False
+    return np.repeat(_gaps(cuts, teacher), per_block) | (later & np.repeat(np.diff(changed) > 0, per_block))
+
+
+def _gaps(cuts: Cuts, teacher: Tokens) -> NDArray[np.bool_]:
+    """[B] whether some bytes of a block lie in no teacher token."""
+    of_token = np.repeat(np.arange(len(cuts.at) - 1), np.diff(cuts.teacher))
+    before = np.maximum(np.concatenate([[0], teacher.ends[:-1]])[: len(teacher)], cuts.at[of_token])
+    gaps = np.bincount(
+        of_token, weights=(teacher.starts > before) & (teacher.starts != INSIDE), minlength=len(cuts.at) - 1
+    )
+    reached = cuts.at[:-1].copy()  # the last known end in each block
+    np.maximum.at(reached, of_token, teacher.ends)
+    return (gaps > 0) | (reached < cuts.at[1:])
+
+
+def _rewritten_rows(
+    cuts: Cuts, first_row: int, teacher: Tokens, student: Tokens
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """[R] rows whose candidates do not continue the text as the table has them, and [R] those of them where it is for
+    a space: rows that do not begin a block, and rows where a tokenizer puts a space of its own.
+    """
+    begins = np.zeros(len(teacher), dtype=bool)
+    begins[cuts.teacher[:-1][np.diff(cuts.teacher) > 0]] = True
+    spaced = teacher.own_space.copy()
+    if student.placing is not None:
+        filled = np.diff(cuts.student) > 0
+        own = np.zeros(len(filled), dtype=bool)
+        own[filled] = student.own_space[cuts.student[:-1][filled]]
+        spaced |= np.repeat(own, np.diff(cuts.teacher))
+    rows = np.flatnonzero((~begins | spaced)[first_row:])
+    return rows, spaced[rows + first_row]
 
 
 def _continuations(
     ids: NDArray[np.uint32],
     wanted: NDArray[np.bool_],
-    rows: tuple[NDArray[np.int64], int],
-    text: tuple[Tokens, Cuts],
+    rewritten: NDArray[np.int64],
+    text: tuple[Tokens, Tokens, Cuts],
     translation: Translation,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """The wanted branches of later rows, written by the student: [R, K] index (NONE: not wanted), offsets, tokens."""
-    (later, first_row), (teacher, cuts) = rows, text
-    token_bytes = translation.pieces
-    begins = cuts.teacher[np.searchsorted(cuts.teacher, later + first_row) - 1]
+    """The wanted branches, written by the student: [R, K] index (NONE: not wanted), offsets, tokens."""
+    (teacher, student, cuts), token_bytes = text, translation.pieces
+    tokens = rewritten + len(teacher) - len(ids)
+    blocks = np.searchsorted(cuts.teacher, tokens, side="right") - 1
     before = [
-        b"".join(token_bytes[i] or b"" for i in teacher.ids[begin:end].tolist())
-        for begin, end in zip(begins.tolist(), (later + first_row).tolist(), strict=True)
+        _written(teacher, translation, begin, end)
+        for begin, end in zip(cuts.teacher[blocks].tolist(), tokens.tolist(), strict=True)
     ]
+    if student.placing is not None and len(student):
+        own = student.own_space[np.minimum(cuts.student[blocks], len(student) - 1)]
+        before = [b" " + data if space else data for data, space in zip(before, own.tolist(), strict=True)]
     row, k = np.nonzero(wanted)
-    candidates = ids[later[row], k].tolist()
+    candidates = ids[rewritten[row], k].tolist()
     # a special token has no bytes: its branch ends where it would stand
-    pieces = [before[r] + (token_bytes[x] or b"") for r, x in zip(row.tolist(), candidates, strict=True)]
+    pieces = [token_bytes[x] or b"" for x in candidates]
+    if teacher.placing is not None:
+        own = teacher.own_space[tokens[row]]
+        pieces = [p.removeprefix(b" ") if space else p for p, space in zip(pieces, own.tolist(), strict=True)]
     index = np.full(wanted.shape, kernels.NONE, dtype=np.int64)
     index[row, k] = np.arange(len(pieces))
-    return index, *translation.write(pieces)
+    return index, *translation.write([before[r] + p for r, p in zip(row.tolist(), pieces, strict=True)])
+
+
+def _written(teacher: Tokens, translation: Translation, begin: int, end: int) -> bytes:
+    """What the teacher's tokens from `begin` to `end` write of the text."""
+    pieces = [translation.pieces[i] or b"" for i in teacher.ids[begin:end].tolist()]
+    if teacher.placing is not None:
+        own = teacher.own_space[begin:end].tolist()
+        pieces = [p.removeprefix(b" ") if space else p for p, space in zip(pieces, own, strict=True)]
+    return b"".join(pieces)

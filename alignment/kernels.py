@@ -96,23 +96,24 @@ def _gather(branches: Any, candidates: Any, block: Any, texts: Any, table: Any, 
     """List the branches of a block of several tokens; the text itself is the last.
 
     A branch is SHARED tokens of the text, then LENGTH tokens from BEGIN of pool 0 (the table) or 1 (what the
-    student's tokenizer wrote). Returns how many there are and the next later row.
+    student's tokenizer wrote). Returns how many there are.
     """
     ids, probs, actual, weight = candidates
     prob, where = branches
-    t0, t1, num_student, slot = block
+    t0, t1, num_student = block
     teacher_ids, first_row, count, flush = texts
-    offsets, continuation, written = table[0], later[0], later[1]
+    offsets, slots, continuation, written = table[0], later[0], later[1], later[2]
     n, text = 0, 1.0
     for t in range(max(t0, first_row), t1):
         j = t - first_row
+        slot = slots[j]
         for k in range(ids.shape[1]):
             x = np.int64(ids[j, k])
             if x == teacher_ids[t]:
                 continue
             prob[n] = weight[j] * probs[j, k]
             where[n] = (0, 0, offsets[x], offsets[x + 1] - offsets[x])
-            exact = continuation[slot, k] if t > t0 else NONE
+            exact = continuation[slot, k] if slot != NONE else NONE
             if exact != NONE:
                 where[n] = (0, 1, written[exact], written[exact + 1] - written[exact])
             elif t > t0:
@@ -121,10 +122,8 @@ def _gather(branches: Any, candidates: Any, block: Any, texts: Any, table: Any, 
                     where[n, LENGTH] = 0
             n += 1
         text *= actual[j]
-        if t > t0:
-            slot += 1
     prob[n], where[n] = text, (num_student, 0, 0, 0)
-    return n + 1, slot
+    return n + 1
 
 
 @compiled
@@ -182,7 +181,7 @@ def chain_rows(
     texts: Any,  # teacher ids [T_t], student ids [T], first_row, and what `settled` returns
     cuts: Any,  # teacher and student cuts [B + 1]
     table: Any,  # of the translation: offsets [W + 1], tokens, first [W]
-    later: Any,  # continuations of later rows [R, K] (NONE: none), their offsets and tokens
+    later: Any,  # of rows that are written anew: slot [S], continuations [R, K] (NONE: none), offsets, tokens
     valid: NDArray[np.bool_],
     vocab_size: int,
 ) -> Any:
@@ -195,19 +194,19 @@ def chain_rows(
     branches = (np.empty(most), np.empty((most, 4), dtype=np.int64))
     offsets, tail = np.zeros(len(student_ids) + 1, dtype=np.int64), np.zeros(len(student_ids), dtype=np.float32)
     ids, probs = _room(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32), len(student_ids) * (num_k + 1) // 2)
-    used, slot = 0, 0
+    used = 0
     for b in range(len(cuts_teacher) - 1):
         t0, t1, s0, s1 = cuts_teacher[b], cuts_teacher[b + 1], cuts_student[b], cuts_student[b + 1]
-        single = t1 - t0 == 1 and s1 - s0 == 1 and t0 >= first_row
+        single = t1 - t0 == 1 and s1 - s0 == 1 and t0 >= first_row and later[0][t0 - first_row] == NONE
         alive = 0
         if not single:
-            block = (t0, t1, s1 - s0, slot)
-            alive, slot = _gather(branches, candidates, block, (teacher_ids, first_row, count, flush), table, later)
+            block = (t0, t1, s1 - s0)
+            alive = _gather(branches, candidates, block, (teacher_ids, first_row, count, flush), table, later)
         for s in range(s0, s1):
             if single:
                 size = _single(row, candidates, t0 - first_row, (teacher_ids[t0], student_ids[s]), table[2])
             else:
-                size, alive = _advance(row, branches, alive, (s - s0, student_ids[s]), (table[1], later[2]))
+                size, alive = _advance(row, branches, alive, (s - s0, student_ids[s]), (table[1], later[3]))
             ids, probs = _room(ids, probs, used + size)
             mass = _flush(row, size, (ids, probs), used)
             if valid[s]:

@@ -70,15 +70,18 @@ def block_likelihoods(
     """Compare teacher and target over every block whose positions are all valid and whose rows are all there."""
     teacher, student = tokens
     cuts = cuts_between(teacher, student, translation)
-    whole = np.logical_and.reduceat(target.valid, cuts.student[:-1]) if len(cuts.at) > 1 else np.zeros(0, dtype=bool)
-    whole &= cuts.teacher[:-1] >= first_row
+    num_blocks = len(cuts.at) - 1
+    of_teacher = np.repeat(np.arange(num_blocks), np.diff(cuts.teacher))
+    of_student = np.repeat(np.arange(num_blocks), np.diff(cuts.student))
+    whole = np.bincount(of_student, weights=~target.valid, minlength=num_blocks) == 0
+    whole &= (cuts.teacher[:-1] >= first_row) & (np.diff(cuts.student) > 0)
     own = np.concatenate([np.zeros(first_row), rows.actual.astype(np.float64)])
     with np.errstate(divide="ignore"):
         aligned = np.log(target.prob_of(student.ids))
     byte_at = np.minimum(cuts.at, student.num_bytes)
     return BlockLikelihoods(
-        teacher=np.add.reduceat(own, cuts.teacher[:-1])[whole],
-        student=np.add.reduceat(aligned, cuts.student[:-1])[whole],
+        teacher=np.bincount(of_teacher, weights=own, minlength=num_blocks)[whole],
+        student=np.bincount(of_student, weights=aligned, minlength=num_blocks)[whole],
         num_bytes=np.diff(byte_at)[whole],
     )
 

@@ -1,16 +1,16 @@
 """A tokenizer seen as bytes: what each token id writes, and how bytes are written in tokens.
 
 `Vocabulary` reads the two files that every fast tokenizer has (tokenizer.json, tokenizer_config.json) and
-knows three things: the bytes of every id, the ids of the special tokens by role, and how to tokenize a text
-from its beginning or as a continuation. Byte-level BPE and SentencePiece with byte fallback are understood;
-anything else is refused by name.
+knows three things: the bytes of every id (spelling.py), the ids of the special tokens by role, and how to tokenize
+a text from its beginning or as a continuation.
 """
 
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from alignment.spans import Tokens, offset_ends, running_ends, sparse_ends
+from alignment.spans import Tokens, place
+from alignment.spelling import SPACE_MARK, Kind, TokenizerError, nodes, read_spelling
 
-ROLES = ("bos", "eos", "pad", "unk")
-SPACE_MARK = "▁"
+ROLES = ("bos", "eos", "end_of_turn", "pad", "unk")
 BYTE_SPACE = "Ġ"
-
-
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be read as bytes, with the file and the reason."""
+# no config names the token that ends a turn; these are what the known families call it, and a run file may say more
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eot|>", "<|return|>")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +32,14 @@ class Vocabulary:
     """One model's tokenizer.
 
     token_bytes  [V] what each id writes; None for special tokens and unassigned ids, which have no text
-    roles        special token ids by role: bos, eos, pad, unk, as far as the tokenizer has them
+    kind         how its tokens are spelled
+    roles        special token ids by role: bos, eos, end_of_turn, pad, unk, as far as the tokenizer has them
     expects_bos  whether the model was trained with its BOS in front of every text
     fingerprint  sha256 of tokenizer.json; equal fingerprints mean equal ids
     """
 
     name: str
+    kind: Kind
     fingerprint: str
     token_bytes: tuple[bytes | None, ...] = field(repr=False)
     roles: Mapping[str, int]
@@ -72,11 +72,13 @@ class Vocabulary:
             continuer = reader if bare == spec else _tokenizer(json.dumps(bare))
         except Exception as error:  # tokenizers raises bare Exception
             raise TokenizerError(f"the tokenizer of {name} cannot be read: {error}") from error
+        spelling = read_spelling(spec, name)
         roles = _roles(spec, config)
         return cls(
             name=name,
+            kind=spelling.kind,
             fingerprint=hashlib.sha256(tokenizer_json).hexdigest(),
-            token_bytes=_token_bytes(spec, name),
+            token_bytes=spelling.token_bytes,
             roles=roles,
             expects_bos=_expects_bos(spec, config, roles),
             _reader=reader,
@@ -86,6 +88,18 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.token_bytes)
 
+    def with_roles(self, spelled: Mapping[str, str]) -> "Vocabulary":
+        """The same, with roles given by how their tokens are spelled. Raises TokenizerError for a token it lacks."""
+        roles = dict(self.roles)
+        for role, token in spelled.items():
+            found = self._reader.token_to_id(token)
+            if role not in ROLES:
+                raise TokenizerError(f"{self.name}: there is no role {role!r}; the roles are {', '.join(ROLES)}")
+            if found is None:
+                raise TokenizerError(f"{self.name}: role {role} is to be {token!r}, which is none of its tokens")
+            roles[role] = found
+        return replace(self, roles=roles)
+
     @cached_property
     def tokens(self) -> tuple[str, ...]:
         """[V] each id as the tokenizer spells it; empty for unassigned ids."""
@@ -94,7 +108,7 @@ class Vocabulary:
     @property
     def space_mark(self) -> str:
         """How a leading space is spelled: 'Ġ' or '▁'."""
-        return BYTE_SPACE if b" " in self._by_bytes and self.tokens[self._by_bytes[b" "]] == BYTE_SPACE else SPACE_MARK
+        return BYTE_SPACE if self.kind is Kind.BYTE_LEVEL else SPACE_MARK
 
     @property
     def prefix(self) -> list[int]:
@@ -108,40 +122,56 @@ class Vocabulary:
         of its own; it has no bytes and is given one byte of room after the text, on every side alike.
         """
         encoding = self._reader.encode(text, add_special_tokens=False)
-        data = text.encode()
         pieces = [self.token_bytes[i] or b"" for i in encoding.ids]
-        ends = running_ends(data, pieces)
-        if ends is None:
-            ends = sparse_ends(data, pieces, self._unwritable)
-        if ends is None:
-            ends = offset_ends(text, encoding.offsets)
         ids = np.array(encoding.ids, dtype=np.int64)
-        if close:
-            if "eos" not in self.roles:
-                raise TokenizerError(f"{self.name} has no EOS token to close a text with")
-            ids = np.append(ids, self.roles["eos"])
-            ends = np.append(ends, len(data) + 1)
-        return Tokens(text=data, ids=ids, ends=ends)
+        tokens = place(text, ids, pieces, encoding.offsets, self._unwritable)
+        return self._closed(tokens) if close else tokens
+
+    def _closed(self, tokens: Tokens) -> Tokens:
+        if "eos" not in self.roles:
+            raise TokenizerError(f"{self.name} has no EOS token to close a text with")
+        return Tokens(
+            text=tokens.text,
+            ids=np.append(tokens.ids, self.roles["eos"]),
+            ends=np.append(tokens.ends, tokens.num_bytes + 1),
+            placing=tokens.placing and tokens.placing.closed(tokens.num_bytes),
+        )
 
     def write(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Tokenize each byte string as a continuation: no BOS, no space of its own in front.
 
-        Bytes that are not valid UTF-8, or that the tokenizer would not give back, are covered greedily with
-        the longest tokens; a string that no tokens can write gives an empty list.
+        What a normalizer makes of a string counts as the string. Bytes that are not valid UTF-8, or that the
+        tokenizer would not give back, are covered greedily with the longest tokens; a string that no tokens can
+        write gives an empty list.
         """
         texts = [_utf8(piece) for piece in pieces]
         encodings = iter(
             self._continuer.encode_batch_fast([t for t in texts if t is not None], add_special_tokens=False)
         )
         return [
-            self._faithful(piece, next(encodings).ids if text is not None else None)
+            self._cover(piece) if text is None else self._faithful(text, piece, next(encodings).ids)
             for piece, text in zip(pieces, texts, strict=True)
         ]
 
-    def _faithful(self, piece: bytes, ids: list[int] | None) -> list[int]:
-        if ids is not None and b"".join(self.token_bytes[i] or b"" for i in ids) == piece:
+    def _faithful(self, text: str, piece: bytes, ids: list[int]) -> list[int]:
+        if self._spell(ids) == piece:
             return ids
-        return self._cover(piece)
+        plain = self._plain(text)
+        for tried in (ids, self._reader.encode(text, add_special_tokens=False).ids):
+            if tried and self._spell(tried) in (piece, plain):
+                return tried
+        return self._cover(piece) or self._cover(plain)
+
+    def _spell(self, ids: list[int]) -> bytes:
+        return b"".join(self.token_bytes[i] or b"" for i in ids)
+
+    def _plain(self, text: str) -> bytes:
+        """What a normalizer leaves of a text; where no token writes a space alone, a run of blanks is one space."""
+        if self._continuer.normalizer is not None:
+            text = self._continuer.normalizer.normalize_str(text).replace(SPACE_MARK, " ")
+        if ord(" ") in self._unwritable:
+            text = re.sub(r"\s+", " ", text.rstrip())
+        return text.encode()
 
     def _cover(self, piece: bytes) -> list[int]:
         ids: list[int] = []
@@ -187,21 +217,10 @@ def _tokenizer(tokenizer_json: str) -> Tokenizer:
     return tokenizer
 
 
-def _nodes(part: Any) -> Iterator[dict[str, Any]]:
-    """Every component in a tokenizer.json part, Sequences opened."""
-    if isinstance(part, dict):
-        yield part
-        for value in part.values():
-            yield from _nodes(value)
-    elif isinstance(part, list):
-        for value in part:
-            yield from _nodes(value)
-
-
 def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer, putting no space in front: branches continue a text, they do not begin one."""
     spec = copy.deepcopy(spec | {"model": None}) | {"model": spec["model"]}
-    for node in _nodes([spec.get("normalizer"), spec.get("pre_tokenizer")]):
+    for node in nodes([spec.get("normalizer"), spec.get("pre_tokenizer")]):
         if node.get("type") == "Prepend":
             node["prepend"] = ""
         if node.get("type") == "ByteLevel":
@@ -209,48 +228,6 @@ def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
         if node.get("type") == "Metaspace":
             node["prepend_scheme"] = "never"
     return spec
-
-
-def _token_bytes(spec: dict[str, Any], name: str) -> tuple[bytes | None, ...]:
-    ids: dict[str, int] = spec["model"]["vocab"] if isinstance(spec["model"].get("vocab"), dict) else {}
-    added = {token["id"]: token for token in spec.get("added_tokens", [])}
-    kinds = {node.get("type") for node in _nodes([spec.get("decoder"), spec.get("pre_tokenizer")])}
-    if spec["model"].get("type") != "BPE" or not ids:
-        raise TokenizerError(f"the tokenizer of {name} is {spec['model'].get('type')}; only BPE is understood")
-    if "ByteLevel" in kinds:
-        read = _byte_level
-    elif spec["model"].get("byte_fallback"):
-        read = _sentencepiece
-    else:
-        raise TokenizerError(f"the tokenizer of {name} is neither byte-level BPE nor SentencePiece with byte fallback")
-    table: list[bytes | None] = [None] * (max([*ids.values(), *added]) + 1)
-    for token, i in ids.items():
-        table[i] = read(token)
-    for i, token in added.items():
-        table[i] = None if token["special"] else token["content"].encode()
-    return tuple(table)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 stays, the rest moves to U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(moved)}
-
-
-_BYTE_ALPHABET = _byte_alphabet()
-
-
-def _byte_level(token: str) -> bytes:
-    if all(c in _BYTE_ALPHABET for c in token):
-        return bytes(_BYTE_ALPHABET[c] for c in token)
-    return token.encode()
-
-
-def _sentencepiece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace(SPACE_MARK, " ").encode()
 
 
 def _roles(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
@@ -261,7 +238,8 @@ def _roles(spec: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
         content = token.get("content") if isinstance(token, dict) else token
         if content in ids:
             roles[role] = ids[content]
-    return roles
+    turn_ends = [ids[content] for content in END_OF_TURN if content in ids]
+    return {"end_of_turn": turn_ends[0], **roles} if turn_ends else roles
 
 
 def _added_by(node: dict[str, Any]) -> list[dict[str, Any]]:
@@ -275,7 +253,7 @@ def _expects_bos(spec: dict[str, Any], config: dict[str, Any], roles: dict[str, 
         return False
     if isinstance(config.get("add_bos_token"), bool):
         return bool(config["add_bos_token"])
-    added = [token.get("ids", []) for node in _nodes(spec.get("post_processor")) for token in _added_by(node)]
+    added = [token.get("ids", []) for node in nodes(spec.get("post_processor")) for token in _added_by(node)]
     if any(roles["bos"] in ids for ids in added):
         return True
     return str(config.get("tokenizer_class", "")).startswith("Gemma")
