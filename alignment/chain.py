@@ -17,6 +17,7 @@ there are invalid and counted as such. A space that a tokenizer puts in front of
 candidates and put before a student's branches. Values are float32: a block less likely than e^−87 is lost.
 """
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -68,6 +69,8 @@ def align(
     if rows.ids.size and int(rows.ids.max()) >= len(translation.pieces):
         raise AlignmentError(f"row id {int(rows.ids.max())} is outside the teacher's {len(translation.pieces)} ids")
     cuts = cuts_between(teacher, student, translation)
+    if translation.is_identity:  # every row speaks of its own token, whatever a normalizer did to the text
+        teacher, student = replace(teacher, placing=None), replace(student, placing=None)
     valid = _valid_positions(cuts, first_row, teacher, student)
     ids = np.ascontiguousarray(rows.ids, dtype=np.uint32)
     probs = np.exp(rows.logprobs, dtype=np.float32)

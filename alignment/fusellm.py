@@ -11,7 +11,8 @@ Cost: one pass over teacher × student tokens; distances are computed once per p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,13 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from alignment.kernels import NONE, compiled
+from alignment.store import key_of, load_arrays, save_arrays
 from alignment.vocabulary import Vocabulary
 
 DIAGONAL, TEACHER, STUDENT = 0, 1, 2
+METHODS = ("em", "min_ed")
+UNMET = -2  # a token whose place in the student's vocabulary has not been looked for
+_FORMAT = 1
 AT_ONCE = 64  # unmapped tokens whose distances to a whole vocabulary exist at once
 
 
@@ -35,40 +40,64 @@ class MappedRows:
     values: NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
 class TokenMap:
     """Teacher token → student token by spelling, the space mark exchanged: equal strings first.
 
-    With `nearest`, a token without an equal goes to the string at the smallest edit distance, ties to the lowest id,
-    and is remembered; without it, it goes nowhere.
+    With `nearest`, a token without an equal goes to the string at the smallest edit distance, ties to the lowest id;
+    without it, it goes nowhere. A distance to a whole vocabulary takes milliseconds, so tokens are mapped when they
+    are met; with `keep_at`, what was met in other runs is known, and `save` adds what was met in this one.
     """
 
-    teacher: Vocabulary
-    student: Vocabulary
-    nearest: bool
-    _known: dict[str, int] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        for i, token in reversed(list(enumerate(self.student.tokens))):
-            self._known[token] = i
+    def __init__(self, teacher: Vocabulary, student: Vocabulary, *, nearest: bool, keep_at: Path | None = None) -> None:
+        self.teacher = teacher
+        self.student = student
+        self._nearest = nearest
+        self._keep_at = keep_at
+        self._equals = {token: i for i, token in reversed(list(enumerate(student.tokens)))}
+        kept = self._kept()
+        # [W + 1] student id, NONE or UNMET; the last is for ids that no tokenizer has
+        self._known = np.append(np.full(len(teacher), UNMET), NONE) if kept is None else kept
 
     def of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Student ids, NONE where there is none; any shape."""
-        unique, inverse = np.unique(ids, return_inverse=True)
-        spelled = [self._spelling(i) for i in unique.tolist()]
-        if self.nearest:
-            self._learn([token for token in spelled if token not in self._known])
-        mapped = np.array([self._known.get(token, NONE) for token in spelled], dtype=np.int64)
-        return mapped[inverse].reshape(ids.shape)
+        ids = np.minimum(ids, len(self.teacher))
+        unmet = self._known[ids] == UNMET
+        if unmet.any():
+            self._learn(np.unique(ids[unmet]).tolist())
+        known: NDArray[np.int64] = self._known[ids]
+        return known
+
+    def save(self) -> None:
+        """Add what was met to the file, beside what other processes have put there meanwhile."""
+        if self._keep_at is not None:
+            kept = self._kept()
+            merged = self._known if kept is None else np.where(self._known == UNMET, kept, self._known)
+            save_arrays(self._keep_at, {"student_ids": merged})
+
+    def _kept(self) -> NDArray[np.int64] | None:
+        found = load_arrays(self._keep_at) if self._keep_at else None
+        return found["student_ids"].astype(np.int64) if found else None
+
+    def _learn(self, ids: Sequence[int]) -> None:
+        spelled = {i: self._spelling(i) for i in ids}
+        self._known[ids] = [self._equals.get(spelled[i], NONE) for i in ids]
+        far = [i for i in ids if self._known[i] == NONE] if self._nearest else []
+        for begin in range(0, len(far), AT_ONCE):
+            some = far[begin : begin + AT_ONCE]
+            strings = [spelled[i] for i in some]
+            distances = cdist(strings, self.student.tokens, scorer=Levenshtein.distance, dtype=np.uint16)
+            self._known[some] = distances.argmin(axis=1)
 
     def _spelling(self, token_id: int) -> str:
         return self.teacher.tokens[token_id].replace(self.teacher.space_mark, self.student.space_mark)
 
-    def _learn(self, tokens: Sequence[str]) -> None:
-        for begin in range(0, len(tokens), AT_ONCE):
-            some = tokens[begin : begin + AT_ONCE]
-            distances = cdist(some, self.student.tokens, scorer=Levenshtein.distance, dtype=np.uint16)
-            self._known.update(zip(some, distances.argmin(axis=1).tolist(), strict=True))
+
+def token_map(teacher: Vocabulary, student: Vocabulary, method: str, cache: Path | None = None) -> TokenMap:
+    """The map of `em` (equal strings only) or `min_ed`, known so far in the `cache` folder."""
+    if method not in METHODS:
+        raise ValueError(f"expected a method of {', '.join(METHODS)}, received {method!r}")
+    name = f"{method}-{key_of(_FORMAT, teacher.fingerprint, student.fingerprint)}"
+    return TokenMap(teacher, student, nearest=method == "min_ed", keep_at=cache / name if cache else None)
 
 
 def align_fusellm(
@@ -76,15 +105,15 @@ def align_fusellm(
     values: NDArray[np.floating],
     teacher_ids: NDArray[np.int64],
     student_ids: NDArray[np.int64],
-    token_map: TokenMap,
+    mapping: TokenMap,
 ) -> MappedRows:
     """The teacher's rows [T_t, K] of candidates and values, each after its token, for every student token."""
-    teacher = [token_map.teacher.tokens[i].replace(token_map.teacher.space_mark, "") for i in teacher_ids.tolist()]
-    student = [token_map.student.tokens[i].replace(token_map.student.space_mark, "") for i in student_ids.tolist()]
+    teacher = [mapping.teacher.tokens[i].replace(mapping.teacher.space_mark, "") for i in teacher_ids.tolist()]
+    student = [mapping.student.tokens[i].replace(mapping.student.space_mark, "") for i in student_ids.tolist()]
     met = only_match(teacher, student)
     whole = met != NONE
-    whole[whole] = token_map.of(teacher_ids[met[whole]]) == student_ids[whole]
-    mapped = token_map.of(ids[met[whole]].astype(np.int64))
+    whole[whole] = mapping.of(teacher_ids[met[whole]]) == student_ids[whole]
+    mapped = mapping.of(ids[met[whole]].astype(np.int64))
     offsets, out_ids, out_values = _map_rows(student_ids, whole, mapped, values[met[whole]].astype(np.float64))
     return MappedRows(offsets, out_ids, out_values)
 

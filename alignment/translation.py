@@ -1,19 +1,23 @@
 """Translation: every token of a teacher, written in tokens of the student.
 
 Built once per pair of tokenizers. Text is written as the student would continue with it; special tokens have
-no text and correspond by role (EOS speaks for EOS), never by their spelling; what has neither has no
-translation, and its probability stays in the tail.
+no text and correspond by role (EOS speaks for EOS, end of turn for end of turn), never by their spelling; what has
+neither has no translation, and its probability stays in the tail.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from alignment.kernels import NONE
+from alignment.store import key_of, load_arrays, save_arrays
 from alignment.vocabulary import Vocabulary
 
-_SHARED_ROLES = ("eos",)
+SHARED_ROLES = ("eos", "end_of_turn")  # what a model says by itself; one id in two roles speaks for the first
+_FORMAT = 1  # of the kept table; a change of what is written into it needs another number
 _REMEMBERED = 1 << 19  # byte strings, some 100 MB
 
 
@@ -54,12 +58,34 @@ class Translation:
         return offsets, np.array([i for row in rows for i in row], dtype=np.int32)
 
 
-def translate(teacher: Vocabulary, student: Vocabulary, vocab_size: int | None = None) -> Translation:
-    """Build the table for ids below `vocab_size`, by default those of the tokenizer.
+def translate(
+    teacher: Vocabulary, student: Vocabulary, vocab_size: int | None = None, *, cache: Path | None = None
+) -> Translation:
+    """Build the table for ids below `vocab_size`, by default those of the tokenizer, or find it in the `cache` folder.
 
     Equal tokenizers translate every id, special or not, into itself. Ids that no tokenizer has stay untranslated.
     """
-    pieces = teacher.token_bytes + (None,) * ((vocab_size or len(teacher)) - len(teacher))
+    num_ids = vocab_size or len(teacher)
+    pieces = teacher.token_bytes + (None,) * (num_ids - len(teacher))
+    path = cache / f"translation-{_key(teacher, student, num_ids)}" if cache else None
+    found = load_arrays(path) if path else None
+    offsets, tokens = (found["offsets"], found["tokens"]) if found else _table(teacher, student, pieces)
+    if path and not found:
+        save_arrays(path, {"offsets": offsets, "tokens": tokens})
+    written = np.diff(offsets) > 0
+    first = np.full(num_ids, NONE, dtype=np.int32)
+    first[written] = tokens[offsets[:-1][written]]
+    return Translation(teacher, student, pieces, offsets.astype(np.int64), tokens.astype(np.int32), first)
+
+
+def _key(teacher: Vocabulary, student: Vocabulary, num_ids: int) -> str:
+    roles = [(role, v.roles.get(role)) for v in (teacher, student) for role in SHARED_ROLES]
+    return key_of(_FORMAT, tokenizers.__version__, teacher.fingerprint, student.fingerprint, num_ids, roles)
+
+
+def _table(
+    teacher: Vocabulary, student: Vocabulary, pieces: tuple[bytes | None, ...]
+) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     rows: list[list[int]] = [[] for _ in pieces]
     if teacher.fingerprint == student.fingerprint:
         rows[: len(teacher)] = [[i] for i in range(len(teacher))]
@@ -67,12 +93,8 @@ def translate(teacher: Vocabulary, student: Vocabulary, vocab_size: int | None =
         written = [i for i, data in enumerate(pieces) if data]
         for i, ids in zip(written, student.write([pieces[i] or b"" for i in written]), strict=True):
             rows[i] = ids
-        for role in _SHARED_ROLES:
+        for role in reversed(SHARED_ROLES):
             if role in teacher.roles and role in student.roles:
                 rows[teacher.roles[role]] = [student.roles[role]]
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = np.array([i for row in rows for i in row], dtype=np.int32)
-    first = np.full(len(rows), NONE, dtype=np.int32)
-    first[lengths > 0] = tokens[offsets[:-1][lengths > 0]]
-    return Translation(teacher, student, pieces, offsets, tokens, first)
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    return offsets, np.array([i for row in rows for i in row], dtype=np.int32)

@@ -243,6 +243,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TUTELAGE_CACHE") or "~/.cache/tutelage").expanduser()
 
 
+def tables_dir() -> Path:
+    """Where alignment keeps what it makes once per pair of tokenizers."""
+    return cache_dir() / "alignment"
+
+
 def find_model(name: str) -> Path:
     """A model directory by path, or by name under the cache. Raises ConfigError if there is neither."""
     return _find(name, "models", "a model directory", "config.json")

@@ -24,7 +24,7 @@ from teachers.errors import Rejected, TeacherError
 from teachers.keys import key_from_environment, key_from_file
 from teachers.pool import TeacherAddress, TeacherPool
 from teachers.protocol import Card, Rows
-from trainer.config import FusionConfig, RunConfig, TeacherConfig
+from trainer.config import FusionConfig, RunConfig, TeacherConfig, tables_dir
 from trainer.data import Sample
 from trainer.fusion import fuse
 
@@ -167,7 +167,7 @@ async def connected(config: RunConfig, student: Vocabulary) -> AsyncIterator[Tea
         for teacher, (card, files) in zip(config.teachers, answers, strict=True):
             vocabulary = Vocabulary.from_files(files, name=teacher.name)
             check_card(teacher, card, vocabulary)
-            translation = await asyncio.to_thread(translate, vocabulary, student, card.vocab_size)
+            translation = await asyncio.to_thread(translate, vocabulary, student, card.vocab_size, cache=tables_dir())
             teachers.append(Teacher(teacher, card, vocabulary, translation))
         yield Teachers(pool, teachers, student, config.fusion)
 

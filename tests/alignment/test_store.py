@@ -1,0 +1,120 @@
+"""Tables on disk: found again, made again when damaged, made by several processes at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignment import translate
+from alignment.fusellm import TokenMap, token_map
+from alignment.store import key_of, load_arrays, save_arrays
+from tests.kinds import vocabulary_of
+from tests.tiny import Kind, tokenizer_json
+
+TEACHER, STUDENT = vocabulary_of("sentencepiece"), vocabulary_of("byte_level")
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(7), "b": np.zeros((2, 3), dtype=np.float32)}
+    save_arrays(tmp_path / "deep" / "x", arrays)
+    loaded = load_arrays(tmp_path / "deep" / "x")
+    assert loaded is not None
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(loaded[name], array)
+    assert load_arrays(tmp_path / "absent") is None
+
+
+def _damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        del data[len(data) // 2 :]
+    elif how == "empty":
+        data.clear()
+    else:
+        data[len(data) // 3] ^= 0xFF
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "one byte changed"])
+def test_a_damaged_table_is_made_again(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = translate(TEACHER, STUDENT, cache=tmp_path)
+    (path,) = tmp_path.glob("translation-*")
+    whole = path.read_bytes()
+    _damage(path, how)
+    again = translate(TEACHER, STUDENT, cache=tmp_path)
+    assert "is damaged and is made again" in caplog.text
+    np.testing.assert_array_equal(again.tokens, made.tokens)
+    np.testing.assert_array_equal(again.offsets, made.offsets)
+    assert path.read_bytes() == whole
+
+
+def test_a_kept_table_is_used_and_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = translate(TEACHER, STUDENT, cache=tmp_path)
+    monkeypatch.setattr("alignment.translation._table", lambda *_: pytest.fail("the table was made again"))
+    found = translate(TEACHER, STUDENT, cache=tmp_path)
+    for name in ("offsets", "tokens", "first"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(made, name))
+        assert getattr(found, name).dtype == getattr(made, name).dtype
+
+
+def test_other_roles_sizes_and_tokenizers_are_other_tables(tmp_path: Path) -> None:
+    translate(TEACHER, STUDENT, cache=tmp_path)
+    translate(TEACHER, STUDENT, len(TEACHER) + 8, cache=tmp_path)
+    translate(TEACHER, STUDENT.with_roles({"eos": "<|bos|>"}), cache=tmp_path)
+    translate(STUDENT, TEACHER, cache=tmp_path)
+    assert len(list(tmp_path.glob("translation-*"))) == 4
+    assert key_of("a", 1) != key_of("a", 2)
+
+
+MAKE = """
+import sys
+from pathlib import Path
+from alignment import Vocabulary, translate
+teacher, student = (Vocabulary.parse(Path(f).read_bytes(), name=f) for f in sys.argv[2:])
+print(translate(teacher, student, cache=Path(sys.argv[1])).tokens.sum())
+"""
+
+
+def test_several_processes_may_make_one_table_at_once(tmp_path: Path) -> None:
+    kinds: tuple[Kind, Kind] = ("sentencepiece", "byte_level")
+    for kind in kinds:
+        (tmp_path / kind).write_text(tokenizer_json(kind))
+    command = [sys.executable, "-c", MAKE, str(tmp_path / "cache"), *(str(tmp_path / kind) for kind in kinds)]
+    makers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    printed = {maker.communicate(timeout=60)[0] for maker in makers}
+    assert len(printed) == 1
+    assert all(maker.returncode == 0 for maker in makers)
+    (path,) = (tmp_path / "cache").iterdir()
+    found = load_arrays(path)
+    assert found is not None
+    assert {f"{found['tokens'].sum()}\n"} == printed
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    assert translate(TEACHER, STUDENT, cache=tmp_path / "file").tokens.size
+    assert "is not kept" in caplog.text
+
+
+def test_a_token_map_remembers_what_other_runs_and_processes_met(tmp_path: Path) -> None:
+    one, two = (token_map(TEACHER, STUDENT, "min_ed", tmp_path) for _ in range(2))
+    first, second = np.arange(40), np.arange(40, 80)
+    expected = TokenMap(TEACHER, STUDENT, nearest=True)
+    np.testing.assert_array_equal(one.of(first), expected.of(first))
+    two.of(second)
+    one.save()
+    two.save()
+    known = token_map(TEACHER, STUDENT, "min_ed", tmp_path)
+    known._learn = lambda ids: pytest.fail(f"{ids} were looked for again")  # type: ignore[method-assign]
+    np.testing.assert_array_equal(known.of(np.arange(80)), expected.of(np.arange(80)))
+
+
+def test_a_token_map_sends_ids_that_no_tokenizer_has_nowhere() -> None:
+    assert TokenMap(TEACHER, STUDENT, nearest=True).of(np.array([len(TEACHER) + 5])).tolist() == [-1]
+
+
+def test_an_unknown_method_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match="expected a method of em, min_ed, received 'dtw'"):
+        token_map(TEACHER, STUDENT, "dtw")
