@@ -61,11 +61,7 @@ def align(
 
     Raises AlignmentError if the rows are not those of these tokens or the texts differ. Inputs are not changed.
     """
-    if len(rows.actual) != len(teacher) - first_row:
-        raise AlignmentError(
-            f"expected {len(teacher) - first_row} rows ({len(teacher)} teacher tokens from {first_row}), "
-            f"received {len(rows.actual)}"
-        )
+    check_rows(rows, first_row, teacher)
     if rows.ids.size and int(rows.ids.max()) >= len(translation.pieces):
         raise AlignmentError(f"row id {int(rows.ids.max())} is outside the teacher's {len(translation.pieces)} ids")
     cuts = cuts_between(teacher, student, translation)
@@ -91,6 +87,15 @@ def align(
         len(translation.student),
     )
     return Target(offsets, out_ids, out_probs, tail, valid)
+
+
+def check_rows(rows: Rows, first_row: int, teacher: Tokens) -> None:
+    """Raise AlignmentError if there is not one row for each token from `first_row` on."""
+    if len(rows.actual) != len(teacher) - first_row:
+        raise AlignmentError(
+            f"expected {len(teacher) - first_row} rows ({len(teacher)} teacher tokens from {first_row}), "
+            f"received {len(rows.actual)}"
+        )
 
 
 def cuts_between(teacher: Tokens, student: Tokens, translation: Translation) -> Cuts:
@@ -126,10 +131,10 @@ def _unspoken(cuts: Cuts, teacher: Tokens) -> NDArray[np.bool_]:
     per_block = np.diff(cuts.student)
     later = np.ones(cuts.student[-1], dtype=bool)
     later[cuts.student[:-1][per_block > 0]] = False
-    return np.repeat(_gaps(cuts, teacher), per_block) | (later & np.repeat(np.diff(changed) > 0, per_block))
+    return np.repeat(gaps(cuts, teacher), per_block) | (later & np.repeat(np.diff(changed) > 0, per_block))
 
 
-def _gaps(cuts: Cuts, teacher: Tokens) -> NDArray[np.bool_]:
+def gaps(cuts: Cuts, teacher: Tokens) -> NDArray[np.bool_]:
     """[B] whether some bytes of a block lie in no teacher token."""
     of_token = np.repeat(np.arange(len(cuts.at) - 1), np.diff(cuts.teacher))
     before = np.maximum(np.concatenate([[0], teacher.ends[:-1]])[: len(teacher)], cuts.at[of_token])
