@@ -128,6 +128,74 @@ def test_the_order_of_teachers_does_not_matter(rule: Rule, seeds: list[int], ran
     np.testing.assert_array_equal(first.left_out_N[order], second.left_out_N)
 
 
+def slow_loss(sample: Aligned, rule: Rule, n: int, t: int) -> tuple[float, float]:
+    """What teacher n loses at position t, and the units that it is per: bits and bytes, or nats of entropy."""
+    row = dense(sample.targets[n])[t]
+    if rule.method == "confidence":
+        return -sum(p * np.log(p) for p in row if p > 0), 1.0
+    bits = -np.log2(max(row[sample.labels_T[t]] or row[-1], np.finfo(np.float32).tiny))
+    if rule.method.startswith("fusellm"):
+        return bits * np.log(2), 1.0
+    return bits, float(sample.num_bytes_T[t])
+
+
+def slow_losses(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> list[float] | None:
+    """Each participant's loss for position t of sample i; None where there is nothing to compare."""
+    part = [n for n in range(len(batch[i].targets)) if batch[i].prior_N[n] > 0]
+    if rule.scope == "token" and not rule.method.startswith("fusellm"):
+        pairs = [slow_loss(batch[i], rule, n, t) for n in part]
+        return [amount / max(units, 1) for amount, units in pairs]
+    pool = batch if rule.scope == "batch" and not rule.method.startswith("fusellm") else batch[i : i + 1]
+    totals, units_seen, anywhere = [0.0] * len(part), 0.0, False
+    for sample in pool:
+        if [n for n in range(len(sample.targets)) if sample.prior_N[n] > 0] != part:
+            continue
+        common = [s for s in range(POSITIONS) if all(sample.targets[n].valid[s] for n in part)]
+        anywhere |= bool(common)
+        for s in common:
+            for j, n in enumerate(part):
+                totals[j] += slow_loss(sample, rule, n, s)[0]
+        units = sum(slow_loss(sample, rule, part[0], s)[1] for s in common)
+        units_seen += max(units, 1.0) if common else 0.0
+    return [total / units_seen for total in totals] if anywhere else None
+
+
+def slow_weights(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> Floats:
+    """[N] weights of one position, one teacher after another, as the docstrings say."""
+    sample = batch[i]
+    valid = np.array([bool(target.valid[t]) for target in sample.targets])
+    part = np.flatnonzero(sample.prior_N > 0)
+    factor = np.zeros(len(valid))
+    losses = None if rule.method == "mean" else slow_losses(batch, rule, i, t)
+    per_token = rule.scope == "token" and not rule.method.startswith("fusellm")
+    best = min((x for x, n in zip(losses or [], part, strict=False) if valid[n] or not per_token), default=0.0)
+    for j, n in enumerate(part):
+        loss = losses[j] if losses is not None else best
+        if rule.method in ("min_ce", "fusellm_min_ce"):
+            factor[n] = abs(loss - best) < 1e-12
+        elif rule.method == "fusellm_avg_ce":
+            factor[n] = np.exp(np.exp(-loss)) if losses is not None else 1.0
+        elif rule.method != "mean":
+            factor[n] = np.exp((best - loss) / rule.temperature)
+        else:
+            factor[n] = 1.0
+    prior = (sample.prior_N > 0) * 1.0 if rule.method.startswith("fusellm") else sample.prior_N
+    for weights in (factor * prior * valid, sample.prior_N * valid, valid * 1.0):
+        if weights.any():
+            return np.asarray(weights / weights.sum())
+    return np.zeros(len(valid))
+
+
+@pytest.mark.parametrize("rule", ARITHMETIC, ids=name_of)
+@given(seeds=SEEDS, more=st.integers(0, 10_000))
+def test_arithmetic_methods_are_the_sum_by_weights_worked_out_slowly(rule: Rule, seeds: list[int], more: int) -> None:
+    batch = [random_sample(seeds), random_sample([s + more for s in seeds])]
+    for i, fused in enumerate(fuse(batch, rule, VOCAB_SIZE)):
+        weights = np.stack([slow_weights(batch, rule, i, t) for t in range(POSITIONS)], axis=1)
+        each = np.stack([dense(target) for target in batch[i].targets])
+        np.testing.assert_allclose(dense(fused.target), (weights[:, :, None] * each).sum(axis=0), atol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ARITHMETIC, ids=name_of)
 @given(seeds=SEEDS)
 def test_arithmetic_methods_lie_between_their_teachers(rule: Rule, seeds: list[int]) -> None:
