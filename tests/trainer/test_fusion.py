@@ -1,4 +1,9 @@
-"""Fusion: what must hold for any targets."""
+"""Fusion: what must hold for any targets, any method and any scope, against slow dense references in float64."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
@@ -7,21 +12,56 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from alignment.target import Target, target_from_entries
-from trainer.fusion import METHODS, fuse
+from trainer.fusion import METHODS, SCOPES, Aligned, Fused, Rule, fuse
 
 VOCAB_SIZE, POSITIONS = 12, 6
 
+Floats = NDArray[np.float64]
 
-def random_target(seed: int, holes: bool = True) -> Target:
+RULES = [Rule(method, scope, temperature=0.7) for method in METHODS for scope in SCOPES]
+ARITHMETIC = [rule for rule in RULES if rule.method != "geometric"]
+GEOMETRIC = Rule("geometric")
+SEEDS = st.lists(st.integers(0, 10_000), min_size=1, max_size=5, unique=True)
+
+
+def name_of(rule: Rule) -> str:
+    return f"{rule.method} {rule.scope}"
+
+
+def random_target(seed: int, holes: bool = True, tail: bool = True) -> Target:
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.full(VOCAB_SIZE + 1, 0.3), size=POSITIONS)[:, :VOCAB_SIZE]
     probs[rng.random(probs.shape) < 0.3] = 0
+    probs[:, seed % VOCAB_SIZE] = 0  # whoever lists the whole vocabulary has no tail
+    if not tail:
+        probs /= probs.sum(axis=1, keepdims=True)
     valid = rng.random(POSITIONS) < 0.7 if holes else np.ones(POSITIONS, dtype=bool)
     rows, ids = np.nonzero(probs)
     return target_from_entries(rows, ids.astype(np.int32), probs[rows, ids], valid)
 
 
-def dense(target: Target) -> NDArray[np.float64]:
+def aligned(targets: Sequence[Target], prior: Sequence[float] | None = None, seed: int = 0) -> Aligned:
+    rng = np.random.default_rng(seed)
+    return Aligned(
+        tuple(targets),
+        labels_T=rng.integers(0, VOCAB_SIZE, POSITIONS),
+        num_bytes_T=rng.integers(0, 5, POSITIONS),
+        prior_N=np.asarray([1.0] * len(targets) if prior is None else prior),
+    )
+
+
+def random_sample(seeds: Sequence[int], holes: bool = True) -> Aligned:
+    """Any teachers; every third has no tails, and every fourth weighs nothing if others do."""
+    targets = [random_target(s, holes, tail=s % 3 > 0) for s in seeds]
+    prior = [0.0 if s % 4 == 0 else 0.1 + s % 7 for s in seeds]
+    return aligned(targets, prior if any(prior) else None, seed=sum(seeds))
+
+
+def one(sample: Aligned, rule: Rule) -> Fused:
+    return fuse([sample], rule, VOCAB_SIZE)[0]
+
+
+def dense(target: Target) -> Floats:
     """[T, V + 1] with the tail in the last column."""
     out = np.zeros((len(target), VOCAB_SIZE + 1))
     out[target.rows, target.ids] = target.probs
@@ -29,79 +69,302 @@ def dense(target: Target) -> NDArray[np.float64]:
     return out
 
 
-SEEDS = st.lists(st.integers(0, 10_000), min_size=1, max_size=5, unique=True)
-LABELS = np.arange(POSITIONS) % VOCAB_SIZE
+def spread(target: Target) -> Floats:
+    """[T, V] with the tail spread evenly over the ids that are not listed."""
+    full = dense(target)
+    unlisted = np.ones((len(target), VOCAB_SIZE), dtype=bool)
+    unlisted[target.rows, target.ids] = False
+    count = np.maximum(unlisted.sum(axis=1, keepdims=True), 1)
+    out: Floats = full[:, :-1] + np.where(unlisted, full[:, -1:] / count, 0)
+    return out
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+@given(seeds=SEEDS, more=st.integers(0, 10_000))
+def test_mass_and_tail_sum_to_one_where_anyone_is_valid(rule: Rule, seeds: list[int], more: int) -> None:
+    batch = [random_sample(seeds), random_sample([s + more for s in seeds])]
+    for sample, fused in zip(batch, fuse(batch, replace(rule, top_k=5), VOCAB_SIZE), strict=True):
+        anyone = np.logical_or.reduce([t.valid for t in sample.targets])
+        target = fused.target
+        np.testing.assert_array_equal(target.valid, anyone)
+        np.testing.assert_allclose(target.mass + target.tail, anyone, atol=1e-6)
+        assert np.diff(target.offsets).max(initial=0) <= 5
+        assert (target.probs > 0).all()
+        assert [a.dtype.name for a in (target.ids, target.probs, target.tail)] == ["int32", "float32", "float32"]
+        assert fused.shares_N.sum() == pytest.approx(1.0 if anyone.any() else 0.0)
+        assert fused.left_out_N.tolist() == [int((anyone & ~t.valid).sum()) for t in sample.targets]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+@given(seed=st.integers(0, 10_000))
+def test_one_teacher_comes_back_unchanged_but_for_the_cut(rule: Rule, seed: int) -> None:
+    target = random_target(seed, tail=seed % 3 > 0)
+    exact = 1e-6 if rule.method == "geometric" else 0
+    np.testing.assert_allclose(dense(one(aligned([target]), rule).target), dense(target), rtol=0, atol=exact)
+    cut = one(aligned([target]), replace(rule, top_k=3)).target
+    np.testing.assert_allclose(dense(cut), dense(target.cut(3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+@given(seed=st.integers(0, 10_000), copies=st.integers(2, 16))
+def test_copies_of_one_teacher_fuse_to_it(rule: Rule, seed: int, copies: int) -> None:
+    target = random_target(seed, tail=seed % 3 > 0)
+    prior = np.random.default_rng(seed).random(copies) + 0.1
+    fused = one(aligned([target] * copies, prior.tolist()), rule)
+    np.testing.assert_allclose(dense(fused.target), dense(target), atol=1e-6)
+    assert fused.num_vanished == 0
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+@given(seeds=SEEDS, random=st.randoms(use_true_random=False))
+def test_the_order_of_teachers_does_not_matter(rule: Rule, seeds: list[int], random: Random) -> None:
+    sample = random_sample(seeds)
+    order = list(range(len(seeds)))
+    random.shuffle(order)
+    other = replace(sample, targets=tuple(sample.targets[i] for i in order), prior_N=sample.prior_N[order])
+    first, second = one(sample, rule), one(other, rule)
+    np.testing.assert_allclose(dense(first.target), dense(second.target), atol=1e-6)
+    np.testing.assert_allclose(first.shares_N[order], second.shares_N, atol=1e-9)
+    np.testing.assert_array_equal(first.left_out_N[order], second.left_out_N)
+
+
+def slow_loss(sample: Aligned, rule: Rule, n: int, t: int) -> tuple[float, float]:
+    """What teacher n loses at position t, and the units that it is per: bits and bytes, or nats of entropy."""
+    row = dense(sample.targets[n])[t]
+    if rule.method == "confidence":
+        return -sum(p * np.log(p) for p in row if p > 0), 1.0
+    bits = -np.log2(max(row[sample.labels_T[t]] or row[-1], np.finfo(np.float32).tiny))
+    if rule.method.startswith("fusellm"):
+        return bits * np.log(2), 1.0
+    return bits, float(sample.num_bytes_T[t])
+
+
+def slow_losses(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> list[float] | None:
+    """Each participant's loss for position t of sample i; None where there is nothing to compare."""
+    part = [n for n in range(len(batch[i].targets)) if batch[i].prior_N[n] > 0]
+    if rule.scope == "token" and not rule.method.startswith("fusellm"):
+        pairs = [slow_loss(batch[i], rule, n, t) for n in part]
+        return [amount / max(units, 1) for amount, units in pairs]
+    pool = batch if rule.scope == "batch" and not rule.method.startswith("fusellm") else batch[i : i + 1]
+    totals, units_seen, anywhere = [0.0] * len(part), 0.0, False
+    for sample in pool:
+        if [n for n in range(len(sample.targets)) if sample.prior_N[n] > 0] != part:
+            continue
+        common = [s for s in range(POSITIONS) if all(sample.targets[n].valid[s] for n in part)]
+        anywhere |= bool(common)
+        for s in common:
+            for j, n in enumerate(part):
+                totals[j] += slow_loss(sample, rule, n, s)[0]
+        units = sum(slow_loss(sample, rule, part[0], s)[1] for s in common)
+        units_seen += max(units, 1.0) if common else 0.0
+    return [total / units_seen for total in totals] if anywhere else None
+
+
+def slow_weights(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> Floats:
+    """[N] weights of one position, one teacher after another, as the docstrings say."""
+    sample = batch[i]
+    valid = np.array([bool(target.valid[t]) for target in sample.targets])
+    part = np.flatnonzero(sample.prior_N > 0)
+    factor = np.zeros(len(valid))
+    losses = None if rule.method == "mean" else slow_losses(batch, rule, i, t)
+    per_token = rule.scope == "token" and not rule.method.startswith("fusellm")
+    best = min((x for x, n in zip(losses or [], part, strict=False) if valid[n] or not per_token), default=0.0)
+    for j, n in enumerate(part):
+        loss = losses[j] if losses is not None else best
+        if rule.method in ("min_ce", "fusellm_min_ce"):
+            factor[n] = abs(loss - best) < 1e-12
+        elif rule.method == "fusellm_avg_ce":
+            factor[n] = np.exp(np.exp(-loss)) if losses is not None else 1.0
+        elif rule.method != "mean":
+            factor[n] = np.exp((best - loss) / rule.temperature)
+        else:
+            factor[n] = 1.0
+    prior = (sample.prior_N > 0) * 1.0 if rule.method.startswith("fusellm") else sample.prior_N
+    for weights in (factor * prior * valid, sample.prior_N * valid, valid * 1.0):
+        if weights.any():
+            return np.asarray(weights / weights.sum())
+    return np.zeros(len(valid))
+
+
+@pytest.mark.parametrize("rule", ARITHMETIC, ids=name_of)
+@given(seeds=SEEDS, more=st.integers(0, 10_000))
+def test_arithmetic_methods_are_the_sum_by_weights_worked_out_slowly(rule: Rule, seeds: list[int], more: int) -> None:
+    batch = [random_sample(seeds), random_sample([s + more for s in seeds])]
+    for i, fused in enumerate(fuse(batch, rule, VOCAB_SIZE)):
+        weights = np.stack([slow_weights(batch, rule, i, t) for t in range(POSITIONS)], axis=1)
+        each = np.stack([dense(target) for target in batch[i].targets])
+        np.testing.assert_allclose(dense(fused.target), (weights[:, :, None] * each).sum(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ARITHMETIC, ids=name_of)
 @given(seeds=SEEDS)
-def test_mass_and_tail_sum_to_one_where_anyone_is_valid(method: str, seeds: list[int]) -> None:
-    targets = [random_target(s) for s in seeds]
-    fused = fuse(targets, LABELS, [1.0] * len(targets), method, top_k=5)
-    anyone = np.logical_or.reduce([t.valid for t in targets])
-    np.testing.assert_array_equal(fused.target.valid, anyone)
-    np.testing.assert_allclose((fused.target.mass + fused.target.tail)[anyone], 1, atol=1e-6)
-    assert np.diff(fused.target.offsets).max(initial=0) <= 5
-    assert fused.shares_N.sum() == pytest.approx(1.0 if anyone.any() else 0.0)
+def test_arithmetic_methods_lie_between_their_teachers(rule: Rule, seeds: list[int]) -> None:
+    sample = random_sample(seeds)
+    each = np.stack([dense(t) for t in sample.targets])
+    valid = np.stack([t.valid for t in sample.targets])[:, :, None]
+    fused = one(sample, rule).target
+    got = dense(fused)[fused.valid]
+    assert (got >= np.where(valid, each, np.inf).min(axis=0)[fused.valid] - 1e-6).all()
+    assert (got <= np.where(valid, each, -np.inf).max(axis=0)[fused.valid] + 1e-6).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@given(seed=st.integers(0, 10_000), copies=st.integers(1, 4))
-def test_copies_of_one_teacher_fuse_to_it(method: str, seed: int, copies: int) -> None:
-    target = random_target(seed)
-    fused = fuse([target] * copies, LABELS, [1.0] * copies, method).target
-    np.testing.assert_allclose(dense(fused), dense(target), atol=1e-6)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@given(seeds=SEEDS, random=st.randoms())
-def test_the_order_of_teachers_does_not_matter(method: str, seeds: list[int], random) -> None:  # type: ignore[no-untyped-def]
-    weights = dict(zip(seeds, np.random.default_rng(0).random(len(seeds)) + 0.1, strict=True))
-    shuffled = list(seeds)
-    random.shuffle(shuffled)
-    one, two = (
-        fuse([random_target(s) for s in order], LABELS, [weights[s] for s in order], method).target
-        for order in (seeds, shuffled)
-    )
-    np.testing.assert_allclose(dense(one), dense(two), atol=1e-6)
+def prior_weights(sample: Aligned) -> Floats:
+    """[N, T] what mean and geometric weigh by, position by position."""
+    out = np.zeros((len(sample.targets), POSITIONS))
+    for t in range(POSITIONS):
+        valid = np.array([bool(target.valid[t]) for target in sample.targets])
+        weights = sample.prior_N * valid if (sample.prior_N * valid).any() else valid.astype(float)
+        out[:, t] = weights / max(weights.sum(), 1e-300)
+    return out
 
 
 @given(seeds=SEEDS)
-def test_a_mean_lies_between_its_teachers_and_is_the_weighted_sum(seeds: list[int]) -> None:
-    targets = [random_target(s, holes=False) for s in seeds]
-    weights = np.random.default_rng(1).random(len(seeds)) + 0.1
-    fused = dense(fuse(targets, LABELS, weights.tolist()).target)
-    expected = sum(w * dense(t) for w, t in zip(weights / weights.sum(), targets, strict=True))
-    np.testing.assert_allclose(fused, expected, atol=1e-6)
+def test_a_mean_is_the_weighted_sum(seeds: list[int]) -> None:
+    sample = random_sample(seeds)
+    expected = sum(w[:, None] * dense(t) for w, t in zip(prior_weights(sample), sample.targets, strict=True))
+    fused = one(sample, Rule("mean"))
+    np.testing.assert_allclose(dense(fused.target), expected, atol=1e-6)
+    num_valid = max(int(fused.target.valid.sum()), 1)
+    np.testing.assert_allclose(fused.shares_N, prior_weights(sample).sum(axis=1) / num_valid)
 
 
-def test_a_teacher_without_an_answer_is_left_out_there_and_the_shares_say_so() -> None:
-    one, two = random_target(1, holes=False), random_target(2, holes=False)
-    gap = Target(two.offsets, two.ids, two.probs, two.tail, np.arange(POSITIONS) >= 3)
-    gap = target_from_entries(gap.rows, gap.ids, gap.probs, gap.valid)
-    fused = fuse([one, gap], LABELS, [1.0, 1.0])
-    np.testing.assert_allclose(dense(fused.target)[:3], dense(one)[:3], atol=1e-6)
-    np.testing.assert_allclose(fused.shares_N, [0.75, 0.25])
+@given(seeds=SEEDS)
+def test_geometric_is_the_normalised_product_over_the_vocabulary_with_tails_spread(seeds: list[int]) -> None:
+    sample = random_sample(seeds)
+    weights = prior_weights(sample)
+    fused = one(sample, GEOMETRIC)
+    got, vanished = dense(fused.target), 0
+    means = sum(w[:, None] * dense(t) for w, t in zip(weights, sample.targets, strict=True))
+    for t in np.flatnonzero(fused.target.valid):
+        used = [n for n in range(len(seeds)) if weights[n, t] > 0]
+        product = np.prod([spread(sample.targets[n])[t] ** weights[n, t] for n in used], axis=0)
+        if product.sum() == 0:
+            vanished += 1
+            np.testing.assert_allclose(got[t], np.asarray(means)[t], atol=1e-6)
+            continue
+        product /= product.sum()
+        listed = np.any([dense(sample.targets[n])[t, :-1] > 0 for n in used], axis=0)
+        np.testing.assert_allclose(got[t, :-1], np.where(listed, product, 0), atol=1e-6)
+        assert got[t, -1] == pytest.approx(product[~listed].sum(), abs=1e-6)
+    assert fused.num_vanished == vanished
 
 
-def test_min_ce_takes_the_teacher_that_predicts_the_sample_best() -> None:
-    good = target_from_entries(
-        np.arange(POSITIONS), LABELS.astype(np.int32), np.full(POSITIONS, 0.9), np.ones(POSITIONS, dtype=bool)
+def kl(p: Floats, q: Floats) -> float:
+    return float(np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.maximum(q, 1e-300)), 0).sum())
+
+
+@given(seeds=st.lists(st.integers(0, 10_000), min_size=2, max_size=4, unique=True), noise=st.integers(0, 10_000))
+def test_no_nearby_distribution_has_less_forward_kl_than_the_mean(seeds: list[int], noise: int) -> None:
+    sample = aligned([random_target(s, holes=False) for s in seeds], [1.0 + s % 5 for s in seeds])
+    weights = sample.prior_N / sample.prior_N.sum()
+    fused = dense(one(sample, Rule("mean")).target)
+    near = fused * np.exp(np.random.default_rng(noise).normal(scale=0.05, size=fused.shape))
+    near /= near.sum(axis=1, keepdims=True)
+
+    def objective(q: Floats) -> float:
+        return sum(float(w) * kl(dense(t), q) for w, t in zip(weights, sample.targets, strict=True))
+
+    assert objective(fused) < objective(near)
+
+
+@given(seeds=st.lists(st.integers(0, 10_000), min_size=2, max_size=4, unique=True), noise=st.integers(0, 10_000))
+def test_no_nearby_distribution_has_less_reverse_kl_than_the_geometric_mean(seeds: list[int], noise: int) -> None:
+    sample = aligned([random_target(s, holes=False) for s in seeds], [1.0 + s % 5 for s in seeds])
+    weights = sample.prior_N / sample.prior_N.sum()
+    fused = spread(one(sample, GEOMETRIC).target)
+    near = fused * np.exp(np.random.default_rng(noise).normal(scale=0.05, size=fused.shape))
+    near /= near.sum(axis=1, keepdims=True)
+
+    def objective(q: Floats) -> float:
+        return sum(float(w) * kl(q, spread(t)) for w, t in zip(weights, sample.targets, strict=True))
+
+    assert objective(fused) < objective(near)
+
+
+def rows_of(*rows: dict[int, float]) -> Target:
+    """A valid target of the given rows; what is missing is tail."""
+    return target_from_entries(
+        np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
+        np.array([i for row in rows for i in row], dtype=np.int32),
+        np.array([p for row in rows for p in row.values()]),
+        np.ones(len(rows), dtype=bool),
     )
-    bad = random_target(4, holes=False)
-    fused = fuse([bad, good], LABELS, [5.0, 1.0], "min_ce")
-    np.testing.assert_allclose(dense(fused.target), dense(good), atol=1e-6)
-    assert fused.shares_N.tolist() == [0, 1]
 
 
-def test_targets_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 6 positions"):
-        fuse([random_target(1), random_target(2).after(1)], LABELS, [1.0, 1.0])
+def plain(*targets: Target) -> Aligned:
+    ones = np.ones(len(targets[0]), dtype=np.int64)
+    return Aligned(targets, labels_T=ones, num_bytes_T=ones, prior_N=np.ones(len(targets)))
 
 
-def test_targets_are_not_changed() -> None:
-    targets = [random_target(1), random_target(2)]
-    before = [dense(t) for t in targets]
-    fuse(targets, LABELS, [1.0, 2.0], "mean", top_k=2)
-    for target, was in zip(targets, before, strict=True):
-        np.testing.assert_array_equal(dense(target), was)
+def test_a_teacher_without_a_tail_forbids_what_it_does_not_list_in_a_geometric_mean() -> None:
+    fused = one(plain(rows_of({0: 0.5, 1: 0.5}), rows_of({1: 0.2, 2: 0.4})), GEOMETRIC).target
+    assert (fused.ids.tolist(), fused.tail.tolist()) == ([0, 1], [0])
+    left = np.sqrt([0.5 * 0.4 / 10, 0.5 * 0.2])
+    np.testing.assert_allclose(fused.probs, left / left.sum(), rtol=1e-6)
+
+
+def test_disjoint_teachers_without_tails_fall_back_to_the_mean_and_are_counted() -> None:
+    fused = one(plain(rows_of({0: 1.0}, {3: 1.0}), rows_of({1: 1.0}, {3: 0.5})), GEOMETRIC)
+    assert fused.num_vanished == 1
+    np.testing.assert_allclose(dense(fused.target)[0, :2], [0.5, 0.5])
+    assert dense(fused.target)[1, 3] == 1
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, 7, 12, 100])
+@pytest.mark.parametrize("rule", [Rule("mean"), GEOMETRIC], ids=name_of)
+@given(seeds=SEEDS)
+def test_a_cut_keeps_the_likeliest_and_gives_the_rest_to_the_tail(rule: Rule, top_k: int, seeds: list[int]) -> None:
+    sample = random_sample(seeds)
+    expected = one(sample, rule).target.cut(top_k)
+    got = one(sample, replace(rule, top_k=top_k)).target
+    np.testing.assert_allclose(dense(got)[:, :-1], dense(expected)[:, :-1], rtol=1e-6)  # so the same ids are kept
+    np.testing.assert_allclose(got.tail, expected.tail, atol=1e-6)
+
+
+@given(ids=st.lists(st.integers(0, 299), min_size=1, max_size=200, unique=True), top_k=st.integers(1, 40))
+def test_a_cut_among_equals_keeps_the_lowest_ids(ids: list[int], top_k: int) -> None:
+    row = {i: 0.004 if i % 3 else 0.002 for i in ids}
+    fused = fuse([plain(rows_of(row))], Rule(top_k=top_k), 300)[0].target
+    assert sorted(fused.ids.tolist()) == sorted(sorted(ids, key=lambda i: (-row[i], i))[:top_k])
+    assert fused.tail[0] == pytest.approx(1 - fused.probs.sum(dtype=np.float64), abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+def test_inputs_are_not_changed_even_where_they_could_be(rule: Rule) -> None:
+    sample, same = random_sample([1, 2, 3]), random_sample([1, 2, 3])
+    read_only = random_sample([1, 2, 3])
+    for target in read_only.targets:
+        for array in (target.offsets, target.ids, target.probs, target.tail, target.valid):
+            array.flags.writeable = False
+    first, second = one(sample, replace(rule, top_k=2)), one(read_only, replace(rule, top_k=2))
+    np.testing.assert_array_equal(dense(first.target), dense(second.target))
+    for target, was in zip(sample.targets, same.targets, strict=True):
+        for name in ("offsets", "ids", "probs", "tail", "valid"):
+            np.testing.assert_array_equal(getattr(target, name), getattr(was, name))
+    for name in ("labels_T", "num_bytes_T", "prior_N"):
+        np.testing.assert_array_equal(getattr(sample, name), getattr(same, name))
+
+
+def test_sixteen_teachers_are_fused() -> None:
+    sample = aligned([random_target(s, holes=False) for s in range(16)])
+    fused = one(sample, Rule("mean"))
+    np.testing.assert_allclose(dense(fused.target), np.mean([dense(t) for t in sample.targets], axis=0), atol=1e-6)
+    np.testing.assert_allclose(fused.shares_N, np.full(16, 1 / 16))
+
+
+def test_a_batch_in_threads_is_the_batch_in_one() -> None:
+    samples = [random_sample([s, s + 1, s + 2]) for s in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        threaded = list(pool.map(lambda sample: one(sample, GEOMETRIC), samples))
+    for got, expected in zip(threaded, fuse(samples, GEOMETRIC, VOCAB_SIZE), strict=True):
+        np.testing.assert_array_equal(dense(got.target), dense(expected.target))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+def test_nothing_is_fused_to_nothing(rule: Rule) -> None:
+    assert fuse([], rule, VOCAB_SIZE) == []
+    nobody = one(aligned([Target.nothing(POSITIONS)] * 2), rule)
+    assert not nobody.target.valid.any()
+    assert (nobody.shares_N.tolist(), nobody.left_out_N.tolist()) == ([0, 0], [0, 0])
+    empty = np.zeros(0, dtype=np.int64)
+    assert len(one(Aligned((Target.nothing(0),), empty, empty, np.ones(1)), rule).target) == 0

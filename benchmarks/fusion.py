@@ -1,0 +1,130 @@
+"""How fast four teachers fuse: every method at every scope it knows, on one pinned core and with two threads.
+
+`python -m benchmarks.fusion [--json FILE]` prints a table and writes a flat {name: positions per second}. The targets
+are made, not asked for: Zipf-like probabilities in the order of ranks, each teacher with its own shuffle of
+neighbouring ranks, so that teachers share most of their likely tokens and few of their unlikely ones, as models do.
+What is compiled is compiled before anything is timed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment.target import Target
+from trainer.fusion import METHODS, SCOPES, Aligned, Rule, fuse
+
+VOCAB_SIZE, NUM_TEACHERS, NUM_POSITIONS, TOP_K = 49_152, 4, 2_048, 64
+NUM_SAMPLES = 4  # in a batch
+UNSCOPED = ("mean", "geometric", "fusellm_min_ce", "fusellm_avg_ce")
+ROUNDS = 9
+
+
+def teacher_target(ranks: NDArray[np.int64], rng: np.random.Generator) -> Target:
+    """Top-k rows of one teacher that orders the vocabulary nearly as `ranks` [T, V′] do."""
+    num_positions, num_ranks = ranks.shape
+    noise = np.exp(rng.normal(scale=1.0, size=ranks.shape))
+    scores = noise / (1 + np.arange(num_ranks)) ** rng.uniform(1.2, 2.0, size=(num_positions, 1))
+    probs = scores / scores.sum(axis=1, keepdims=True) * rng.uniform(0.85, 1.0, size=(num_positions, 1))
+    order = np.argsort(-probs, axis=1)[:, :TOP_K]
+    listed = np.take_along_axis(probs, order, axis=1).astype(np.float32)
+    return Target(
+        offsets=np.arange(num_positions + 1, dtype=np.int64) * TOP_K,
+        ids=np.take_along_axis(ranks, order, axis=1).astype(np.int32).ravel(),
+        probs=listed.ravel(),
+        tail=(1 - listed.sum(axis=1, dtype=np.float64)).astype(np.float32),
+        valid=np.arange(num_positions) > 0,  # a model without BOS has no answer for the first token
+    )
+
+
+def sample(seed: int) -> Aligned:
+    """One sample: 4 teachers over 256 tokens that are likely at each position, drawn Zipf-like from the vocabulary."""
+    rng = np.random.default_rng(seed)
+    base = (VOCAB_SIZE * rng.random((NUM_POSITIONS, 512)) ** 3).astype(np.int64)
+    ranks = np.stack([np.resize(np.unique(row), 256) for row in base])
+    ranks = rng.permuted(ranks, axis=1)
+    targets = tuple(_without_first(teacher_target(ranks, rng)) for _ in range(NUM_TEACHERS))
+    return Aligned(
+        targets,
+        labels_T=ranks[np.arange(NUM_POSITIONS), rng.zipf(1.6, NUM_POSITIONS) % 256],
+        num_bytes_T=rng.integers(0, 9, NUM_POSITIONS),
+        prior_N=np.ones(NUM_TEACHERS),
+    )
+
+
+def _without_first(target: Target) -> Target:
+    """The invalid first row emptied, as the contract of Target has it."""
+    tail = target.tail.copy()
+    tail[0] = 0
+    offsets = target.offsets - TOP_K
+    offsets[0] = 0
+    return Target(offsets, target.ids[TOP_K:], target.probs[TOP_K:], tail, target.valid)
+
+
+def positions_per_s(work: Callable[[], object], num_positions: int) -> float:
+    """Median of several rounds, after one that compiles and warms."""
+    work()
+    took = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - began)
+    return num_positions / statistics.median(took)
+
+
+def measure(batch: Sequence[Aligned]) -> dict[str, float]:
+    """{"fusion_METHOD_SCOPE_tokens_per_s": …, and the same with _2_threads}."""
+    figures: dict[str, float] = {}
+    cores = sorted(os.sched_getaffinity(0))
+    num_positions = sum(len(one.labels_T) for one in batch)
+    for method in METHODS:
+        for scope in ("sample",) if method in UNSCOPED else SCOPES:
+            rule = Rule(method, scope, top_k=TOP_K)
+            name = f"fusion_{method}_{scope}_tokens_per_s"
+            os.sched_setaffinity(0, cores[-1:])
+            figures[name] = positions_per_s(partial(fuse, batch, rule, VOCAB_SIZE), num_positions)
+            os.sched_setaffinity(0, cores)
+            figures[f"{name}_2_threads"] = _in_threads(batch, rule, num_positions)
+    return figures
+
+
+def _in_threads(batch: Sequence[Aligned], rule: Rule, num_positions: int) -> float:
+    """Two threads that fuse the whole batch each, as two pipelines would."""
+    with ThreadPoolExecutor(2) as pool:
+        return positions_per_s(
+            lambda: list(pool.map(lambda _: fuse(batch, rule, VOCAB_SIZE), range(2))), 2 * num_positions
+        )
+
+
+def table(figures: dict[str, float]) -> str:
+    """One line per method and scope."""
+    lines = [f"{'1,000 tokens/s':<28}{'one core':>10}{'2 threads':>11}{'ratio':>7}"]
+    for name, one in figures.items():
+        if not name.endswith("_2_threads"):
+            two = figures[f"{name}_2_threads"]
+            label = name.removeprefix("fusion_").removesuffix("_tokens_per_s")
+            lines.append(f"{label:<28}{one / 1e3:>10,.0f}{two / 1e3:>11,.0f}{two / one:>7.2f}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    arguments = parser.parse_args()
+    figures = measure([sample(seed) for seed in range(NUM_SAMPLES)])
+    sys.stdout.write(table(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({name: round(value) for name, value in figures.items()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
