@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from alignment.spans import Tokens, place
@@ -136,6 +137,59 @@ class Vocabulary:
             ends=np.append(tokens.ends, tokens.num_bytes + 1),
             placing=tokens.placing and tokens.placing.closed(tokens.num_bytes),
         )
+
+    def encode_rendered(self, text: str) -> Tokens:
+        """Tokenize a rendered chat: the spelling of a special token is that token here. No BOS is added.
+
+        Special tokens end at the last byte of their spelling (and of the white space that some of them swallow);
+        what stands between two of them is placed as `encode` places a text. Raises TokenizerError where tokens and
+        text contradict each other: a shifted end would supervise other bytes.
+        """
+        encoding = self._parser.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        ends: list[int] = []
+        char = byte = first = 0  # where the stretch of ordinary tokens begins: in characters, bytes and tokens
+        special = [i for i, token in enumerate(ids) if self._is_spelled(token, text[slice(*offsets[i])])]
+        for i in [*special, len(ids)]:
+            start, stop = offsets[i] if i < len(ids) else (len(text), len(text))
+            inside = [(begin - char, end - char) for begin, end in offsets[first:i]]
+            placed = self._place_stretch(text[char:start], ids[first:i], inside)
+            ends += np.where(placed < 0, placed, placed + byte).tolist()
+            byte += len(text[char:start].encode())
+            if i < len(ids):
+                seen, spelling = text[start:stop], self.tokens[ids[i]]
+                if start < char or seen.strip() != spelling.strip():
+                    raise TokenizerError(f"{self.name}: expected {spelling!r} at character {start}, received {seen!r}")
+                byte += len(seen.encode())
+                ends.append(byte)
+            char, first = stop, i + 1
+        return Tokens(text=text.encode(), ids=np.array(ids, dtype=np.int64), ends=np.array(ends, dtype=np.int64))
+
+    def _is_spelled(self, token: int, seen: str) -> bool:
+        """Whether a special token is one that the text spells; the unknown token stands for any text."""
+        return self.token_bytes[token] is None and (token != self.roles.get("unk") or seen == self.tokens[token])
+
+    def _place_stretch(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> NDArray[np.int64]:
+        """Byte ends of the ordinary tokens of one stretch of a rendered chat."""
+        sound = all(0 <= begin <= end <= len(text) for begin, end in offsets)
+        if sound:
+            pieces = [self.token_bytes[i] or b"" for i in ids]
+            ends = place(text, np.array(ids, dtype=np.int64), pieces, offsets, self._unwritable).ends
+            known = ends[ends >= 0]
+            sound = not (np.diff(known) < 0).any() and (not text or (len(ids) > 0 and ends[-1] == len(text.encode())))
+        if not sound:
+            raise TokenizerError(
+                f"{self.name}: its tokens do not cover a stretch of a rendered chat: expected {text[:60]!r}, "
+                f"received {[self.tokens[i] for i in ids[:12]]}"
+            )
+        return ends
+
+    @cached_property
+    def _parser(self) -> Tokenizer:
+        """The tokenizer as the model's server has it, which reads special tokens in a text."""
+        parser = copy.deepcopy(self._reader)
+        parser.encode_special_tokens = False
+        return parser
 
     def write(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Tokenize each byte string as a continuation: no BOS, no space of its own in front.
