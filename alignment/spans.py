@@ -61,6 +61,12 @@ class Tokens:
         return len(self.text)
 
     @property
+    def bytes_per_token(self) -> NDArray[np.int64]:
+        """[T] bytes of text that each token ends: all bytes of a character at its last token, 0 for a closing EOS."""
+        reached = np.maximum.accumulate(np.minimum(self.ends, self.num_bytes).clip(min=0))
+        return np.diff(reached, prepend=0)
+
+    @property
     def starts(self) -> NDArray[np.int64]:
         """[T] byte offset at which each token begins."""
         return self.placing.starts if self.placing else np.concatenate([[0], self.ends[:-1]])[: len(self)]

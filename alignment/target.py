@@ -68,6 +68,19 @@ class Target:
             valid=self.valid[position:],
         )
 
+    def take(self, wanted: NDArray[np.bool_]) -> "Target":
+        """The rows where `wanted` [T] is true."""
+        if wanted.all():
+            return self
+        entries = wanted[self.rows]
+        return Target(
+            offsets=np.concatenate([[0], np.cumsum(np.diff(self.offsets)[wanted])]),
+            ids=self.ids[entries],
+            probs=self.probs[entries],
+            tail=self.tail[wanted],
+            valid=self.valid[wanted],
+        )
+
     def cut(self, top_k: int) -> "Target":
         """Keep each row's `top_k` likeliest entries (ties to the lowest id); the rest joins the tail."""
         order = np.lexsort((self.ids, -self.probs, self.rows))

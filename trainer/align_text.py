@@ -14,10 +14,10 @@ from alignment.report import AlignmentReport, report
 from teachers.errors import Rejected
 from teachers.pool import TeacherAddress, TeacherPool
 from teachers.protocol import Card, Rows, as_received
-from trainer.config import find_model
+from trainer.asking import together
+from trainer.config import DataConfig, find_model, tables_dir
 from trainer.data import cut_windows, read_documents
 from trainer.errors import DataError
-from trainer.pipeline import together
 
 MEASURED_S = 2.0
 MAX_REPEATS = 9
@@ -46,7 +46,7 @@ class _Scored:
 def align_text(teacher: str, student: str, text: Path, top_k: int, key: str | None, window_tokens: int) -> AlignFigures:
     """Score the text with a served or local teacher and align it to the student's tokenizer."""
     student_vocabulary = Vocabulary.load(find_model(student))
-    documents = [doc for _, doc in read_documents(text, "text")]
+    documents = [document.text for document in read_documents(text, DataConfig(files=[str(text)]))]
     windows = [w for doc in documents for w in cut_windows(doc, student_vocabulary, window_tokens)]
     if len(windows) > 1 and len(windows[-1].encode()) < SHORTEST_BYTES:
         windows[-2:] = ["".join(windows[-2:])]  # a last window of a token or two has nothing to align
@@ -101,7 +101,7 @@ def _sequence(card: Card, vocabulary: Vocabulary, window: str, top_k: int) -> tu
 
 
 def _measure(teacher: Vocabulary, student: Vocabulary, vocab_size: int, scored: list[_Scored]) -> AlignFigures:
-    translation = translate(teacher, student, vocab_size)
+    translation = translate(teacher, student, vocab_size, cache=tables_dir())
     pairs = [(teacher.encode(s.text), student.encode(s.text)) for s in scored]
     total = AlignmentReport()
     for s, pair in zip(scored, pairs, strict=True):

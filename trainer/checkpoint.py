@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +28,43 @@ from trainer.student import Student
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _IDENTITY = "identity.json"  # what a checkpoint is worth nothing without
+_FUSION = "fusion.json"
 
 Identity = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint holds beside weights and optimizer: the run's identity, and what its fusion has seen."""
+
+    identity: Identity
+    fusion_state: dict[str, Any] | None = None
+
+
 def save_checkpoint(
-    folder: Path, step: int, student: Student, optimizer: torch.optim.Optimizer, run: tuple[Identity, int]
+    folder: Path, step: int, student: Student, optimizer: torch.optim.Optimizer, kept: Kept, *, keep: int
 ) -> Path:
-    """Save after `step` steps; `run` is its identity and the number of checkpoints to keep.
+    """Save after `step` steps, and keep the last `keep` checkpoints.
 
     Raises CheckpointError; earlier checkpoints stay.
     """
-    identity, keep = run
     final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         with _single_process():
             save(_state(student, optimizer, step), checkpoint_id=partial, no_dist=True)
-        (partial / _IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
+        (partial / _IDENTITY).write_text(json.dumps(kept.identity), encoding="utf-8")
+        (partial / _FUSION).write_text(json.dumps(kept.fusion_state), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     except (OSError, RuntimeError, CheckpointException) as error:
         free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free" if folder.exists() else "no folder"
         shutil.rmtree(partial, ignore_errors=True)
         last = latest_checkpoint(folder)
-        kept = f"the last good one is {last.name}" if last else "there is none yet"
+        before = f"the last good one is {last.name}" if last else "there is none yet"
         raise CheckpointError(
-            f"cannot write checkpoint {final} ({free}: {_reason(error)}); {kept}: make room, then run again "
+            f"cannot write checkpoint {final} ({free}: {_reason(error)}); {before}: make room, then run again "
             "with --resume"
         ) from error
     for old in list(_checkpoints(folder))[:-keep]:
@@ -86,6 +96,15 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
     return int(state["step"])
 
 
+def load_fusion_state(path: Path) -> dict[str, Any] | None:
+    """What the fusion had seen at a checkpoint. Raises CheckpointError if it cannot be read."""
+    try:
+        state: dict[str, Any] | None = json.loads((path / _FUSION).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read checkpoint {path} ({_reason(error)})") from error
+    return state
+
+
 @contextmanager
 def _single_process() -> Iterator[None]:
     """torch warns that there is only one process; there is."""
@@ -104,6 +123,8 @@ def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity
     texts = hashlib.sha256()
     for sample in corpus.train:
         texts.update(f"{len(sample.text)} {sample.closes} {sample.text}".encode())
+        if sample.is_chat:
+            texts.update(json.dumps([sample.messages, sample.tools]).encode())
     weights = hashlib.sha256()
     base = student.folder
     for path in sorted([base / "config.json", *base.glob("*.safetensors"), *base.glob("*.bin")]):
@@ -113,6 +134,7 @@ def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity
         "train.seed": config.train.seed,
         "train.batch_samples": config.train.batch_samples,
         "student.train_layers": config.student.train_layers,
+        "fusion.method": config.fusion.method,
         "student weights": weights.hexdigest()[:16],
         "samples": texts.hexdigest()[:16],
     }

@@ -15,6 +15,10 @@ Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+MOST_TEACHERS = 16
 
 
 class Section(BaseModel):
@@ -34,6 +38,10 @@ class StudentConfig(Section):
     """bf16 autocasts over float32 weights; fp32 computes in float32 throughout."""
     train_layers: Positive | None = None
     """Train only this many of the uppermost layers (and the final norm); all parameters if absent."""
+    roles: dict[str, str] = {}
+    """Special tokens by role (bos, eos, end_of_turn, pad, unk), as spelled, where the tokenizer's word is wrong."""
+    chat_template: str | None = None
+    """File with the template of its chats, in place of the model's own."""
 
 
 class DataConfig(Section):
@@ -43,6 +51,12 @@ class DataConfig(Section):
     """Text files (a document each) or .jsonl files (a document a line), by path or name under $TUTELAGE_CACHE/data."""
     text_column: str = "text"
     """Key of the document in a .jsonl line."""
+    messages_column: str | None = None
+    """Key of a list of messages in a .jsonl line: then every line is a chat, and its assistant texts are supervised."""
+    domain_column: str | None = None
+    """Key of the domain in a .jsonl line, for `adaptive`; without it the file's name is the domain."""
+    teacher_column: str | None = None
+    """Key of the teacher's name in a .jsonl line, for `router`."""
     window_tokens: Annotated[int, Field(ge=2)] = 512
     """Longest window, in tokens of the student, BOS not counted."""
     max_windows_per_document: Positive | None = None
@@ -51,6 +65,10 @@ class DataConfig(Section):
     """Train on only this many windows, drawn by the seed."""
     close_documents: bool = False
     """Put EOS behind the last window of each document, on every side."""
+    too_long: Literal["refuse", "shorten"] = "refuse"
+    """A sample that a model cannot take whole: end the run with its name, or shorten it for all models alike."""
+    broken_chats: Literal["refuse", "skip"] = "refuse"
+    """A chat whose supervised spans cannot be found in every model's rendering: end the run, or skip and count it."""
 
 
 class TeacherConfig(Section):
@@ -66,8 +84,14 @@ class TeacherConfig(Section):
     """File that holds its bearer key."""
     top_k: Positive = 64
     """Candidates asked for at every position."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Its weight in a mean, relative to the other teachers'."""
+    weight: Weight = 1.0
+    """What its part in a fusion is multiplied by, relative to the other teachers."""
+    final_weight: Weight | None = None
+    """The same at the end of the run, where fusion.schedule moves; `weight` if absent."""
+    roles: dict[str, str] = {}
+    """Special tokens by role (bos, eos, end_of_turn, pad, unk), as spelled, where its tokenizer's word is wrong."""
+    chat_template: str | None = None
+    """File with the template of its chats, in place of its own."""
     timeout_s: Seconds = 120.0
     """Total time for one answer."""
     patience_s: Seconds = 600.0
@@ -75,14 +99,32 @@ class TeacherConfig(Section):
     concurrency: Positive = 8
     """Questions under way at once, per replica."""
 
+    @property
+    def last_weight(self) -> float:
+        return self.weight if self.final_weight is None else self.final_weight
+
 
 class FusionConfig(Section):
     """[fusion] how several teachers become one target."""
 
-    method: Literal["mean", "min_ce"] = "mean"
-    """mean: weighted arithmetic mean; min_ce: in each sample the teacher that predicts its text best."""
+    method: Literal[
+        "mean", "geometric", "min_ce", "avg_ce", "confidence", "adaptive", "router", "fusellm_min_ce", "fusellm_avg_ce"
+    ] = "mean"
+    """mean and geometric: of probabilities and of their logarithms; min_ce, avg_ce: the teacher that predicts the text
+    best, or all by how well they do; confidence: by low entropy; adaptive: a mean by running bits per byte in each
+    domain; router: the teacher that a column names; fusellm_*: the paper's own two, for comparison."""
+    scope: Literal["token", "sample", "batch"] = "sample"
+    """Over what min_ce, avg_ce and confidence compare."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the softmax that turns bits per byte (avg_ce, adaptive) or nats of entropy (confidence) into weights."""
     top_k: Positive = 64
     """Entries kept in a fused row; the rest joins the tail."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How weights move from `weight` to `final_weight` over the run's steps."""
+    half_life_bytes: Annotated[float, Field(gt=0)] = 1e6
+    """adaptive: text of a domain counts half as much once so much more of it has been seen."""
+    margin_bpb: Annotated[float, Field(ge=0)] = 0.1
+    """adaptive: a teacher this far behind the best of a domain, in bits per byte, is not fused there."""
 
 
 class LossConfig(Section):
@@ -170,6 +212,15 @@ class RunConfig(Section):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError("teachers: two teachers have the same name")
+        for weights in ([t.weight for t in self.teachers], [t.last_weight for t in self.teachers]):
+            if self.teachers and not any(weights):
+                raise ValueError("teachers: the weights are all 0, expected one above it")
+        if len(self.teachers) > MOST_TEACHERS:
+            raise ValueError(f"teachers: expected at most {MOST_TEACHERS}")
+        if self.fusion.method == "router" and self.data.teacher_column is None:
+            raise ValueError("data.teacher_column: fusion by router needs the column that names the teacher")
+        if self.data.messages_column is not None and self.data.close_documents:
+            raise ValueError("data.close_documents: a chat ends as its template says; leave it out")
         if not self.teachers and self.loss.ce_weight != 1:
             raise ValueError("loss.ce_weight: without teachers there is only the text to learn from; set it to 1")
         if self.train.batch_samples % self.train.accumulate:

@@ -8,12 +8,13 @@ from alignment import TokenizerError, Vocabulary
 from teachers.errors import TeacherError
 from teachers.pool import TeacherPool
 from teachers.protocol import PROBE, Card
+from trainer.asking import address_of, check_card
 from trainer.config import RunConfig, TeacherConfig, find_model
 from trainer.data import Sample, load_corpus
 from trainer.errors import UserError
 from trainer.loop import total_steps
-from trainer.pipeline import address_of, check_card
-from trainer.student import check_folder
+from trainer.reading import Reader, chat_template, readable
+from trainer.student import check_folder, reader_of
 
 BOS_MATTERS = 1.1  # nats with and without BOS that differ by more than a tenth are no accident
 
@@ -35,9 +36,12 @@ def examine(config: RunConfig) -> list[Finding]:
         folder = find_model(config.student.model)
         vocabulary = Vocabulary.load(folder)
         check_folder(folder, config)
+        vocabulary = vocabulary.with_roles(config.student.roles)
         findings.append(Finding("student", True, f"{vocabulary.name}: {len(vocabulary)} tokens"))
         corpus = load_corpus(config.data, config.eval, vocabulary, config.train.seed)
         samples = corpus.train + corpus.held_out
+        for _ in readable(samples, reader_of(folder, vocabulary, config), skip=config.data.broken_chats == "skip"):
+            pass
         detail = f"{len(corpus.train)} windows to train on, {len(corpus.held_out)} held out"
         findings.append(Finding("data", True, f"{detail}, {total_steps(config, corpus)} steps"))
     except (UserError, TokenizerError) as error:
@@ -60,20 +64,23 @@ async def _examine_teacher(teacher: TeacherConfig, samples: Sequence[Sample]) ->
             findings.append(
                 Finding(who, True, f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}")
             )
-            vocabulary = Vocabulary.from_files(files, name=teacher.name)
+            vocabulary = Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles)
             check_card(teacher, card, vocabulary)
             findings.append(Finding(who, True, f"tokenizer of {len(vocabulary)} tokens is the one of its card"))
-            findings.append(_length(who, card, vocabulary, samples))
+            template = None
+            if any(sample.is_chat for sample in samples):
+                template = chat_template(files, vocabulary, teacher.roles, teacher.chat_template)
+            findings.append(_length(who, card, Reader(vocabulary, card.prefix, template), samples))
             findings.append(await _probe(pool, teacher, card, vocabulary))
-    except (TeacherError, TokenizerError) as error:
+    except (UserError, TeacherError, TokenizerError) as error:
         findings.append(Finding(who, False, str(error)))
     return findings
 
 
-def _length(who: str, card: Card, vocabulary: Vocabulary, samples: Sequence[Sample]) -> Finding:
-    """Every window, as this teacher will be asked."""
-    lengths = [len(card.prefix) + len(vocabulary.encode(s.text)) + s.closes for s in samples]
-    detail = f"takes {card.max_tokens} tokens; the longest window is {max(lengths, default=0)} of them"
+def _length(who: str, card: Card, reader: Reader, samples: Sequence[Sample]) -> Finding:
+    """Every sample, as this teacher will be asked; the first that it cannot read ends the check."""
+    lengths = [len(card.prefix) + len(reader.read(sample)) for sample in samples]
+    detail = f"takes {card.max_tokens} tokens; the longest sample is {max(lengths, default=0)} of them"
     ok = max(lengths, default=0) <= card.max_tokens
     return Finding(who, ok, detail if ok else f"{detail}: lower data.window_tokens")
 

@@ -8,6 +8,7 @@ import torch
 from alignment.report import bits_per_byte
 from alignment.spans import Tokens
 from trainer.losses import Labels, chunked_loss, labels_from
+from trainer.reading import Reading
 from trainer.student import Student
 
 
@@ -24,7 +25,7 @@ class Evaluation:
         return bits_per_byte(-self.nats, self.num_bytes)
 
 
-def text_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tensor:
+def token_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tensor:
     """[T − first_position] nats that the student pays for each predicted token of one sample."""
     labels: Labels = labels_from([tokens.ids[student.first_position :]], [None])
     with torch.no_grad(), student.precision():
@@ -33,15 +34,17 @@ def text_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tens
     return ce_T.cpu()
 
 
-def evaluate(student: Student, samples: Sequence[Tokens], chunk_tokens: int) -> Evaluation:
-    """Sum over samples; the bytes of a first token that nothing predicts are not counted."""
+def evaluate(student: Student, samples: Sequence[Reading], chunk_tokens: int) -> Evaluation:
+    """Sum over the supervised tokens of all samples; the bytes of a first token that nothing predicts do not count."""
     was_training = student.model.training
     student.model.eval()
     nats, num_tokens, num_bytes = 0.0, 0, 0
-    for tokens in samples:
+    for reading in samples:
         first = student.first_position
-        nats += float(text_nats(student, tokens, chunk_tokens).double().sum())
-        num_tokens += len(tokens) - first
-        num_bytes += tokens.num_bytes - (int(tokens.ends[first - 1]) if first else 0)
+        wanted = reading.supervised_T[first:]
+        paid = token_nats(student, reading.tokens, chunk_tokens).double()
+        nats += float(paid[torch.from_numpy(wanted)].sum())
+        num_tokens += int(wanted.sum())
+        num_bytes += int(reading.num_bytes_T[first:][wanted].sum())
     student.model.train(was_training)
     return Evaluation(nats, num_tokens, num_bytes)

@@ -13,15 +13,24 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from trainer.checkpoint import identity_of, latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.checkpoint import (
+    Kept,
+    identity_of,
+    latest_checkpoint,
+    load_checkpoint,
+    load_fusion_state,
+    save_checkpoint,
+)
 from trainer.config import RunConfig
 from trainer.data import Corpus, Sample, batch_indices, load_corpus
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import evaluate
+from trainer.fuser import Fuser
 from trainer.metrics import Listener, Metrics
-from trainer.pipeline import Batch, TargetStream
+from trainer.pipeline import Batch, TargetStream, labels_of
+from trainer.reading import Reader, readable
 from trainer.step import StepResult, learning_rate, make_optimizer, train_step
-from trainer.student import Student, load_student
+from trainer.student import Student, load_student, reader_of
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,12 @@ def train(
     done = load_checkpoint(last, student, optimizer, identity) if resume and last else 0
     num_steps = total_steps(config, corpus)
     end = min(num_steps, stop_at or num_steps)
-    run = _Run(config, student, corpus)
+    reader = reader_of(student.folder, student.vocabulary, config)
+    run = _Run(config, student, reader, corpus)
+    fusion_state = load_fusion_state(last) if resume and last else None
+    fuser = Fuser(config, len(student.vocabulary), num_steps, fusion_state)
 
-    with TargetStream(config, student.vocabulary, _batches(config, corpus, done, end)) as stream:
+    with TargetStream(config, reader, _batches(config, corpus, done, end), fuser=fuser, first_step=done) as stream:
         batches = iter(stream)
         first = list(islice(batches, 1))  # nothing is written before every teacher has been checked
         make_folder(out)
@@ -72,8 +84,9 @@ def train(
                 if done == end or _due(done, config.eval.every_steps):
                     run.measure(metrics, done)
                 if done == end or _due(done, config.output.checkpoint_every_steps):
-                    kept = (identity, config.output.keep_checkpoints)
-                    save_checkpoint(out / "checkpoints", done, student, optimizer, kept)
+                    kept = Kept(identity, batch.fusion_state)
+                    keep = config.output.keep_checkpoints
+                    save_checkpoint(out / "checkpoints", done, student, optimizer, kept, keep=keep)
                     metrics.emit("checkpoint", step=done)
             model = run.export(out / "model") if done == num_steps else None
             metrics.emit("end", step=done, model=str(model) if model else None)
@@ -91,10 +104,10 @@ def make_folder(out: Path) -> None:
 class _Run:
     """What measuring and exporting need."""
 
-    def __init__(self, config: RunConfig, student: Student, corpus: Corpus) -> None:
+    def __init__(self, config: RunConfig, student: Student, reader: Reader, corpus: Corpus) -> None:
         self._config = config
         self._student = student
-        self._samples = [student.vocabulary.encode(s.text, close=s.closes) for s in corpus.held_out]
+        self._samples = list(readable(corpus.held_out, reader, skip=config.data.broken_chats == "skip"))
         self.held_out: list[tuple[int, float]] = []
 
     def measure(self, metrics: Metrics, step: int) -> None:
@@ -150,10 +163,13 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
         "tokens_per_s": result.num_tokens / (step_s + batch.waited_s),
         "step_s": step_s,
         "waited_s": batch.waited_s,
+        "shortened": sum(lesson.shortened for lesson in batch.lessons),
+        "skipped": batch.num_skipped,
     }
     if not config.teachers:
         return values
-    targets = [lesson.target.after(student.first_position) for lesson in batch.lessons if lesson.target is not None]
+    columns = [labels_of(lesson, student.first_position) for lesson in batch.lessons]
+    targets = [target for _, target in columns if target is not None]
     valid = sum(int(t.valid.sum()) for t in targets)
     teachers = {}
     for i, teacher in enumerate(config.teachers):
@@ -161,6 +177,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
         share = float(np.mean([lesson.shares[i] for lesson in batch.lessons]))
         teachers[teacher.name] = {
             "share": share,
+            "left_out": sum(lesson.left_out[i] for lesson in batch.lessons),
             "mass": _number(total.mean_mass),
             "own_bpb": _number(total.teacher_bpb),
             "aligned_bpb": _number(total.aligned_bpb),

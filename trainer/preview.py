@@ -1,7 +1,9 @@
 """Is this fusion worth running? Every teacher and every fusion on the held-out text, before any training.
 
 All figures are bits per byte of the same bytes: in each sample, those from the first boundary on that the
-student and all teachers share and from which all of them have spoken.
+student and all teachers share and from which all of them have spoken; of a chat, its supervised positions of which
+all of them speak. A fusion that chooses by the loss of the text (min_ce, avg_ce) has seen it: the smaller the scope,
+the more its figure flatters it. It is what the student would be taught, not what could be predicted.
 """
 
 import asyncio
@@ -9,17 +11,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from alignment import Target, Tokens
+from alignment import Target
 from alignment.report import bits_per_byte
+from trainer.asking import Answer, Asked, connected, together
 from trainer.config import RunConfig
 from trainer.data import Sample, load_corpus
 from trainer.errors import DataError
-from trainer.evaluate import text_nats
-from trainer.fusion import METHODS, fuse
-from trainer.pipeline import Answer, connected, together
-from trainer.student import Student, load_student
+from trainer.evaluate import token_nats
+from trainer.fuser import Fuser
+from trainer.fusion import METHODS, SCOPES
+from trainer.student import Student, load_student, reader_of
+
+BY_SCOPE = ("min_ce", "avg_ce", "confidence")
 
 
 @dataclass(frozen=True)
@@ -45,20 +51,22 @@ class Preview:
 
 @dataclass(frozen=True, eq=False)
 class _Common:
-    """The part of one sample that everybody speaks of: from byte `begin`, student position `first` on."""
+    """The part of one sample that everybody speaks of: `wanted` positions of the student, and their bytes.
 
-    tokens: Tokens
-    answers: list[Answer]
-    begin: int
-    first: int
+    own  of each teacher, log-likelihood in nats and bytes of its own tokens there
+    """
+
+    asked: Asked
+    wanted: NDArray[np.bool_]
+    own: tuple[tuple[float, int], ...]
 
     @property
     def num_bytes(self) -> int:
-        return self.tokens.num_bytes - self.begin
+        return int(self.asked.reading.num_bytes_T[self.wanted].sum())
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        return self.tokens.ids
+        return self.asked.reading.tokens.ids
 
 
 def preview(config: RunConfig) -> Preview:
@@ -74,22 +82,27 @@ def preview(config: RunConfig) -> Preview:
 
 
 async def _ask(config: RunConfig, student: Student, held_out: Sequence[Sample]) -> list[_Common]:
-    async with connected(config, student.vocabulary) as teachers:
-        answers = await together(teachers.answers(sample) for sample in held_out)
-    encoded = [student.vocabulary.encode(sample.text, close=sample.closes) for sample in held_out]
-    return [c for tokens, each in zip(encoded, answers, strict=True) for c in _common(tokens, each, student)]
+    async with connected(config, reader_of(student.folder, student.vocabulary, config)) as teachers:
+        answers = await together(teachers.ask(sample) for sample in held_out)
+    return [c for asked in answers if asked is not None for c in _common(asked, student)]
 
 
-def _common(tokens: Tokens, answers: list[Answer], student: Student) -> Iterator[_Common]:
+def _common(asked: Asked, student: Student) -> Iterator[_Common]:
     """The sample's common part, if it has one."""
-    spoken = np.logical_and.reduce(
-        [a.target.valid for a in answers] + [np.arange(len(tokens)) >= student.first_position]
-    )
-    starts = np.concatenate([[0], tokens.ends[:-1]])
+    spoken = np.logical_and.reduce([a.target.valid for a in asked.answers])
+    spoken &= np.arange(len(spoken)) >= student.first_position
+    if asked.sample.is_chat:
+        if spoken.any():
+            own = tuple((a.report.teacher_nats, a.report.num_bytes) for a in asked.answers)
+            yield _Common(asked, spoken, own)
+        return
+    tokens = asked.reading.tokens
     for first in np.flatnonzero(spoken):
-        begin = int(starts[first])
-        if spoken[first:].all() and all(_own_nats(a, begin) is not None for a in answers):
-            yield _Common(tokens, answers, begin, int(first))
+        begin = int(tokens.starts[first])
+        nats = [_own_nats(a, begin) for a in asked.answers]
+        if spoken[first:].all() and None not in nats:
+            num_bytes = tokens.num_bytes - begin
+            yield _Common(asked, np.arange(len(tokens)) >= first, tuple((n or 0.0, num_bytes) for n in nats))
             return
 
 
@@ -97,7 +110,7 @@ def _own_nats(answer: Answer, begin: int) -> float | None:
     """The teacher's own log-likelihood of the text from a byte on; None if none of its rows begins there."""
     if answer.rows is None:
         return None
-    starts = np.concatenate([[0], answer.tokens.ends[:-1]])
+    starts = answer.reading.tokens.starts
     at = np.flatnonzero((starts == begin) & (np.arange(len(starts)) >= answer.first_row))
     return float(answer.rows.actual[at[0] - answer.first_row :].sum(dtype=np.float64)) if len(at) else None
 
@@ -107,35 +120,52 @@ def measure(config: RunConfig, student: Student, samples: Sequence[_Common]) -> 
     num_bytes = sum(sample.num_bytes for sample in samples)
     if not num_bytes:
         raise DataError("the held-out text has no part that the student and every teacher speak of: give longer text")
-    chunk, skip = config.loss.chunk_tokens, student.first_position
-    nats = [float(text_nats(student, s.tokens, chunk)[s.first - skip :].double().sum()) for s in samples]
+    nats = [_student_nats(student, sample, config.loss.chunk_tokens) for sample in samples]
     teachers = []
     for i, teacher in enumerate(config.teachers):
-        own = sum(_own_nats(s.answers[i], s.begin) or 0.0 for s in samples)
-        targets = [s.answers[i].target for s in samples]
-        mass = np.concatenate([t.mass[s.first :] for t, s in zip(targets, samples, strict=True)])
+        targets = [s.asked.answers[i].target for s in samples]
+        mass = np.concatenate([t.mass[s.wanted] for t, s in zip(targets, samples, strict=True)])
         teachers.append(
             TeacherPreview(
                 teacher.name,
-                bits_per_byte(own, num_bytes),
+                bits_per_byte(sum(s.own[i][0] for s in samples), sum(s.own[i][1] for s in samples)),
                 _target_bpb(targets, samples, num_bytes),
                 float(mass.mean()),
             )
         )
-    weights = [teacher.weight for teacher in config.teachers]
-    fused = {
-        method: _target_bpb(
-            [fuse([a.target for a in s.answers], s.labels, weights, method).target for s in samples], samples, num_bytes
-        )
-        for method in METHODS
-    }
-    positions = sum(len(s.tokens) - s.first for s in samples)
+    fused = {name: _target_bpb(_fused(run, student, samples), samples, num_bytes) for name, run in _fusions(config)}
+    positions = sum(int(s.wanted.sum()) for s in samples)
     return Preview(bits_per_byte(-sum(nats), num_bytes), tuple(teachers), fused, num_bytes, positions)
+
+
+def _student_nats(student: Student, sample: _Common, chunk_tokens: int) -> float:
+    paid = token_nats(student, sample.asked.reading.tokens, chunk_tokens).double()
+    return float(paid[torch.from_numpy(sample.wanted[student.first_position :])].sum())
+
+
+def _fusions(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Every method, at every scope that it knows; the run's own weights, temperature and margin."""
+    methods = [m for m in METHODS if m not in BY_SCOPE] + ["adaptive"]
+    methods += ["router"] if config.data.teacher_column else []
+    for method, scope in [(m, "sample") for m in methods] + [(m, s) for m in BY_SCOPE for s in SCOPES]:
+        fusion = config.fusion.model_copy(update={"method": method, "scope": scope})
+        name = f"{method} by {scope}" if method in BY_SCOPE else method
+        yield name, config.model_copy(update={"fusion": fusion})
+
+
+def _fused(config: RunConfig, student: Student, samples: Sequence[_Common]) -> list[Target]:
+    """The fused targets, batch by batch as a run has them, uncut."""
+    fuser = Fuser(config, len(student.vocabulary), cut=False)
+    size, targets = config.train.batch_samples, []
+    for begin in range(0, len(samples), size):
+        lessons = fuser.fuse([s.asked for s in samples[begin : begin + size]])
+        targets += [lesson.target for lesson in lessons if lesson.target is not None]
+    return targets
 
 
 def _target_bpb(targets: Iterable[Target], samples: Sequence[_Common], num_bytes: int) -> float:
     total = 0.0
     for target, sample in zip(targets, samples, strict=True):
         with np.errstate(divide="ignore"):
-            total += float(np.log(target.prob_of(sample.labels)[sample.first :]).sum())
+            total += float(np.log(target.prob_of(sample.labels)[sample.wanted]).sum())
     return bits_per_byte(total, num_bytes)

@@ -4,12 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from trainer.config import OptimConfig, RunConfig
 from trainer.errors import NonFiniteLoss
+from trainer.fuser import Lesson
 from trainer.losses import chunked_loss, labels_from
-from trainer.pipeline import Lesson, labels_of
+from trainer.pipeline import labels_of, supervised_from
 from trainer.student import Student
 
 
@@ -46,8 +48,8 @@ def train_step(
     student: Student, optimizer: torch.optim.Optimizer, lessons: Sequence[Lesson], lr: float, config: RunConfig
 ) -> StepResult:
     """Move the student once. Raises NonFiniteLoss, naming sample and teachers, before the optimizer is touched."""
-    num_tokens = sum(len(lesson.tokens) - student.first_position for lesson in lessons)
-    size = len(lessons) // config.train.accumulate
+    num_tokens = sum(int(supervised_from(lesson, student.first_position).sum()) for lesson in lessons)
+    size = max(len(lessons) // config.train.accumulate, 1)
     sums = torch.zeros(3, dtype=torch.float64)
     for begin in range(0, len(lessons), size):
         sums += _backward(student, lessons[begin : begin + size], num_tokens, config)
@@ -70,6 +72,7 @@ def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, conf
     labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns]).to(student.device)
     with student.precision():
         hidden_TD = student.hidden([lesson.tokens for lesson in lessons])
+        hidden_TD = _supervised(hidden_TD, lessons, student.first_position)
         ce_T, kl_T = chunked_loss(student.head, hidden_TD, labels, weight, config.loss.chunk_tokens)
     loss_T = weight * ce_T + (1 - weight) * kl_T
     _check_finite(loss_T, lessons, student.first_position, config)
@@ -77,15 +80,21 @@ def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, conf
     return torch.stack([loss_T.sum(), ce_T.sum(), kl_T.sum()]).detach().double().cpu()
 
 
+def _supervised(hidden_TD: torch.Tensor, lessons: Sequence[Lesson], first_position: int) -> torch.Tensor:
+    """The states that predict what is learned from: all of a text, of a chat the answers."""
+    wanted = np.concatenate([supervised_from(lesson, first_position) for lesson in lessons])
+    return hidden_TD if wanted.all() else hidden_TD[torch.from_numpy(wanted).to(hidden_TD.device)]
+
+
 def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int, config: RunConfig) -> None:
     if bool(torch.isfinite(loss_T).all()):
         return
-    lengths = [len(lesson.tokens) - first_position for lesson in lessons]
-    for lesson, part in zip(lessons, loss_T.detach().split(lengths), strict=True):
+    positions = [np.flatnonzero(supervised_from(lesson, first_position)) + first_position for lesson in lessons]
+    for lesson, at, part in zip(lessons, positions, loss_T.detach().split([len(p) for p in positions]), strict=True):
         bad = torch.isfinite(part).logical_not().nonzero()
         if len(bad):
             raise NonFiniteLoss(
-                f"the loss of sample {lesson.sample.name} at token {int(bad[0]) + first_position} is "
+                f"the loss of sample {lesson.sample.name} at token {int(at[int(bad[0])])} is "
                 f"{float(part[bad[0]])} (teachers: {', '.join(t.name for t in config.teachers) or 'none'}); "
                 "nothing was updated"
             )

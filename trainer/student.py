@@ -20,8 +20,10 @@ from alignment import Vocabulary
 from alignment.spans import Tokens
 from trainer.config import RunConfig, StudentConfig, find_model
 from trainer.errors import ConfigError
+from trainer.reading import Reader, chat_template
 
 NEWLINE = "\n"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Head(nn.Module):
@@ -93,6 +95,15 @@ class Student:
                 (folder / path.name).write_bytes(path.read_bytes())
 
 
+def reader_of(folder: Path, vocabulary: Vocabulary, config: RunConfig) -> Reader:
+    """How the student reads samples. Raises ChatError if it is to read chats and has no template."""
+    if config.data.messages_column is None:
+        return Reader(vocabulary, vocabulary.prefix)
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    template = chat_template(files, vocabulary, config.student.roles, config.student.chat_template)
+    return Reader(vocabulary, vocabulary.prefix, template)
+
+
 def check_folder(folder: Path, config: RunConfig) -> None:
     """What can be said of a student without loading it. Raises ConfigError for what `load_student` would refuse."""
     try:
@@ -112,7 +123,7 @@ def check_folder(folder: Path, config: RunConfig) -> None:
 def load_student(config: StudentConfig) -> Student:
     """Load and choose what is trained. Raises ConfigError if the model is not there or has too few layers."""
     folder = find_model(config.model)
-    vocabulary = Vocabulary.load(folder)
+    vocabulary = Vocabulary.load(folder).with_roles(config.roles)
     loader: Any = AutoModelForCausalLM
     try:
         model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(config.device).train()

@@ -12,6 +12,7 @@ from tests.tiny import TEXT
 from tests.trainer.runs import losses, run_config, served_models, write_corpus
 from trainer.cli import app
 from trainer.config import RunConfig
+from trainer.fusion import SCOPES
 
 
 def call(*arguments: object) -> Result:
@@ -75,8 +76,10 @@ def test_preview_compares_everything_on_the_same_text(
     assert itself["own_bpb"] == pytest.approx(printed["student_bpb"], rel=1e-4)
     assert itself["aligned_bpb"] == pytest.approx(itself["own_bpb"], rel=1e-4)
     assert other["aligned_bpb"] <= other["own_bpb"] + 1e-4
-    assert set(printed["fused_bpb"]) == {"mean", "min_ce"}
-    assert printed["fused_bpb"]["min_ce"] <= min(t["aligned_bpb"] for t in printed["teachers"]) + 1e-6
+    by_scope = {f"{method} by {scope}" for method in ("min_ce", "avg_ce", "confidence") for scope in SCOPES}
+    assert set(printed["fused_bpb"]) == by_scope | {"mean", "geometric", "adaptive", "fusellm_min_ce", "fusellm_avg_ce"}
+    best = min(t["aligned_bpb"] for t in printed["teachers"])
+    assert printed["fused_bpb"]["min_ce by token"] <= printed["fused_bpb"]["min_ce by sample"] <= best + 1e-6
     assert "fused by mean" in shown.stderr
     assert not (tmp_path / "out").exists()
 

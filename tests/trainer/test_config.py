@@ -46,7 +46,7 @@ def test_it_is_frozen(tmp_path: Path) -> None:
         ("[train]\nepoch = 2", "unknown key 'train.epoch'; the nearest known one is 'epochs'"),
         ("[trian]\nepochs = 2", "unknown key 'trian'; the nearest known one is 'train'"),
         ("[train]\nepochs = 0", "train.epochs: .*greater than 0, received 0"),
-        ('[fusion]\nmethod = "avg"', "fusion.method: .*'mean' or 'min_ce', received 'avg'"),
+        ('[fusion]\nmethod = "avg"', "fusion.method: .*'mean', 'geometric', .*'fusellm_avg_ce', received 'avg'"),
         ("[loss]\nce_weight = 1.5", "loss.ce_weight: .*less than or equal to 1, received 1.5"),
         ("[train]\nbatch_samples = 4\naccumulate = 3", "train.accumulate: must divide train.batch_samples"),
         ("[[teachers]]\nname = 'one'\nurls = ['http://x']", "two teachers have the same name"),

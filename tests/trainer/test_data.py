@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from alignment import Vocabulary
 from tests.tiny import TEXT, tiny_vocabulary
 from trainer.config import DataConfig, EvalConfig
-from trainer.data import batch_indices, cut_windows, load_corpus, read_documents
+from trainer.data import Document, batch_indices, cut_windows, load_corpus, read_documents
 from trainer.errors import DataError
 
+COLUMNS = DataConfig(files=["d.jsonl"])
 BYTE_LEVEL, SENTENCEPIECE = tiny_vocabulary("byte_level"), tiny_vocabulary("sentencepiece")
 
 
@@ -35,7 +36,7 @@ def test_text_that_a_tokenizer_has_no_token_for_is_not_lost(smollm2_vocabulary: 
 def test_half_a_surrogate_pair_is_named(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "ab\\ud83d"}\n', encoding="utf-8")
     with pytest.raises(DataError, match="line 1: character 2 is half of a surrogate pair"):
-        list(read_documents(tmp_path / "d.jsonl", "text"))
+        list(read_documents(tmp_path / "d.jsonl", COLUMNS))
 
 
 def test_a_character_of_more_tokens_than_a_window_is_not_cut() -> None:
@@ -46,22 +47,22 @@ def test_empty_and_undecodable_files_are_refused_by_name(tmp_path: Path) -> None
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(DataError, match="empty.txt is empty"):
-        list(read_documents(tmp_path / "empty.txt", "text"))
+        list(read_documents(tmp_path / "empty.txt", COLUMNS))
     with pytest.raises(DataError, match="latin.txt is not UTF-8: byte 0xe9 at 3"):
-        list(read_documents(tmp_path / "latin.txt", "text"))
+        list(read_documents(tmp_path / "latin.txt", COLUMNS))
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", '{"body": "x"}', '{"text": 3}', '"text"'])
 def test_broken_lines_are_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="d.jsonl, line 2"):
-        list(read_documents(tmp_path / "d.jsonl", "text"))
+        list(read_documents(tmp_path / "d.jsonl", COLUMNS))
 
 
 def test_line_separators_inside_a_document_do_not_end_its_line(tmp_path: Path) -> None:
     text = "one\u2028two\x0bthree"
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert list(read_documents(tmp_path / "d.jsonl", "text")) == [("d.jsonl:1", text)]
+    assert list(read_documents(tmp_path / "d.jsonl", COLUMNS)) == [Document("d.jsonl:1", text, domain="d.jsonl")]
 
 
 def corpus_file(tmp_path: Path, count: int = 12) -> str:

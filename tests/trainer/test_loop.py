@@ -17,11 +17,14 @@ from teachers.protocol import Rows
 from tests.serve import FormulaEngine, free_port, serving
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
+from trainer.asking import connected
+from trainer.data import Sample
 from trainer.errors import CheckpointError, DataError, NonFiniteLoss
 from trainer.evaluate import evaluate
+from trainer.fuser import Fuser
 from trainer.loop import train
 from trainer.metrics import read_metrics
-from trainer.pipeline import connected
+from trainer.reading import Reader
 from trainer.step import StepResult, train_step
 from trainer.student import Student, load_student
 
@@ -120,7 +123,8 @@ def test_the_export_loads_and_predicts_as_measured(tmp_path: Path, tiny_byte_lev
     from trainer.data import load_corpus
 
     corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
-    again = evaluate(student, [student.vocabulary.encode(s.text) for s in corpus.held_out], 64)
+    reader = Reader(student.vocabulary, student.vocabulary.prefix)
+    again = evaluate(student, [reader.read(s) for s in corpus.held_out], 64)
     assert again.bpb == pytest.approx(result.held_out[-1][1], abs=1e-6)
 
 
@@ -271,13 +275,14 @@ def test_a_loss_that_is_not_a_number_names_the_sample_and_updates_nothing(
     tmp_path: Path, tiny_byte_level: Path
 ) -> None:
     from trainer.data import load_corpus
-    from trainer.pipeline import Lesson
+    from trainer.fuser import Lesson
     from trainer.step import make_optimizer
 
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
     student = load_student(config.student)
     corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
-    lessons = [Lesson(s, student.vocabulary.encode(s.text)) for s in corpus.train[:2]]
+    reader = Reader(student.vocabulary, student.vocabulary.prefix)
+    lessons = [Lesson(s, reader.read(s)) for s in corpus.train[:2]]
     optimizer = make_optimizer(student, config.optim)
     with torch.no_grad():
         weight = student.model.get_input_embeddings().weight
@@ -327,10 +332,10 @@ def test_lessons_carry_what_the_metrics_need(tmp_path: Path, tiny_byte_level: Pa
         student = Vocabulary.load(tiny_byte_level)
 
         async def one() -> None:
-            from trainer.data import Sample
-
-            async with connected(config, student) as teachers:
-                lesson = await teachers.lesson(Sample(0, "s", "The harbour office opened at six."))
+            async with connected(config, Reader(student, student.prefix)) as teachers:
+                asked = await teachers.ask(Sample(0, "s", "The harbour office opened at six."))
+            assert asked is not None
+            (lesson,) = Fuser(config, len(student)).fuse([asked])
             assert lesson.reports[0].valid == len(lesson.tokens) - 1
             assert lesson.shares == (1.0,)
 

@@ -1,0 +1,203 @@
+"""From a sample to every teacher's target for it: read, ask, align. Here teachers and alignment meet.
+
+`connected` opens a run's teachers: the card, the tokenizer and the translation of each. `Teachers.ask` is the way of
+one sample, which all models see whole: one that a model cannot take is refused, or shortened for all of them alike.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alignment import AlignmentError, Target, Translation, Vocabulary, align, translate
+from alignment.report import AlignmentReport, report
+from teachers.errors import Rejected, TeacherError
+from teachers.keys import key_from_environment, key_from_file
+from teachers.pool import TeacherAddress, TeacherPool
+from teachers.protocol import Card, Rows
+from trainer.align_chat import align_chat
+from trainer.config import RunConfig, TeacherConfig, tables_dir
+from trainer.data import Sample, shortened
+from trainer.reading import Reader, Reading, chat_template
+from trainer.template import ChatError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One teacher's answer for one sample, before and after alignment.
+
+    first_row is the teacher token that the first row speaks of: 0 with BOS, 1 without. There are no rows for a
+    text that the teacher writes in a single token without BOS; its target is then valid nowhere.
+    """
+
+    rows: Rows | None
+    first_row: int
+    reading: Reading
+    target: Target
+    report: AlignmentReport
+    nats_per_token: float = 0.0  # that the teacher pays for its own tokens
+
+    def without_rows(self) -> "Answer":
+        return replace(self, rows=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One sample, as it was read by the student and as every teacher answered it; `shortened` if it had to be."""
+
+    sample: Sample
+    reading: Reading
+    answers: tuple[Answer, ...]
+    shortened: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A connected teacher, seen from one student."""
+
+    config: TeacherConfig
+    card: Card
+    reader: Reader
+    translation: Translation
+
+    def sequence(self, reading: Reading) -> list[int]:
+        """The ids to score."""
+        return [*self.card.prefix, *reading.tokens.ids.tolist()]
+
+
+class Teachers:
+    """All teachers of a run, for one student. Made by `connected`, inside one event loop."""
+
+    def __init__(self, pool: TeacherPool, teachers: Sequence[Teacher], student: Reader, config: RunConfig):
+        self._pool = pool
+        self._student = student
+        self._data = config.data
+        self.teachers = tuple(teachers)
+
+    async def ask(self, sample: Sample) -> Asked | None:
+        """Ask all teachers at once; the first error ends the others. None for a chat that is to be skipped."""
+        try:
+            fitted, reading, readings = await asyncio.to_thread(self._fitted, sample)
+        except ChatError:
+            if self._data.broken_chats == "skip":
+                return None
+            raise
+        asked = zip(self.teachers, readings, strict=True)
+        answers = await together(self._answer(teacher, fitted, (own, reading)) for teacher, own in asked)
+        return Asked(fitted, reading, tuple(answers), shortened=fitted is not sample)
+
+    def _fitted(self, sample: Sample) -> tuple[Sample, Reading, list[Reading]]:
+        """The sample as everybody reads it, shortened until all can take it."""
+        while True:
+            reading = self._student.read(sample)
+            readings = [teacher.reader.read(sample) for teacher in self.teachers]
+            limits = [(t.card.max_tokens - len(t.card.prefix), f"teacher {t.config.name}") for t in self.teachers]
+            if sample.is_chat:
+                limits.append((self._data.window_tokens, "the student's window"))
+            too_long = [
+                (own, limit, who)
+                for own, (limit, who) in zip([*readings, reading], limits, strict=False)
+                if len(own) > limit
+            ]
+            if not too_long:
+                return sample, reading, readings
+            own, limit, who = too_long[0]
+            shorter = shortened(sample, own.tokens, limit) if self._data.too_long == "shorten" else None
+            if shorter is None:
+                raise Rejected(
+                    f"{who}: sample {sample.name} is {len(own)} of its tokens, it takes {limit}: set "
+                    'data.window_tokens lower, or data.too_long = "shorten" to shorten it for all'
+                )
+            sample = shorter
+
+    async def _answer(self, teacher: Teacher, sample: Sample, readings: tuple[Reading, Reading]) -> Answer:
+        own, student = readings
+        sequence = teacher.sequence(own)
+        if len(sequence) < 2:  # one token with nothing in front: there is no position to predict
+            nothing = Target.nothing(len(student))
+            return Answer(None, 0, own, nothing, AlignmentReport(positions=len(nothing)))
+        try:
+            rows = await self._pool.score(teacher.config.name, sequence, 1, teacher.config.top_k)
+        except TeacherError as error:
+            error.args = (f"{error} (sample {sample.name})",)
+            raise
+        try:
+            return await asyncio.to_thread(_aligned, rows, teacher, own, student)
+        except AlignmentError as error:
+            raise AlignmentError(f"teacher {teacher.config.name}, sample {sample.name}: {error}") from error
+
+
+def _aligned(rows: Rows, teacher: Teacher, own: Reading, student: Reading) -> Answer:
+    first_row = 1 - len(teacher.card.prefix)
+    if own.rendered is not None and student.rendered is not None:
+        whole = replace(rows, start=len(own.rendered.prefix) + own.hidden_bos + first_row)
+        chat = align_chat(whole, own.rendered, student.rendered, teacher.translation)
+        supervised = rows.actual[own.supervised_T[first_row:]]
+        target = chat.target.after(student.hidden_bos)
+        return Answer(rows, first_row, own, target, chat.report, -float(supervised.mean(dtype=float)))
+    tokens = (own.tokens, student.tokens)
+    target = align(rows, first_row, *tokens, teacher.translation)
+    figures = report(rows, first_row, tokens, target, teacher.translation)
+    return Answer(rows, first_row, own, target, figures, -float(rows.actual.mean(dtype=float)))
+
+
+def address_of(teacher: TeacherConfig) -> TeacherAddress:
+    """A run file's teacher as the pool wants it. Raises TeacherError if its key cannot be read."""
+    return TeacherAddress(
+        name=teacher.name,
+        urls=tuple(teacher.urls),
+        key=_key_of(teacher),
+        timeout_s=teacher.timeout_s,
+        patience_s=teacher.patience_s,
+        concurrency=teacher.concurrency,
+    )
+
+
+def _key_of(teacher: TeacherConfig) -> str | None:
+    if teacher.key_file is not None:
+        return key_from_file(Path(teacher.key_file))
+    return key_from_environment(teacher.key_env) if teacher.key_env is not None else None
+
+
+def check_card(teacher: TeacherConfig, card: Card, vocabulary: Vocabulary) -> None:
+    """Refuse what would go wrong later. Raises TeacherError naming the teacher."""
+    if teacher.top_k > card.max_top_k:
+        raise Rejected(f"teacher {teacher.name}: top_k is {teacher.top_k}, it answers at most {card.max_top_k}")
+    if len(vocabulary) > card.vocab_size:
+        raise TeacherError(
+            f"teacher {teacher.name}: its tokenizer has {len(vocabulary)} tokens, its model only {card.vocab_size}"
+        )
+
+
+@asynccontextmanager
+async def connected(config: RunConfig, student: Reader) -> AsyncIterator[Teachers]:
+    """Connect to every teacher of a run, check its card, and find or build its translation."""
+    async with TeacherPool([address_of(teacher) for teacher in config.teachers]) as pool:
+        answers = await together(pool.connect(teacher.name) for teacher in config.teachers)
+        teachers = []
+        for teacher, (card, files) in zip(config.teachers, answers, strict=True):
+            vocabulary = Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles)
+            check_card(teacher, card, vocabulary)
+            template = None
+            if config.data.messages_column is not None:
+                template = chat_template(files, vocabulary, teacher.roles, teacher.chat_template)
+            reader = Reader(vocabulary, card.prefix, template)
+            translation = await asyncio.to_thread(
+                translate, vocabulary, student.vocabulary, card.vocab_size, cache=tables_dir()
+            )
+            teachers.append(Teacher(teacher, card, reader, translation))
+        yield Teachers(pool, teachers, student, config)
+
+
+async def together(questions: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order; the first error ends the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(question) for question in questions]
+    except BaseExceptionGroup as group_error:
+        raise group_error.exceptions[0] from None
+    return [task.result() for task in tasks]

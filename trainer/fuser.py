@@ -1,0 +1,132 @@
+"""The fusion of one run: what its file says, step by step, in the order of the batches.
+
+Most of it is a function of a batch and its step. `adaptive` also goes by what was seen before, so batches are fused in
+their order, and what was seen is state that a checkpoint keeps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignment import Target, Tokens
+from alignment.report import AlignmentReport
+from trainer.asking import Asked
+from trainer.config import FusionConfig, RunConfig, TeacherConfig
+from trainer.data import Sample
+from trainer.errors import DataError
+from trainer.fusion import METHODS, Aligned, Rule, fuse, text_nats
+from trainer.priors import RunningBpb, routed, scheduled
+from trainer.reading import Reading
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What the student learns from one sample; `target` is None in plain training.
+
+    shares, reports, left_out  of each teacher: its part in the fusion, how it arrived, positions it had no answer for
+    shortened                  whether some model could not take the sample whole
+    """
+
+    sample: Sample
+    reading: Reading
+    target: Target | None = None
+    shares: tuple[float, ...] = ()
+    reports: tuple[AlignmentReport, ...] = ()
+    left_out: tuple[int, ...] = ()
+    shortened: bool = False
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.reading.tokens
+
+
+def rule_of(fusion: FusionConfig, top_k: int | None) -> Rule:
+    """`adaptive` and `router` are means whose weights are chosen before."""
+    method = fusion.method if fusion.method in METHODS else "mean"
+    return Rule(method, fusion.scope, fusion.temperature, top_k)
+
+
+class Fuser:
+    """Fuses batches in their order.
+
+    vocab_size is the student's; num_steps is the length of the schedule of weights; state is what an earlier Fuser
+    of the same run has left; without `cut`, rows keep all their entries.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        vocab_size: int,
+        num_steps: int = 1,
+        state: dict[str, Any] | None = None,
+        *,
+        cut: bool = True,
+    ):
+        self._fusion = config.fusion
+        self._teachers: Sequence[TeacherConfig] = config.teachers
+        self._names = tuple(teacher.name for teacher in config.teachers)
+        self._vocab_size = vocab_size
+        self._num_steps = num_steps
+        self._rule = rule_of(config.fusion, config.fusion.top_k if cut else None)
+        fusion = config.fusion
+        self._running = None
+        if fusion.method == "adaptive":
+            fresh = RunningBpb(self._names, fusion.half_life_bytes, fusion.margin_bpb, fusion.temperature)
+            self._running = RunningBpb.from_state(state) if state else fresh
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """What a later Fuser needs to go on, as JSON has it; None where there is nothing."""
+        return self._running.state() if self._running else None
+
+    def fuse(self, batch: Sequence[Asked], step: int = 0) -> tuple[Lesson, ...]:
+        """The lessons of one batch, the `step`-th from 0. Raises DataError for a teacher that is none of the run's."""
+        if not self._teachers:
+            return tuple(Lesson(asked.sample, asked.reading, shortened=asked.shortened) for asked in batch)
+        static = scheduled(
+            [teacher.weight for teacher in self._teachers],
+            [teacher.last_weight for teacher in self._teachers],
+            self._fusion.schedule,
+            min(step / max(self._num_steps - 1, 1), 1.0),
+        )
+        aligned = [self._aligned(asked, static) for asked in batch]
+        fused = fuse(aligned, self._rule, self._vocab_size)
+        if self._running is not None:
+            for asked, sample in zip(batch, aligned, strict=True):
+                nats, num_bytes = text_nats(sample, self._vocab_size)
+                self._running = self._running.updated(asked.sample.domain, nats, num_bytes)
+        return tuple(
+            Lesson(
+                asked.sample,
+                asked.reading,
+                one.target,
+                tuple(one.shares_N.tolist()),
+                tuple(answer.report for answer in asked.answers),
+                tuple(one.left_out_N.tolist()),
+                asked.shortened,
+            )
+            for asked, one in zip(batch, fused, strict=True)
+        )
+
+    def _aligned(self, asked: Asked, static: NDArray[np.float64]) -> Aligned:
+        return Aligned(
+            targets=tuple(answer.target for answer in asked.answers),
+            labels_T=asked.reading.tokens.ids,
+            num_bytes_T=asked.reading.num_bytes_T,
+            prior_N=self._prior(asked.sample, static),
+            own_ce_N=np.array([answer.nats_per_token for answer in asked.answers]),
+        )
+
+    def _prior(self, sample: Sample, static: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self._fusion.method == "router":
+            try:
+                return routed(self._names, sample.teacher or "")
+            except ValueError as error:
+                raise DataError(f"sample {sample.name}: {error}") from error
+        if self._running is None:
+            return static
+        prior = static * self._running.weights(sample.domain)
+        return prior if prior.any() else static
