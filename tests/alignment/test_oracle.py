@@ -64,7 +64,15 @@ def test_it_is_exact_at_full_k_where_both_tokenizations_show_their_ends() -> Non
     assert figures(name, 1).error > 0.1  # what the teacher did not list belongs to tokens that the target lists
 
 
-@pytest.mark.parametrize(("name", "share"), [("tokens to letters", 0.29), ("letters to tokens", 0.06)])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("tokens to letters", 0.29),
+        ("letters to tokens", 0.06),
+        ("tokens to other tokens", 0.07),
+        ("letters to syllables", 0.09),
+    ],
+)
 def test_settled_positions_are_exact_at_full_k_and_the_others_bear_the_error(name: str, share: float) -> None:
     positions, sure = aligned(name, full(name), 0.0), settled(name)
     errors = listed_errors(positions)
