@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment import Vocabulary, align, translate
@@ -18,6 +18,7 @@ from trainer.asking import together
 from trainer.config import DataConfig, find_model, tables_dir
 from trainer.data import cut_windows, read_documents
 from trainer.errors import DataError
+from trainer.explain import Explained, explain
 
 MEASURED_S = 2.0
 MAX_REPEATS = 9
@@ -43,18 +44,58 @@ class _Scored:
     first_row: int
 
 
-def align_text(teacher: str, student: str, text: Path, top_k: int, key: str | None, window_tokens: int) -> AlignFigures:
+@dataclass(frozen=True)
+class AlignOptions:
+    """Whose answers, whose tokenizer, which text.
+
+    teacher  address of a server, or a model's directory or name;  key  the server's bearer key
+    student  a model's directory or name
+    """
+
+    teacher: str
+    student: str
+    text: Path
+    top_k: int
+    key: str | None
+    window_tokens: int
+
+
+def align_text(options: AlignOptions) -> AlignFigures:
     """Score the text with a served or local teacher and align it to the student's tokenizer."""
-    student_vocabulary = Vocabulary.load(find_model(student))
-    documents = [document.text for document in read_documents(text, DataConfig(files=[str(text)]))]
-    windows = [w for doc in documents for w in cut_windows(doc, student_vocabulary, window_tokens)]
+    student = Vocabulary.load(find_model(options.student))
+    return _measure(student, *_score(options, _windows(options, student)))
+
+
+def explain_text(options: AlignOptions, positions: int) -> list[Explained]:
+    """Explain the first positions of the text, as many as are asked for; later windows count on from earlier ones."""
+    student, out = Vocabulary.load(find_model(options.student)), list[Explained]()
+    windows, needed, held = _windows(options, student), 0, 0
+    while needed < len(windows) and held < positions:
+        held += len(student.encode(windows[needed]))
+        needed += 1
+    teacher, vocab_size, scored = _score(options, windows[:needed])
+    translation = translate(teacher, student, vocab_size, cache=tables_dir())
+    for s in scored:
+        pair = (teacher.encode(s.text), student.encode(s.text))
+        blocks, begin = out[-1].block + 1 if out else 0, len(out)
+        found = explain(s.rows, s.first_row, pair, translation, limit=positions - begin)
+        out += [replace(e, position=begin + e.position, block=blocks + e.block) for e in found]
+    return out
+
+
+def _windows(options: AlignOptions, student: Vocabulary) -> list[str]:
+    documents = [doc.text for doc in read_documents(options.text, DataConfig(files=[str(options.text)]))]
+    windows = [w for doc in documents for w in cut_windows(doc, student, options.window_tokens)]
     if len(windows) > 1 and len(windows[-1].encode()) < SHORTEST_BYTES:
         windows[-2:] = ["".join(windows[-2:])]  # a last window of a token or two has nothing to align
-    if teacher.startswith(("http://", "https://")):
-        vocabulary, vocab_size, scored = asyncio.run(_from_server(teacher, key, windows, top_k))
-    else:
-        vocabulary, vocab_size, scored = asyncio.run(_from_directory(find_model(teacher), windows, top_k))
-    return _measure(vocabulary, student_vocabulary, vocab_size, scored)
+    return windows
+
+
+def _score(options: AlignOptions, windows: list[str]) -> tuple[Vocabulary, int, list[_Scored]]:
+    """The teacher's tokenizer, how many ids it scores, and its rows for every window."""
+    if options.teacher.startswith(("http://", "https://")):
+        return asyncio.run(_from_server(options.teacher, options.key, windows, options.top_k))
+    return asyncio.run(_from_directory(find_model(options.teacher), windows, options.top_k))
 
 
 async def _from_server(
@@ -100,7 +141,7 @@ def _sequence(card: Card, vocabulary: Vocabulary, window: str, top_k: int) -> tu
     return sequence, len(card.prefix)
 
 
-def _measure(teacher: Vocabulary, student: Vocabulary, vocab_size: int, scored: list[_Scored]) -> AlignFigures:
+def _measure(student: Vocabulary, teacher: Vocabulary, vocab_size: int, scored: list[_Scored]) -> AlignFigures:
     translation = translate(teacher, student, vocab_size, cache=tables_dir())
     pairs = [(teacher.encode(s.text), student.encode(s.text)) for s in scored]
     total = AlignmentReport()

@@ -162,16 +162,28 @@ def align(
     top_k: Annotated[int, typer.Option(help="Candidates at every position.", min=1)] = 64,
     key_env: Annotated[str | None, typer.Option(help="Environment variable with the teacher's key.")] = None,
     window_tokens: Annotated[int, typer.Option(help="Longest window, in student tokens.", min=2)] = 4096,
+    explain: Annotated[bool, typer.Option("--explain", help="Show position by position what goes where.")] = False,
+    positions: Annotated[int, typer.Option(help="How many student tokens to explain.", min=1)] = 40,
     as_json: Json = False,
 ) -> None:
     """Align one teacher's answers for a text to a student's tokenizer, and say how much arrives and how fast."""
     with _one_sentence_errors(as_json):
         from teachers.keys import key_from_environment
-        from trainer.align_text import align_text
+        from trainer.align_text import AlignOptions, align_text, explain_text
 
         _quiet()
         key = key_from_environment(key_env) if key_env else None
-        figures = asdict(align_text(teacher, student, text, top_k, key, window_tokens))
+        options = AlignOptions(teacher, student, text, top_k, key, window_tokens)
+        if explain:
+            from trainer.explain import show
+
+            explained = explain_text(options, positions)
+            if as_json:
+                _print_json({"positions": [asdict(e) for e in explained]})
+            else:
+                show(explained)
+            return
+        figures = asdict(align_text(options))
         if as_json:
             _print_json(figures)
         else:
