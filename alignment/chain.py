@@ -6,18 +6,22 @@ candidates x: each is a branch, the bytes t_1…t_(m−1)·x, with probability P
 itself is one more, with P(t_1)…P(t_p). Written in student tokens, the branches that begin with u_1…u_r say what
 follows there: each adds its share to its next token, and one that ends there adds to the tail.
 
-Exact: the sum over branches of a block's first row, and over those of later rows whose probability is at least
-EXACT_ABOVE; they are written by the student's own tokenizer. Approximate: a less probable branch of a later row is
-taken to begin with the text's student tokens that lie wholly before it and to go on with its candidate alone, if the
-candidate begins where such a token ends; otherwise what follows is tail. Every branch follows one candidate beyond
-the text, so a candidate that ends inside a student token stands for the student's tokenization of it alone.
+A block's end does not end a branch: one that the student has read so far and that goes on is carried into the next
+block, with its probability relative to the text's, and the sum there is 1 plus what was carried. Without that the next
+row would deny what the teacher had in mind with a longer token, and the target would know how the text went on.
+
+Exact: branches of a block's first row, and those of later rows of at least EXACT_ABOVE, which the student's own
+tokenizer writes. Approximate, with the cost of each on a toy world and on real text in docs/alignment.md: less probable
+branches of later rows are read by the student's longest tokens; branches below CARRY_ABOVE of the text are not carried;
+a branch follows one candidate beyond the text, so one that ends inside a student token stands for the student's
+tokenization of it alone; and what the student would have written together with its last token is not moved back to it.
 
 Masked: a tokenizer whose normalizer changes the text (lower case, dropped blanks) says nothing of some bytes. Positions
 there are invalid and counted as such. A space that a tokenizer puts in front of a text is taken off a teacher's
 candidates and put before a student's branches. Values are float32: a block less likely than e^−87 is lost.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +32,8 @@ from alignment.spans import INSIDE, AlignmentError, Cuts, Tokens, common_cuts
 from alignment.target import Target
 from alignment.translation import Translation
 
-EXACT_ABOVE = 1e-4
+EXACT_ABOVE = 1e-2
+CARRY_ABOVE = 1e-3
 
 
 class Rows(Protocol):
@@ -42,6 +47,18 @@ class Rows(Protocol):
     def actual(self) -> NDArray[np.floating]: ...  # [S] nats, of the token that stands there
 
 
+@dataclass(frozen=True, eq=False)
+class Chained:
+    """An alignment and where it can be held against the teacher.
+
+    target  what `align` returns
+    blocks  the cuts that no branch was carried across: between two of them, target and teacher speak of the same bytes
+    """
+
+    target: Target
+    blocks: Cuts
+
+
 def align(
     rows: Rows,
     first_row: int,
@@ -50,17 +67,34 @@ def align(
     translation: Translation,
     *,
     exact_above: float = EXACT_ABOVE,
+    carry_above: float = CARRY_ABOVE,
 ) -> Target:
     """Turn a teacher's rows into a target over the student's vocabulary, one row per student token.
 
     rows         answers for teacher tokens first_row … T_teacher − 1
     first_row    0 where the teacher saw a BOS; 1 where nothing stood before its first token
-    exact_above  branches at least this probable are tokenized by the student; 0 tokenizes all
+    exact_above  branches of later rows at least this probable are tokenized by the student; 0 tokenizes all
+    carry_above  branches at least this probable, against the text, are carried over the end of a block; 0 carries all
     A student position is valid if it begins where the teacher has spoken: at or after the first byte of
     teacher token `first_row`.
 
     Raises AlignmentError if the rows are not those of these tokens or the texts differ. Inputs are not changed.
     """
+    bounds = {"exact_above": exact_above, "carry_above": carry_above}
+    return chained(rows, first_row, teacher, student, translation, **bounds).target
+
+
+def chained(
+    rows: Rows,
+    first_row: int,
+    teacher: Tokens,
+    student: Tokens,
+    translation: Translation,
+    *,
+    exact_above: float = EXACT_ABOVE,
+    carry_above: float = CARRY_ABOVE,
+) -> Chained:
+    """`align`, and the blocks that it took."""
     check_rows(rows, first_row, teacher)
     if rows.ids.size and int(rows.ids.max()) >= len(translation.pieces):
         raise AlignmentError(f"row id {int(rows.ids.max())} is outside the teacher's {len(translation.pieces)} ids")
@@ -77,16 +111,20 @@ def align(
     wanted &= ids[rewritten] != teacher.ids[rewritten + first_row, None]
     slots = np.full(len(actual), kernels.NONE, dtype=np.int64)
     slots[rewritten] = np.arange(len(rewritten))
-    offsets, out_ids, out_probs, tail = kernels.chain_rows(
+    settled = kernels.settled(*cuts[:2], teacher.ends, student.ends)
+    text = np.frombuffer(teacher.text, dtype=np.uint8)
+    offsets, out_ids, out_probs, tail, fresh = kernels.chain_rows(
         (ids, probs, actual, reach),
-        (teacher.ids, student.ids, first_row, *kernels.settled(*cuts[:2], teacher.ends, student.ends)),
-        cuts[:2],
+        (teacher.ids, student.ids, first_row, *settled, student.ends, teacher.starts, text),
+        tuple(cuts),
         (translation.offsets, translation.tokens, translation.first),
         (slots, *_continuations(ids, wanted, rewritten, (teacher, student, cuts), translation)),
+        (*translation.student.trie, *translation.flat),
         valid,
-        len(translation.student),
+        (len(translation.student), carry_above),
     )
-    return Target(offsets, out_ids, out_probs, tail, valid)
+    whole = np.append(fresh, True)
+    return Chained(Target(offsets, out_ids, out_probs, tail, valid), Cuts(*(side[whole] for side in cuts)))
 
 
 def check_rows(rows: Rows, first_row: int, teacher: Tokens) -> None:

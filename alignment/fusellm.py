@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from alignment.kernels import NONE, compiled
+from alignment.compiled import compiled
+from alignment.kernels import NONE
 from alignment.store import key_of, load_arrays, save_arrays
 from alignment.vocabulary import Vocabulary
 

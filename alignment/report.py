@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.chain import Rows, cuts_between
-from alignment.spans import Tokens
+from alignment.spans import Cuts, Tokens
 from alignment.target import Target
 from alignment.translation import Translation
 
@@ -65,11 +65,10 @@ def bits_per_byte(logprob_nats: float, num_bytes: int) -> float:
 
 
 def block_likelihoods(
-    rows: Rows, first_row: int, tokens: tuple[Tokens, Tokens], target: Target, translation: Translation
+    rows: Rows, first_row: int, tokens: tuple[Tokens, Tokens], target: Target, cuts: Cuts
 ) -> BlockLikelihoods:
     """Compare teacher and target over every block whose positions are all valid and whose rows are all there."""
-    teacher, student = tokens
-    cuts = cuts_between(teacher, student, translation)
+    student = tokens[1]
     num_blocks = len(cuts.at) - 1
     of_teacher = np.repeat(np.arange(num_blocks), np.diff(cuts.teacher))
     of_student = np.repeat(np.arange(num_blocks), np.diff(cuts.student))
@@ -90,7 +89,7 @@ def report(
     rows: Rows, first_row: int, tokens: tuple[Tokens, Tokens], target: Target, translation: Translation
 ) -> AlignmentReport:
     """The figures of one sample."""
-    blocks = block_likelihoods(rows, first_row, tokens, target, translation)
+    blocks = block_likelihoods(rows, first_row, tokens, target, cuts_between(*tokens, translation))
     return AlignmentReport(
         positions=len(target),
         valid=int(target.valid.sum()),

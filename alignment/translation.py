@@ -6,6 +6,7 @@ neither has no translation, and its probability stays in the tail.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from alignment.kernels import NONE
 from alignment.store import key_of, load_arrays, save_arrays
+from alignment.trie import Flat, flatten
 from alignment.vocabulary import Vocabulary
 
 SHARED_ROLES = ("eos", "end_of_turn")  # what a model says by itself; one id in two roles speaks for the first
@@ -39,6 +41,11 @@ class Translation:
     tokens: NDArray[np.int32] = field(repr=False)
     first: NDArray[np.int32] = field(repr=False)
     _written: dict[bytes, list[int]] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def flat(self) -> Flat:
+        """The teacher's pieces, one after another."""
+        return flatten(self.pieces)
 
     @property
     def is_identity(self) -> bool:

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from alignment.spans import Tokens, place
 from alignment.spelling import SPACE_MARK, Kind, TokenizerError, nodes, read_spelling
+from alignment.trie import Trie, build_trie
 
 ROLES = ("bos", "eos", "end_of_turn", "pad", "unk")
 BYTE_SPACE = "Ġ"
@@ -105,6 +106,11 @@ class Vocabulary:
     def tokens(self) -> tuple[str, ...]:
         """[V] each id as the tokenizer spells it; empty for unassigned ids."""
         return tuple(self._reader.id_to_token(i) or "" for i in range(len(self)))
+
+    @cached_property
+    def trie(self) -> Trie:
+        """All tokens that write bytes, for finding the longest one that a string begins with."""
+        return build_trie(self.token_bytes)
 
     @property
     def space_mark(self) -> str:

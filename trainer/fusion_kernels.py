@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from alignment.kernels import Floats, Ints, compiled
+from alignment.compiled import compiled
+from alignment.kernels import Floats, Ints
 
 FLOOR = float(np.finfo(np.float32).tiny)  # the least probability that a text is taken to have
 SLACK = 1e-4  # by how much float32 rows may miss a sum of 1; alignment's rows miss it by less than 1e-6

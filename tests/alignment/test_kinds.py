@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment import Target, Tokens, Translation, Vocabulary, align, translate
-from alignment.chain import Rows
+from alignment.chain import Rows, chained
 from alignment.kernels import NONE
 from alignment.report import block_likelihoods
 from tests.kinds import KINDS, WRITES_BYTES, vocabulary_of
@@ -48,7 +48,9 @@ def check(text: str, translation: Translation) -> Target:
     rows, teacher, student, target = aligned(text, translation)
     np.testing.assert_allclose((target.mass + target.tail)[target.valid], 1, atol=1e-6)
     assert not target.mass[~target.valid].any()
-    blocks = block_likelihoods(rows, 0, (teacher, student), target, translation)
+    blocks = block_likelihoods(
+        rows, 0, (teacher, student), target, chained(rows, 0, teacher, student, translation).blocks
+    )
     kept = blocks.teacher > FLOAT32_NATS
     assert (blocks.student >= blocks.teacher - 1e-4)[kept].all()
     return target

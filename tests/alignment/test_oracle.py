@@ -93,21 +93,33 @@ def test_a_candidate_that_a_longer_student_token_continues_is_taken_for_itself()
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "learned", "gain"),
+    ("name", "error", "learned"),
     [
-        ("tokens to letters", 0.1002, 0.0954, 0.2532),
-        ("letters to tokens", 0.2718, 0.2688, 0.0),
-        ("tokens to other tokens", 0.1914, 0.1646, 0.2003),
+        ("tokens to letters", 0.0038, 0.0038),
+        ("letters to tokens", 0.2718, 0.2688),
+        ("tokens to other tokens", 0.1407, 0.1424),
     ],
 )
-def test_a_bias_remains_at_full_k_where_tokens_run_across_boundaries(
-    name: str, error: float, learned: float, gain: float
+def test_a_bias_remains_at_full_k_where_the_students_tokens_run_across_boundaries(
+    name: str, error: float, learned: float
 ) -> None:
     """Here nearly every boundary can be crossed; docs/alignment.md says how often real ones can."""
     seen = figures(name, full(name))
     assert seen.error == pytest.approx(error, abs=5e-4)
     assert seen.learned == pytest.approx(learned, abs=5e-4)
-    assert seen.gain == pytest.approx(gain, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_target_knows_nothing_of_the_text_beyond_its_position(name: str) -> None:
+    """Without what is carried over cuts it predicts tokens to letters 0.25 bits per byte better than the truth does."""
+    assert all(abs(figures(name, top_k).gain) < 5e-4 for top_k in every_k(name))
+
+
+def test_it_comes_closer_to_the_truth_with_every_candidate_where_only_the_teachers_tokens_run_across() -> None:
+    errors = [figures("tokens to letters", top_k).error for top_k in (1, 2, 4, 6, 8)]
+    assert (np.diff(errors) < 0).all()
+    assert errors[0] > 0.15
+    assert errors[-1] < 0.004
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -115,18 +127,21 @@ def test_the_text_is_at_least_as_likely_as_in_truth_at_every_k(name: str) -> Non
     assert all(figures(name, top_k).gain > -FLOAT for top_k in every_k(name))
 
 
-def test_a_token_inside_a_longer_one_is_taught_with_the_square_of_its_probability() -> None:
-    """The block of [ab] knows of [a]; the block after [a] has forgotten [ab]: on average b is taught 0.6 × 0.6."""
+def test_a_longer_token_is_not_forgotten_where_a_shorter_one_ends() -> None:
+    """Texts ab (0.6) and ac (0.4), tokens [ab] and [a][c]: after a, b has 0.6 in both; [a] ends a block in one."""
     spoken = Language(("ab", "ac"), np.array([0.6, 0.4]))
     teacher, student = exact_model(TOKENS, spoken), exact_model(LETTERS, spoken)
     b, translation = LETTERS.tokens.index("b"), translate(TOKENS, LETTERS)
-    taught = [
-        align(exact_rows(teacher, t, len(TOKENS)), 0, t, s, translation).prob_of(np.full(len(s), b))[1]
-        for t, s in zip(teacher.tokens, student.tokens, strict=True)
-    ]
+    pairs = list(zip(teacher.tokens, student.tokens, strict=True))
+
+    def taught(**bounds: float) -> list[float]:
+        rows = [exact_rows(teacher, t, len(TOKENS)) for t, _ in pairs]
+        targets = [align(r, 0, t, s, translation, **bounds) for r, (t, s) in zip(rows, pairs, strict=True)]
+        return [float(target.prob_of(np.full(len(target), b))[1]) for target in targets]
+
     assert student.following[(LETTERS.tokens.index("a"),)][b] == pytest.approx(0.6)
-    assert taught == pytest.approx([0.6, 0.0])
-    assert spoken.probs @ taught == pytest.approx(0.36)
+    assert taught() == pytest.approx([0.6, 0.6])
+    assert taught(carry_above=np.inf) == pytest.approx([0.6, 0.0])
 
 
 @pytest.mark.parametrize("name", PAIRS)

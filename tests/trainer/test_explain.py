@@ -198,6 +198,7 @@ def test_the_worked_example_of_the_documentation(tmp_path: Path, gemma: Path, sm
     am = next(share["prob"] for share in amus["candidates"] if share["token"] == "am")
     text, ended = opot["actual"]["prob"] * amus["actual"]["prob"], opot["actual"]["prob"] * am
     assert [first["actual"]["token"], second["actual"]["token"]] == ["opotam", "us"]
-    assert first["actual"]["prob"] == pytest.approx(text + ended, abs=2e-4)
-    assert second["actual"]["prob"] == pytest.approx(text / (text + ended), abs=2e-4)
-    assert second["added_tail"] == pytest.approx(ended / (text + ended), abs=2e-4)
+    reached = first["actual"]["prob"]  # with a little more from candidates that are read by the longest tokens
+    assert text + ended - 2e-4 < reached < text + ended + 3e-3
+    assert second["actual"]["prob"] == pytest.approx(text / reached, abs=2e-4)
+    assert second["added_tail"] == pytest.approx(ended / reached, abs=2e-4)
