@@ -136,7 +136,7 @@ class Chat:
         written = self.text(replaced)
         for each, what in marks.items():
             if each not in written:
-                raise self.error(f"the template leaves out {what}")
+                raise self.error(f"the template leaves out or rewrites {what}")
         names = [str(tool.get("function", tool).get("name")) for tool in self.tools]
         if self.tools and (not all(name in text for name in names) or replace(self, tools=()).text() == text):
             raise self.error(f"the template leaves out the tools {', '.join(names)}")
@@ -155,8 +155,12 @@ class Chat:
         for form in forms[:2]:  # the template's own words depend on this content, which then must stand in one place
             if form and form not in frame and 0 <= text.find(form) == text.rfind(form):
                 return _bytes(text, text.find(form), len(form))
+        expected = before + content + after if found else frame
+        at = _first_difference(expected, text)
+        near = slice(max(0, at - _SHOWN), at + _SHOWN)
         raise self.error(
-            f"message {i} does not come out of the template as it is: " + _difference(before + content + after, text)
+            f"message {i} does not come out of the template as it is: expected "
+            f"{(expected[near] if found else content[:_SHOWN])!r}, seen {text[near]!r}"
         )
 
 
@@ -207,8 +211,6 @@ def _strings(part: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _difference(expected: str, seen: str) -> str:
-    pairs = enumerate(zip(expected, seen, strict=False))
-    at = next((n for n, (a, b) in pairs if a != b), min(len(expected), len(seen)))
-    near = slice(max(0, at - _SHOWN), at + _SHOWN)
-    return f"expected {expected[near]!r}, seen {seen[near]!r}"
+def _first_difference(a: str, b: str) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
