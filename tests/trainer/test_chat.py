@@ -39,7 +39,7 @@ ANY_TEXT = st.one_of(
     st.lists(st.sampled_from([*WORDS, *TEXT.split()[:40]]), max_size=8).map("".join),
 )
 SPELLINGS = [*SPECIALS, "<|bos|>", "<|eos|>", "<bos>", "<eos>", "<pad>", "<unk>"]
-CONTENT = ANY_TEXT.filter(lambda text: not any(spelling in text for spelling in SPELLINGS))
+CONTENT = ANY_TEXT.filter(lambda text: not any(spelling in text for spelling in (*SPELLINGS, "▁")))
 
 
 def contents(rendered: Rendered) -> list[str]:
