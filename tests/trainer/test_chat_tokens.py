@@ -96,6 +96,7 @@ def test_an_end_of_turn_that_swallows_white_space_in_front_of_it_is_not_supervis
     first, second = (chat_tokens(rendered, span) for span in rendered.spans)
     assert first.tokens.text == b"six sacks \n"
     assert (first.closes, second.closes) == (False, True)
+    assert [span.end_of_turn for span in rendered.spans] == [None, vocabulary.tokens.index("<|im_end|>")]
     assert first.tokens.ends[-1] == len("six sacks")
     assert not supervised_mask(rendered)[first.stop]
 
