@@ -1,0 +1,348 @@
+"""A teacher's rows for its writing of a chat, on the student's writing of the same chat."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from alignment import AlignmentError, Target, Tokens, Translation, align, translate
+from alignment.chain import Rows as AnyRows
+from alignment.chain import chained
+from alignment.kernels import NONE
+from alignment.report import block_likelihoods
+from teachers.protocol import Rows
+from tests.rows import random_rows
+from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary, id_of
+from tests.tiny import TEXT, Kind
+from trainer.align_chat import ChatTarget, align_chat, with_end_of_turn
+from trainer.chat import Rendered, chat_tokens, supervised_mask
+from trainer.template import ChatError
+
+KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
+TRANSLATIONS = {(a, b): translate(chat_vocabulary(a), chat_vocabulary(b)) for a, b in product(KINDS, KINDS)}
+CONTENT = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<["), max_size=20),
+    st.lists(
+        st.sampled_from([*TEXT.split()[:30], " ", "\n", "  ", "é", "😀", "日本", "", "assistant"]), max_size=6
+    ).map("".join),
+)
+TURNS = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3).map(
+    lambda turns: [c for turn in turns for c in turn]
+)
+ANSWER = "Fifty-one sacks, and one of them is wet."
+
+
+class Case(NamedTuple):
+    """One chat, written twice, and the teacher's rows."""
+
+    rows: Rows
+    teacher: Rendered
+    student: Rendered
+    translation: Translation
+
+    def aligned(self, **options: Any) -> ChatTarget:
+        return align_chat(self.rows, self.teacher, self.student, self.translation, **options)
+
+    @property
+    def first_row(self) -> int:
+        return 1 - len(self.teacher.prefix)
+
+
+def case(contents: list[str], templates: tuple[str, str], kinds: tuple[Kind, Kind], top_k: int = 12) -> Case:
+    teacher, student = (
+        chat_template(TEMPLATES[t], k).render(chat(*contents)) for t, k in zip(templates, kinds, strict=True)
+    )
+    vocab_size = len(chat_vocabulary(kinds[0]))
+    rows = random_rows(np.array(teacher.sequence), vocab_size, top_k, seed=len(teacher.text), start=1)
+    return Case(rows, teacher, student, TRANSLATIONS[kinds])
+
+
+def rows_of(target: Target) -> list[dict[int, float]]:
+    cut = [slice(a, b) for a, b in zip(target.offsets, target.offsets[1:], strict=False)]
+    return [dict(zip(target.ids[c].tolist(), target.probs[c].tolist(), strict=True)) for c in cut]
+
+
+class Call(NamedTuple):
+    rows: AnyRows
+    first_row: int
+    teacher: Tokens
+    student: Tokens
+    translation: Translation
+    target: Target
+
+
+def watched() -> tuple[list[Call], Callable[..., Target]]:
+    """alignment.align, and a list of what it was given and gave."""
+    calls: list[Call] = []
+
+    def watch(rows: AnyRows, first_row: int, teacher: Tokens, student: Tokens, translation: Translation) -> Target:
+        target = align(rows, first_row, teacher, student, translation)
+        calls.append(Call(rows, first_row, teacher, student, translation, target))
+        return target
+
+    return calls, watch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TEMPLATES)
+@given(contents=TURNS)
+def test_one_tokenizer_and_one_template_give_the_rows_back_unchanged(
+    name: str, kind: Kind, contents: list[str]
+) -> None:
+    one = case(contents, (name, name), (kind, kind))
+    result = one.aligned()
+    np.testing.assert_array_equal(result.target.valid, supervised_mask(one.student))
+    np.testing.assert_array_equal(result.supervised_T, result.target.valid)
+    target_rows = rows_of(result.target)
+    for position in np.flatnonzero(result.target.valid).tolist():
+        row, actual = position - one.first_row, int(one.teacher.tokens.ids[position])
+        given_row = dict(zip(one.rows.ids[row].tolist(), np.exp(one.rows.logprobs[row]).tolist(), strict=True))
+        assert target_rows[position] == pytest.approx(
+            given_row | {actual: float(np.exp(one.rows.actual[row]))}, rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+@given(contents=TURNS, teacher=st.sampled_from([*TEMPLATES]), student=st.sampled_from([*TEMPLATES]))
+def test_each_block_is_at_least_as_likely_as_the_teacher_finds_it(
+    kinds: tuple[Kind, Kind], contents: list[str], teacher: str, student: str
+) -> None:
+    calls, watch = watched()
+    case(contents, (teacher, student), kinds).aligned(align=watch)
+    for call in calls:
+        cuts = chained(call.rows, 0, call.teacher, call.student, call.translation).blocks
+        blocks = block_likelihoods(call.rows, 0, (call.teacher, call.student), call.target, cuts)
+        assert blocks.num_bytes.sum() == call.teacher.num_bytes
+        assert (blocks.student >= blocks.teacher - 1e-4).all()
+
+
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+@given(contents=TURNS, teacher=st.sampled_from([*TEMPLATES]), student=st.sampled_from([*TEMPLATES]))
+def test_only_supervised_positions_are_valid_and_their_mass_and_tail_sum_to_one(
+    kinds: tuple[Kind, Kind], contents: list[str], teacher: str, student: str
+) -> None:
+    one = case(contents, (teacher, student), kinds)
+    result = one.aligned()
+    target = result.target
+    assert len(target) == len(one.student.tokens) == len(result.supervised_T)
+    assert not target.valid[~result.supervised_T].any()
+    np.testing.assert_allclose((target.mass + target.tail)[target.valid], 1, atol=1e-6)
+    assert not (target.mass + target.tail)[~target.valid].any()
+    assert sum(span.aligned for span in result.spans) == target.valid.sum() == result.report.valid
+    assert all(span.masked >= 0 for span in result.spans)
+    assert result.report.positions == sum(span.positions for span in result.spans)
+
+
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+@given(contents=TURNS, teacher=st.sampled_from([*TEMPLATES]), student=st.sampled_from([*TEMPLATES]))
+def test_rows_and_tokens_of_a_stretch_are_those_of_its_bytes(
+    kinds: tuple[Kind, Kind], contents: list[str], teacher: str, student: str
+) -> None:
+    """Each call's tokens are found again in both renderings, at one distance from their span's start."""
+    one = case(contents, (teacher, student), kinds)
+    calls, watch = watched()
+    result = one.aligned(align=watch)
+    valid = np.flatnonzero(result.target.valid).tolist()
+    at = 0
+    for call in calls:
+        where = one.rows.actual.tobytes().find(np.asarray(call.rows.actual).tobytes()) // 4
+        tokens = one.teacher.tokens.ids[where + one.first_row :][: len(call.teacher)]
+        np.testing.assert_array_equal(tokens, call.teacher.ids)
+        np.testing.assert_array_equal(one.rows.ids[where : where + len(call.teacher)], call.rows.ids)
+        here = valid[at : at + int(call.target.valid.sum())]
+        np.testing.assert_array_equal(one.student.tokens.ids[here], call.student.ids[call.target.valid])
+        at += len(here)
+        for tokens_, rendered in ((call.teacher, one.teacher), (call.student, one.student)):
+            pieces = [chat_vocabulary(kinds[rendered is one.student]).token_bytes[i] or b"" for i in tokens_.ids]
+            if (tokens_.ends >= 0).all():
+                assert b"".join(pieces).endswith(call.teacher.text)
+    assert at == len(valid)
+
+
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+@pytest.mark.parametrize(("teacher", "student"), [*product(["chatml", "llama3", "gemma"], repeat=2)])
+def test_everything_is_covered_where_contents_stand_between_special_tokens_or_line_ends(
+    kinds: tuple[Kind, Kind], teacher: str, student: str
+) -> None:
+    result = case(["How many?", ANSWER, "Sure?", "Yes."], (teacher, student), kinds).aligned()
+    np.testing.assert_array_equal(result.target.valid, result.supervised_T)
+    assert [span.masked for span in result.spans] == [0, 0]
+    assert all(span.end_of_turn for span in result.spans)
+
+
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+def test_the_end_of_turn_of_the_teacher_speaks_for_that_of_the_student(kinds: tuple[Kind, Kind]) -> None:
+    one = case(["How many?", ANSWER], ("llama3", "gemma"), kinds)
+    target = one.aligned().target
+    end = chat_tokens(one.student, one.student.spans[0]).stop - 1
+    spoken = chat_tokens(one.teacher, one.teacher.spans[0]).stop - 1 - one.first_row
+    assert one.student.tokens.ids[end] == id_of("<end_of_turn>", kinds[1])
+    own = float(np.exp(one.rows.actual[spoken]))
+    listed = dict(zip(one.rows.ids[spoken].tolist(), np.exp(one.rows.logprobs[spoken]).tolist(), strict=True))
+    same = listed.get(id_of("<end_of_turn>", kinds[0]), 0) if kinds[0] == kinds[1] else 0
+    assert rows_of(target)[end][id_of("<end_of_turn>", kinds[1])] == pytest.approx(own + same, rel=1e-5)
+
+
+def test_the_belief_that_the_turn_ends_arrives_inside_a_content_too() -> None:
+    one = case(["How many?", ANSWER], ("llama3", "gemma"), ("sentencepiece", "byte_level"), top_k=485)
+    part = chat_tokens(one.student, one.student.spans[0])
+    eot, end = id_of("<|eot|>", "sentencepiece"), id_of("<end_of_turn>")
+    first = chat_tokens(one.teacher, one.teacher.spans[0]).begin - one.first_row
+    listed = dict(zip(one.rows.ids[first].tolist(), np.exp(one.rows.logprobs[first]).tolist(), strict=True))
+    assert rows_of(one.aligned().target)[part.begin][end] == pytest.approx(listed[eot], rel=1e-5)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("mistral", "chatml"), ("chatml", "mistral"), ("mistral", "mistral")])
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+def test_positions_of_a_token_that_template_and_content_share_are_masked_on_either_side(
+    kinds: tuple[Kind, Kind], teacher: str, student: str
+) -> None:
+    one = case(["How many?", "sacks of the harbour"], (teacher, student), kinds)
+    result = one.aligned()
+    sides = [chat_tokens(r, r.spans[0]) for r in (one.teacher, one.student)]
+    assert [part.straddles for part in sides] == [teacher == "mistral", student == "mistral"]
+    reached = max(int(part.tokens.ends[0]) for part in sides if part.straddles)
+    part = sides[1]
+    starts = np.concatenate([[-1 if part.straddles else 0], part.tokens.ends[:-1]])
+    np.testing.assert_array_equal(result.target.valid[part.begin : part.stop], starts >= reached)
+    assert result.spans[0].masked == (starts < reached).sum() > 0
+    assert result.target.valid[part.stop - 1]
+
+
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+@pytest.mark.parametrize(("teacher", "student"), [("gemma", "chatml"), ("chatml", "gemma")])
+def test_a_trimmed_content_is_aligned_and_the_white_space_and_the_end_of_turn_are_masked(
+    kinds: tuple[Kind, Kind], teacher: str, student: str
+) -> None:
+    one = case(["How many?", f"\n {ANSWER} \n"], (teacher, student), kinds)
+    result = one.aligned()
+    part = chat_tokens(one.student, one.student.spans[0])
+    text = np.array([*part.tokens.text])
+    valid = result.target.valid[part.begin : part.stop]
+    bytes_of = np.repeat(valid[: len(valid) - part.closes], np.diff(np.concatenate([[0], part.tokens.ends[:-1]])))
+    covered = bytes(text[bytes_of].tolist()).decode()
+    assert covered
+    assert covered in ANSWER
+    assert len(covered) > len(ANSWER) - 12
+    assert not valid[-1]
+    assert result.supervised_T[part.stop - 1]
+    assert not result.spans[0].end_of_turn
+
+
+@pytest.mark.parametrize(("teacher", "student"), [("spaced", "chatml"), ("chatml", "spaced")])
+def test_the_end_of_turn_is_masked_where_one_side_has_none(teacher: str, student: str) -> None:
+    one = case(["How many?", "sacks"], (teacher, student), ("byte_level", "byte_level"))
+    result = one.aligned()
+    part = chat_tokens(one.student, one.student.spans[0])
+    assert part.closes == (student == "chatml")
+    assert not result.spans[0].end_of_turn
+    assert np.flatnonzero(result.target.valid).tolist() == [*range(part.begin, part.stop - part.closes)]
+
+
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+def test_an_empty_answer_teaches_its_end_of_turn_alone(kinds: tuple[Kind, Kind]) -> None:
+    one = case(["How many?", ""], ("llama3", "chatml"), kinds)
+    result = one.aligned()
+    assert np.flatnonzero(result.target.valid).tolist() == [chat_tokens(one.student, one.student.spans[0]).begin]
+    assert result.report.num_bytes == 0
+
+
+def test_rows_may_begin_anywhere_before_the_first_span() -> None:
+    one = case(["How many?", ANSWER], ("llama3", "chatml"), ("sentencepiece", "byte_level"))
+    late = chat_tokens(one.teacher, one.teacher.spans[0]).begin + len(one.teacher.prefix)
+    rows = one.rows
+    part = slice(late - rows.start, None)
+    cut = Rows(late, rows.ids[part], rows.logprobs[part], rows.actual[part], rows.tail[part])
+    expected, target = one.aligned().target, one._replace(rows=cut).aligned().target
+    for name in ("offsets", "ids", "probs", "tail", "valid"):
+        np.testing.assert_array_equal(getattr(target, name), getattr(expected, name))
+    part = slice(late + 1 - rows.start, None)
+    cut = Rows(late + 1, rows.ids[part], rows.logprobs[part], rows.actual[part], rows.tail[part])
+    with pytest.raises(AlignmentError, match="sample chat, message 1, teacher tiny: expected rows from token"):
+        one._replace(rows=cut).aligned()
+
+
+def test_rows_of_other_tokens_are_refused() -> None:
+    one = case(["How many?", ANSWER], ("llama3", "chatml"), ("sentencepiece", "byte_level"))
+    short = Rows(1, one.rows.ids[:-1], one.rows.logprobs[:-1], one.rows.actual[:-1], one.rows.tail[:-1])
+    with pytest.raises(AlignmentError, match="sample chat, teacher tiny: expected rows up to position"):
+        one._replace(rows=short).aligned()
+
+
+def test_two_chats_are_refused() -> None:
+    one = case(["How many?", ANSWER], ("llama3", "chatml"), ("byte_level", "byte_level"))
+    other = case(["How many?", "None."], ("llama3", "chatml"), ("byte_level", "byte_level"))
+    with pytest.raises(ChatError, match="message 1, tiny and tiny: they write different contents, b'Fifty.*b'None"):
+        one._replace(student=other.student).aligned()
+    longer = case(["a", "b", "c", "d"], ("llama3", "chatml"), ("byte_level", "byte_level"))
+    with pytest.raises(ChatError, match=r"supervises messages \[1\], tiny \[1, 3\]"):
+        one._replace(student=longer.student).aligned()
+
+
+def test_a_folded_system_message_does_not_shift_the_pairing_of_spans() -> None:
+    messages = chat("How many?", ANSWER, system="Be brief.")
+    teacher, student = (
+        chat_template(TEMPLATES["gemma"]).render(messages),
+        chat_template(TEMPLATES["chatml"]).render(messages),
+    )
+    rows = random_rows(np.array(teacher.sequence), len(chat_vocabulary("byte_level")), 8, seed=1, start=1)
+    result = align_chat(rows, teacher, student, TRANSLATIONS["byte_level", "byte_level"])
+    assert (teacher.folded_system, student.folded_system) == (True, False)
+    np.testing.assert_array_equal(result.target.valid, result.supervised_T)
+
+
+def test_a_content_that_begins_the_sequence_has_no_first_row() -> None:
+    text = "{% for m in messages | reverse %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    rendered = chat_template(text).render(chat("x", "six sacks"))
+    part = chat_tokens(rendered, rendered.spans[0])
+    assert part.begin == 0
+    assert part.straddles
+    rows = random_rows(np.array(rendered.sequence), len(chat_vocabulary("byte_level")), 8, seed=1, start=1)
+    result = align_chat(rows, rendered, rendered, TRANSLATIONS["byte_level", "byte_level"])
+    assert not result.target.valid[0]
+    assert result.target.valid[1 : part.stop].all()
+
+
+@given(contents=TURNS)
+def test_inputs_are_not_changed(contents: list[str]) -> None:
+    one = case(contents, ("mistral", "chatml"), ("sentencepiece", "byte_level"))
+    arrays: list[NDArray[np.generic]] = [one.rows.ids, one.rows.logprobs, one.rows.actual, one.teacher.tokens.ends]
+    arrays += [one.student.tokens.ids, one.student.tokens.ends, one.translation.tokens, one.translation.offsets]
+    before = [a.copy() for a in arrays]
+    one.aligned()
+    for a, b in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# The translation of ends of turn
+
+
+@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
+def test_one_more_token_is_translated_and_all_others_as_before(kinds: tuple[Kind, Kind]) -> None:
+    plain, eot = TRANSLATIONS[kinds], id_of("<|eot|>", kinds[0])
+    changed = with_end_of_turn(plain, eot, id_of("<end_of_turn>", kinds[1]))
+    for i in range(len(plain.pieces)):
+        words = [t.tokens[t.offsets[i] : t.offsets[i + 1]].tolist() for t in (plain, changed)]
+        assert words[1] == ([id_of("<end_of_turn>", kinds[1])] if i == eot else words[0])
+        assert changed.first[i] == (words[1] or [NONE])[0]
+    eos = chat_vocabulary(kinds[0]).roles["eos"]
+    assert changed.first[eos] == chat_vocabulary(kinds[1]).roles["eos"]
+
+
+def test_what_already_speaks_for_it_stays_as_it_is() -> None:
+    same = TRANSLATIONS["byte_level", "byte_level"]
+    assert with_end_of_turn(same, id_of("<|eot|>"), id_of("<|eot|>")) is same
+
+
+def test_an_end_of_turn_with_text_of_its_own_is_not_written_as_text() -> None:
+    same = TRANSLATIONS["byte_level", "sentencepiece"]
+    the = chat_vocabulary("byte_level").token_bytes.index(b" the")
+    changed = with_end_of_turn(same, the, 1)
+    assert same.pieces[the] == b" the"
+    assert changed.pieces[the] is None
+    assert changed.tokens[changed.offsets[the] : changed.offsets[the + 1]].tolist() == [1]

@@ -1,0 +1,169 @@
+"""Rendered chats as tokens: special tokens are parsed, and no convention of a tokenizer shifts a byte."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignment import TokenizerError, Vocabulary
+from tests.templates import CHATML, SPECIALS, chat, chat_vocabulary, id_of, with_tokens
+from tests.tiny import Kind, tokenizer_config, tokenizer_json
+from trainer.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
+from trainer.template import ChatError
+
+KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
+PIECES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.sampled_from(["the harbour", " the", "\n", "  ", "é", "▁", "😀", "日本"]),
+)
+
+
+def vocabulary_of(spec: dict[str, Any], kind: Kind = "sentencepiece") -> Vocabulary:
+    return Vocabulary.parse(json.dumps(spec).encode(), json.dumps(tokenizer_config(kind)).encode(), name="odd")
+
+
+def spec_of(kind: Kind, **flags: bool) -> dict[str, Any]:
+    return with_tokens(json.loads(tokenizer_json(kind)), SPECIALS, **flags)
+
+
+def prefixed(kind: Kind) -> Vocabulary:
+    """Puts a space of its own in front of every stretch between special tokens."""
+    spec = spec_of(kind)
+    if kind == "byte_level":
+        spec["pre_tokenizer"]["add_prefix_space"] = True
+    else:
+        spec["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, spec["normalizer"]],
+        }
+    return vocabulary_of(spec, kind)
+
+
+def render(vocabulary: Vocabulary, template: str, *contents: str) -> Rendered:
+    return ChatTemplate.from_files({}, vocabulary, "odd", template=template).render(chat(*contents))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.lists(PIECES).map("".join))
+def test_text_without_special_tokens_is_tokenized_as_ever(kind: Kind, text: str) -> None:
+    vocabulary = chat_vocabulary(kind)
+    if not any(token in text for token in vocabulary.tokens[-len(SPECIALS) :]):
+        plain, rendered = vocabulary.encode(text), vocabulary.encode_rendered(text)
+        np.testing.assert_array_equal(rendered.ids, plain.ids)
+        np.testing.assert_array_equal(rendered.ends, plain.ends)
+
+
+@pytest.mark.parametrize("make", [chat_vocabulary, prefixed], ids=["plain", "prefixed"])
+@pytest.mark.parametrize("kind", KINDS)
+@given(pieces=st.lists(PIECES, min_size=1, max_size=5), special=st.sampled_from(SPECIALS))
+def test_special_tokens_hold_their_own_bytes_and_the_others_reach_from_one_to_the_next(
+    make: Any, kind: Kind, pieces: list[str], special: str
+) -> None:
+    vocabulary = make(kind)
+    tokens = vocabulary.encode_rendered(special.join(pieces))
+    is_special = tokens.ids == vocabulary.tokens.index(special)
+    at, expected = 0, []
+    for piece in pieces[:-1]:
+        at += len((piece + special).encode())
+        expected.append(at)
+    assert tokens.ends[is_special].tolist() == expected
+    for stop, i in zip(expected, np.flatnonzero(is_special).tolist(), strict=True):
+        begins = stop - len(special)
+        assert begins == (tokens.ends[i - 1] if i else 0)
+    assert tokens.num_bytes == (tokens.ends[-1] if len(tokens) else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_space_of_the_tokenizer_is_no_byte_of_a_span(kind: Kind) -> None:
+    vocabulary, text = prefixed(kind), "{% for m in messages %}[INST]{{ m.content }}<|eot|>{% endfor %}"
+    rendered = render(vocabulary, text, "x", "the six")
+    part = chat_tokens(rendered, rendered.spans[0])
+    assert part.tokens.text == b"the six"
+    assert not part.straddles
+    assert part.closes
+    first = vocabulary.token_bytes[part.tokens.ids[0]]
+    assert first is not None
+    assert first.startswith(b" ")
+    assert part.tokens.ends[0] == len(first) - 1
+
+
+def test_an_end_of_turn_that_swallows_white_space_in_front_of_it_is_not_supervised() -> None:
+    vocabulary = vocabulary_of(spec_of("byte_level", lstrip=True), "byte_level")
+    rendered = render(vocabulary, CHATML, "a", "six sacks \n", "c", "six sacks")
+    first, second = (chat_tokens(rendered, span) for span in rendered.spans)
+    assert first.tokens.text == b"six sacks \n"
+    assert (first.closes, second.closes) == (False, True)
+    assert [span.end_of_turn for span in rendered.spans] == [None, vocabulary.tokens.index("<|im_end|>")]
+    assert first.tokens.ends[-1] == len("six sacks")
+    assert not supervised_mask(rendered)[first.stop]
+
+
+def test_a_header_that_swallows_white_space_of_the_content_is_not_supervised() -> None:
+    vocabulary = vocabulary_of(spec_of("byte_level", rstrip=True), "byte_level")
+    rendered = render(vocabulary, "{% for m in messages %}[INST]{{ m.content }}<|eot|>{% endfor %}", "a", "\n six")
+    part = chat_tokens(rendered, rendered.spans[0])
+    assert part.straddles
+    assert part.tokens.ids[0] == vocabulary.tokens.index("[INST]")
+    assert part.tokens.ends[0] == 2
+    assert not supervised_mask(rendered)[part.begin]
+
+
+def test_a_tokenizer_that_loses_text_is_refused() -> None:
+    spec = spec_of("sentencepiece")
+    strip = {"type": "Strip", "strip_left": True, "strip_right": True}
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [strip, spec["normalizer"]]}
+    vocabulary = vocabulary_of(spec)
+    with pytest.raises(TokenizerError, match="odd: its tokens do not cover a stretch"):
+        vocabulary.encode_rendered("[INST]six [/INST]")
+    with pytest.raises(TokenizerError, match="odd: its tokens do not cover a stretch"):
+        vocabulary.encode_rendered("[INST] [/INST]")
+    with pytest.raises(ChatError, match="sample chat, model odd: odd: its tokens do not cover"):
+        render(vocabulary, "{% for m in messages %}[INST]{{ m.content }}<|eot|>{% endfor %}", "x", "six ")
+
+
+def test_a_normalizer_that_makes_a_special_token_out_of_text_is_refused() -> None:
+    spec = spec_of("sentencepiece", normalized=True)
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, spec["normalizer"]]}
+    vocabulary = vocabulary_of(spec)
+    assert vocabulary.encode_rendered("a<turn>").ids[-1] == vocabulary.tokens.index("<turn>")
+    with pytest.raises(TokenizerError, match="odd: expected '<turn>' at character 1, received '＜turn＞'"):
+        vocabulary.encode_rendered("a＜turn＞")
+
+
+def test_text_that_a_normalizer_changes_is_placed_by_the_tokenizers_offsets() -> None:
+    spec = spec_of("sentencepiece")
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, spec["normalizer"]]}
+    rendered = render(vocabulary_of(spec), CHATML, "a", "Ａ six ﬁt")
+    part = chat_tokens(rendered, rendered.spans[0])
+    assert part.closes
+    known = part.tokens.ends[part.tokens.ends >= 0]
+    assert (np.diff(known) >= 0).all()
+    assert part.tokens.ends[0] == len("Ａ".encode())
+
+
+def test_an_unknown_token_is_a_token_of_its_own_only_where_it_is_spelled() -> None:
+    spec = spec_of("sentencepiece")
+    config = json.dumps(tokenizer_config("sentencepiece") | {"unk_token": "<unk>"}).encode()
+    spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in ("é", "<0xC3>", "<0xA9>")}
+    vocabulary = Vocabulary.parse(json.dumps(spec).encode(), config, name="odd")
+    for text, expected in (("six<unk>six", len("six<unk>")), ("sixésix", len("sixé".encode()))):
+        tokens = vocabulary.encode_rendered(text)
+        assert tokens.ends[tokens.ids.tolist().index(vocabulary.roles["unk"])] == expected
+
+
+def test_bytes_that_a_tokenizer_has_no_token_for_belong_to_their_neighbours(smollm2_vocabulary: Vocabulary) -> None:
+    template = ChatTemplate.from_files({}, smollm2_vocabulary, "smollm2", template=CHATML)
+    rendered = template.render(chat("a", "six\x04 sacks\x04"))
+    part = chat_tokens(rendered, rendered.spans[0])
+    assert part.closes
+    assert part.tokens.ends[-2] == len("six\x04 sacks\x04")
+
+
+def test_special_tokens_are_parsed_here_and_text_elsewhere() -> None:
+    vocabulary = chat_vocabulary("byte_level")
+    end = id_of("<|eot|>")
+    assert end in vocabulary.encode_rendered("a<|eot|>").ids
+    assert end not in vocabulary.encode("a<|eot|>").ids
