@@ -3,7 +3,8 @@
 `python -m benchmarks.fusion [--json FILE]` prints a table and writes a flat {name: positions per second}. The targets
 are made, not asked for: Zipf-like probabilities in the order of ranks, each teacher with its own shuffle of
 neighbouring ranks, so that teachers share most of their likely tokens and few of their unlikely ones, as models do.
-What is compiled is compiled before anything is timed.
+What is compiled is compiled before anything is timed. One core is timed by the thread's CPU time, so that other
+processes do not count; two threads by the clock, so they need two cores to themselves: the load is printed below.
 """
 
 import argparse
@@ -12,9 +13,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from trainer.fusion import METHODS, SCOPES, Aligned, Rule, fuse
 VOCAB_SIZE, NUM_TEACHERS, NUM_POSITIONS, TOP_K = 49_152, 4, 2_048, 64
 NUM_SAMPLES = 4  # in a batch
 UNSCOPED = ("mean", "geometric", "fusellm_min_ce", "fusellm_avg_ce")
-ROUNDS = 9
+ROUNDS = 15
 
 
 def teacher_target(ranks: NDArray[np.int64], rng: np.random.Generator) -> Target:
@@ -70,39 +71,43 @@ def _without_first(target: Target) -> Target:
     return Target(offsets, target.ids[TOP_K:], target.probs[TOP_K:], tail, target.valid)
 
 
-def positions_per_s(work: Callable[[], object], num_positions: int) -> float:
-    """Median of several rounds, after one that compiles and warms."""
-    work()
-    took = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        work()
-        took.append(time.perf_counter() - began)
-    return num_positions / statistics.median(took)
-
-
 def measure(batch: Sequence[Aligned]) -> dict[str, float]:
     """{"fusion_METHOD_SCOPE_tokens_per_s": …, and the same with _2_threads}."""
     figures: dict[str, float] = {}
-    cores = sorted(os.sched_getaffinity(0))
-    num_positions = sum(len(one.labels_T) for one in batch)
-    for method in METHODS:
-        for scope in ("sample",) if method in UNSCOPED else SCOPES:
-            rule = Rule(method, scope, top_k=TOP_K)
-            name = f"fusion_{method}_{scope}_tokens_per_s"
-            os.sched_setaffinity(0, cores[-1:])
-            figures[name] = positions_per_s(partial(fuse, batch, rule, VOCAB_SIZE), num_positions)
-            os.sched_setaffinity(0, cores)
-            figures[f"{name}_2_threads"] = _in_threads(batch, rule, num_positions)
+    with ThreadPoolExecutor(2) as pool:
+        for method in METHODS:
+            for scope in ("sample",) if method in UNSCOPED else SCOPES:
+                name = f"fusion_{method}_{scope}_tokens_per_s"
+                figures[name], figures[f"{name}_2_threads"] = _tokens_per_s(
+                    batch, Rule(method, scope, top_k=TOP_K), pool
+                )
     return figures
 
 
-def _in_threads(batch: Sequence[Aligned], rule: Rule, num_positions: int) -> float:
-    """Two threads that fuse the whole batch each, as two pipelines would."""
-    with ThreadPoolExecutor(2) as pool:
-        return positions_per_s(
-            lambda: list(pool.map(lambda _: fuse(batch, rule, VOCAB_SIZE), range(2))), 2 * num_positions
-        )
+def _tokens_per_s(batch: Sequence[Aligned], rule: Rule, pool: Executor) -> tuple[float, float]:
+    """Medians of one core and of two threads that fuse the whole batch each, in turn, after a round that compiles."""
+    took: list[list[float]] = [[], []]
+    for _ in range(ROUNDS + 1):
+        with pinned():
+            began = time.thread_time()
+            fuse(batch, rule, VOCAB_SIZE)
+            took[0].append(time.thread_time() - began)
+        began = time.perf_counter()
+        list(pool.map(lambda _: fuse(batch, rule, VOCAB_SIZE), range(2)))
+        took[1].append(time.perf_counter() - began)
+    num_tokens = sum(len(one.labels_T) for one in batch)
+    return num_tokens / statistics.median(took[0][1:]), 2 * num_tokens / statistics.median(took[1][1:])
+
+
+@contextmanager
+def pinned() -> Iterator[None]:
+    """This thread on one core; others stay where they may be."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def table(figures: dict[str, float]) -> str:
@@ -122,6 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = measure([sample(seed) for seed in range(NUM_SAMPLES)])
     sys.stdout.write(table(figures))
+    sys.stdout.write(f"load of the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
     if arguments.json:
         arguments.json.write_text(json.dumps({name: round(value) for name, value in figures.items()}, indent=1) + "\n")
 
