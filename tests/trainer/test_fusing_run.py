@@ -1,0 +1,127 @@
+"""Fusion in whole runs: routes, domains, schedules, what is kept of them, and samples that are too long."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment import Vocabulary
+from tests.serve import FormulaEngine, serving
+from tests.tiny import TEXT
+from tests.trainer.runs import losses, run_config, served_models
+from trainer.asking import Asked
+from trainer.config import RunConfig
+from trainer.data import Sample, shortened
+from trainer.errors import DataError
+from trainer.fuser import Fuser
+from trainer.loop import train
+from trainer.metrics import read_metrics
+from trainer.reading import Reader
+
+LINES = TEXT.splitlines(keepends=True)
+
+
+def write_columns(folder: Path, documents: int = 10) -> Path:
+    """Every second document is of another domain and for another teacher."""
+    path = folder / "columns.jsonl"
+    rows = [
+        {"text": "".join(LINES[n % len(LINES) :] + LINES[: n % len(LINES)]), "domain": "ab"[n % 2], "who": f"t{n % 2}"}
+        for n in range(documents)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def config_of(folder: Path, model: Path, urls: list[str], name: str, **sections: dict[str, Any]) -> RunConfig:
+    columns = {"domain_column": "domain", "teacher_column": "who"} | sections.pop("data", {})
+    return run_config(model, write_columns(folder), folder / name, urls, data=columns, **sections)
+
+
+def steps_of(out: Path) -> list[dict[str, Any]]:
+    return [e for e in read_metrics(out / "metrics.jsonl") if e["event"] == "step"]
+
+
+def test_a_router_asks_the_teacher_that_the_data_names(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        config = config_of(tmp_path, tiny_byte_level, urls, "out", fusion={"method": "router"})
+        train(config)
+        raw = config.model_dump()
+        raw["teachers"][1]["name"] = "another"
+        raw["output"]["dir"] = str(tmp_path / "other")
+        with pytest.raises(
+            DataError, match=r"columns.jsonl:\d+#\d+: router: expected one of t0, another, received 't1'"
+        ):
+            train(RunConfig.model_validate(raw))
+    shares = [e["teachers"]["t0"]["share"] for e in steps_of(tmp_path / "out")]
+    assert all(abs(share * 4 - round(share * 4)) < 0.1 for share in shares)  # but for first positions without BOS
+    assert 0 < sum(shares) < len(shares)
+
+
+def test_weights_move_from_the_first_step_to_the_last(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        config = config_of(tmp_path, tiny_byte_level, urls, "out", fusion={"schedule": "linear"})
+        raw = config.model_dump()
+        raw["teachers"][0] |= {"weight": 1.0, "final_weight": 0.0}
+        raw["teachers"][1] |= {"weight": 0.0, "final_weight": 1.0}
+        train(RunConfig.model_validate(raw))
+    shares = [e["teachers"]["t1"]["share"] for e in steps_of(tmp_path / "out")]
+    left_out = 0.05  # the first position, of which only the teacher with BOS speaks
+    assert shares == pytest.approx([i / (len(shares) - 1) for i in range(len(shares))], abs=left_out)
+
+
+def test_adaptive_fusion_goes_on_after_a_resume_as_if_it_had_not_stopped(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    fusion = {"method": "adaptive", "half_life_bytes": 2000, "temperature": 0.2, "margin_bpb": 5.0}
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        whole = config_of(tmp_path, tiny_byte_level, urls, "whole", fusion=fusion)
+        train(whole)
+        halves = config_of(tmp_path, tiny_byte_level, urls, "halves", fusion=fusion)
+        train(halves, stop_at=3)
+        train(halves, resume=True)
+    one, two = losses(tmp_path / "whole"), losses(tmp_path / "halves")
+    assert one == pytest.approx(two, abs=1e-6)
+    shares = [e["teachers"]["t0"]["share"] for e in steps_of(tmp_path / "whole")]
+    assert shares[0] == pytest.approx(0.5, abs=0.05)
+    assert abs(shares[-1] - shares[0]) > 0.01  # it has learned from what it saw
+
+
+def test_a_sample_longer_than_a_teacher_takes_is_shortened_for_all(tmp_path: Path, tiny_byte_level: Path) -> None:
+    limit = 40
+    with (
+        serving(FormulaEngine(tiny_byte_level, max_tokens=limit)) as short,
+        serving(FormulaEngine(tiny_byte_level)) as long,
+    ):
+        config = config_of(tmp_path, tiny_byte_level, [short, long], "out", data={"too_long": "shorten"})
+        train(config, stop_at=2)
+    steps = steps_of(tmp_path / "out")
+    assert all(0 < e["shortened"] <= 4 for e in steps)
+    assert all(e["tokens"] <= 4 * (limit - 1) for e in steps)
+    assert all(e["coverage"] == 1 for e in steps)
+
+
+def test_a_shortened_text_ends_with_a_whole_character_and_without_eos(tiny_byte_level: Path) -> None:
+    vocabulary = Vocabulary.load(tiny_byte_level)
+    sample = Sample(0, "s", "sacks 日本語 of tar", closes=True)
+    tokens = vocabulary.encode(sample.text, close=True)
+    for limit in range(1, len(tokens)):
+        shorter = shortened(sample, tokens, limit)
+        if shorter is not None:
+            assert sample.text.startswith(shorter.text)
+            assert len(vocabulary.encode(shorter.text)) <= limit + 1
+            assert not shorter.closes
+    assert shortened(Sample(0, "s", "日"), vocabulary.encode("日"), 1) is None
+
+
+def test_plain_lessons_keep_the_reading(tiny_byte_level: Path, tmp_path: Path) -> None:
+    config = run_config(tiny_byte_level, write_columns(tmp_path), tmp_path / "out", [])
+    vocabulary = Vocabulary.load(tiny_byte_level)
+    asked = Asked(Sample(0, "s", "six sacks"), Reader(vocabulary, []).read(Sample(0, "s", "six sacks")), ())
+    (lesson,) = Fuser(config, len(vocabulary)).fuse([asked])
+    assert lesson.target is None
+    assert lesson.tokens is asked.reading.tokens
