@@ -4,7 +4,8 @@
 are made, not asked for: Zipf-like probabilities in the order of ranks, each teacher with its own shuffle of
 neighbouring ranks, so that teachers share most of their likely tokens and few of their unlikely ones, as models do.
 What is compiled is compiled before anything is timed. One core is timed by the thread's CPU time, so that other
-processes do not count; two threads by the clock, so they need two cores to themselves: the load is printed below.
+processes do not count; two threads by the clock, so they need two cores to themselves. Whether they had them shows in
+the control, a loop without memory and without the lock: what its two threads do not reach there, no code could.
 """
 
 import argparse
@@ -13,19 +14,22 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alignment.kernels import compiled
 from alignment.target import Target
 from trainer.fusion import METHODS, SCOPES, Aligned, Rule, fuse
 
 VOCAB_SIZE, NUM_TEACHERS, NUM_POSITIONS, TOP_K = 49_152, 4, 2_048, 64
 NUM_SAMPLES = 4  # in a batch
+CONTROL_STEPS = 10_000_000
 UNSCOPED = ("mean", "geometric", "fusellm_min_ce", "fusellm_avg_ce")
 ROUNDS = 15
 
@@ -72,31 +76,43 @@ def _without_first(target: Target) -> Target:
 
 
 def measure(batch: Sequence[Aligned]) -> dict[str, float]:
-    """{"fusion_METHOD_SCOPE_tokens_per_s": …, and the same with _2_threads}."""
+    """{"fusion_METHOD_SCOPE_tokens_per_s": …, the same with _2_threads, and both for "control"}."""
+    rules = [Rule(m, s, top_k=TOP_K) for m in METHODS for s in (SCOPES[1:2] if m in UNSCOPED else SCOPES)]
+    work: dict[str, Callable[[], object]] = {
+        f"{r.method}_{r.scope}": partial(fuse, batch, r, VOCAB_SIZE) for r in rules
+    }
+    work["control"] = partial(arithmetic, CONTROL_STEPS)
+    num_tokens = sum(len(one.labels_T) for one in batch)
     figures: dict[str, float] = {}
     with ThreadPoolExecutor(2) as pool:
-        for method in METHODS:
-            for scope in ("sample",) if method in UNSCOPED else SCOPES:
-                name = f"fusion_{method}_{scope}_tokens_per_s"
-                figures[name], figures[f"{name}_2_threads"] = _tokens_per_s(
-                    batch, Rule(method, scope, top_k=TOP_K), pool
-                )
+        for name, each in work.items():
+            one, two = _medians_s(each, pool)
+            figures[f"fusion_{name}_tokens_per_s"] = num_tokens / one
+            figures[f"fusion_{name}_tokens_per_s_2_threads"] = 2 * num_tokens / two
     return figures
 
 
-def _tokens_per_s(batch: Sequence[Aligned], rule: Rule, pool: Executor) -> tuple[float, float]:
-    """Medians of one core and of two threads that fuse the whole batch each, in turn, after a round that compiles."""
+def _medians_s(work: Callable[[], object], pool: Executor) -> tuple[float, float]:
+    """Seconds for one core to do it once and for two threads to do it twice, in turn, after a round that compiles."""
     took: list[list[float]] = [[], []]
     for _ in range(ROUNDS + 1):
         with pinned():
             began = time.thread_time()
-            fuse(batch, rule, VOCAB_SIZE)
+            work()
             took[0].append(time.thread_time() - began)
         began = time.perf_counter()
-        list(pool.map(lambda _: fuse(batch, rule, VOCAB_SIZE), range(2)))
+        list(pool.map(lambda _: work(), range(2)))
         took[1].append(time.perf_counter() - began)
-    num_tokens = sum(len(one.labels_T) for one in batch)
-    return num_tokens / statistics.median(took[0][1:]), 2 * num_tokens / statistics.median(took[1][1:])
+    return statistics.median(took[0][1:]), statistics.median(took[1][1:])
+
+
+@compiled
+def arithmetic(num_steps: int) -> int:
+    """Nothing but integers in registers."""
+    x = 1
+    for i in range(num_steps):
+        x = (x * 1103515245 + i) & 0x7FFFFFFF
+    return x
 
 
 @contextmanager
@@ -127,7 +143,6 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = measure([sample(seed) for seed in range(NUM_SAMPLES)])
     sys.stdout.write(table(figures))
-    sys.stdout.write(f"load of the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
     if arguments.json:
         arguments.json.write_text(json.dumps({name: round(value) for name, value in figures.items()}, indent=1) + "\n")
 

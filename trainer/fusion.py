@@ -128,9 +128,18 @@ def fuse(batch: Sequence[Aligned], rule: Rule, vocab_size: int) -> list[Fused]:
     Raises ValueError for arrays that do not belong together and for rows that are no distribution over distinct ids
     below `vocab_size`, with the numbers, the sample and the teacher.
     """
-    rows = [_checked(i, sample, len(batch[0].targets), vocab_size) for i, sample in enumerate(batch)]
-    scores = _scores(batch, rows, rule)
-    return [_fused(*each, rule, vocab_size) for each in zip(batch, rows, scores, strict=True)]
+    indices = range(len(batch))
+    # a sample's rows are let go before the next one's are taken: fresh memory is what threads wait for one another over
+    together = [indices] if rule.scope == "batch" else [range(i, i + 1) for i in indices]
+    return [fused for group in together for fused in _fused_together(batch, group, rule, vocab_size)]
+
+
+def _fused_together(batch: Sequence[Aligned], group: range, rule: Rule, vocab_size: int) -> list[Fused]:
+    """The fusions of those samples of the batch that are compared together."""
+    samples = [batch[i] for i in group]
+    rows = [_checked(i, batch[i], len(batch[0].targets), vocab_size) for i in group]
+    scores = _scores(samples, rows, rule)
+    return [_fused(*each, rule, vocab_size) for each in zip(samples, rows, scores, strict=True)]
 
 
 def text_nats(sample: Aligned, vocab_size: int) -> tuple[Floats, Ints]:
