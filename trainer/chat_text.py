@@ -48,7 +48,7 @@ class Chat:
         self._refuse_special_spellings(specials)
         chat, text = self._settled()
         mark = _mark(text)
-        chat._refuse_dropped(text, mark, trained)
+        chat._refuse_dropped(mark, trained)
         places = {i: chat._find(i, text, mark) for i in trained}
         if list(places.values()) != sorted(places.values()):
             raise self.error(f"the template puts the assistant messages {trained} into another order")
@@ -71,6 +71,9 @@ class Chat:
 
     def _trained(self) -> list[int]:
         """The messages to find. Raises ChatError for messages that are none, and if there is nothing to find."""
+        for n, tool in enumerate(self.tools):
+            if not isinstance(tool.get("function", tool), dict):
+                raise self.error(f"tool {n}: expected the schema of a function")
         found = []
         for i, message in self._numbered():
             content, calls = message.get("content"), message.get("tool_calls")
@@ -119,7 +122,7 @@ class Chat:
         except Refused:
             raise refusal from None
 
-    def _refuse_dropped(self, text: str, mark: str, trained: Sequence[int]) -> None:
+    def _refuse_dropped(self, mark: str, trained: Sequence[int]) -> None:
         """Whatever `find` is not asked for must come through as well, wherever the template puts it."""
         marks: dict[str, str] = {}
         replaced: dict[int, Message] = {}
@@ -133,13 +136,12 @@ class Chat:
                 values = [f"{mark}{i}v{n}x" for n in range(len(calls))]
                 replaced[i]["tool_calls"] = [_marked_call(*c) for c in zip(calls, names, values, strict=True)]
                 marks |= dict.fromkeys([*names, *values], f"a tool call of message {i}")
-        written = self.text(replaced)
+        tools = tuple(_renamed(tool, f"{mark}t{n}x") for n, tool in enumerate(self.tools))
+        marks |= {f"{mark}t{n}x": f"tool {n}" for n in range(len(tools))}
+        written = replace(self, tools=tools).text(replaced)
         for each, what in marks.items():
             if each not in written:
                 raise self.error(f"the template leaves out or rewrites {what}")
-        names = [str(tool.get("function", tool).get("name")) for tool in self.tools]
-        if self.tools and (not all(name in text for name in names) or replace(self, tools=()).text() == text):
-            raise self.error(f"the template leaves out the tools {', '.join(names)}")
 
     def _find(self, i: int, text: str, mark: str) -> tuple[int, int]:
         """Where message i stands in the text, in bytes: whole, or as far as the template left its white space."""
@@ -189,13 +191,19 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
+def _renamed(tool: Message, name: str) -> Message:
+    """A tool, or a call of one, by another name."""
+    return tool | ({"function": tool["function"] | {"name": name}} if "function" in tool else {"name": name})
+
+
 def _marked_call(call: Message, name: str, value: str) -> Message:
     """A tool call with other words in it, of the same types."""
+    call = _renamed(call, name)
     function = call.get("function", call)
-    arguments: Any = {value: value}
-    if isinstance(function.get("arguments"), str):
-        arguments = json.dumps(arguments)
-    marked = function | {"name": name, "arguments": arguments}
+    arguments = {value: value}
+    marked = function | {
+        "arguments": json.dumps(arguments) if isinstance(function.get("arguments"), str) else arguments
+    }
     return call | {"function": marked} if "function" in call else marked
 
 

@@ -207,6 +207,14 @@ def test_a_system_message_without_a_user_message_behind_it_cannot_be_folded() ->
         chat_template(MISTRAL).render(messages)
 
 
+@pytest.mark.parametrize("text", [MISTRAL, GEMMA])
+def test_an_empty_system_message_leaves_nothing_behind(text: str) -> None:
+    with_system, without = (chat_template(text).render(chat("hello", "hi", system=s)) for s in (" ", None))
+    assert with_system.text == without.text
+    assert with_system.folded_system == (text == GEMMA)
+    assert [span.message for span in with_system.spans] == [2]
+
+
 def test_a_system_word_that_the_template_says_anyway_counts_as_dropped() -> None:
     assert chat_template(MISTRAL).render(chat("hello", "hi", system="INST")).folded_system
 
@@ -274,6 +282,29 @@ def test_a_template_that_drops_other_messages_or_reorders_answers_is_an_error(te
         chat_template(text).render(chat("one", "then six", "two", "then seven"))
 
 
+def test_a_dropped_content_is_not_found_in_the_header_that_says_its_word() -> None:
+    text = CHATML.replace("{{ m.content }}", "{{ m.content if m.content != 'assistant' }}")
+    with pytest.raises(ChatError, match="message 1 does not come out"):
+        chat_template(text).render(chat("hello", "assistant"))
+
+
+@pytest.mark.parametrize(
+    ("trim", "left"),
+    [
+        (".strip()", "six"),
+        (".lstrip()", "six \n"),
+        (".rstrip()", "\n six"),
+        (".strip('\n')", " six "),
+        (".lstrip('\n')", " six \n"),
+    ],
+)
+def test_white_space_that_a_template_trims_is_no_part_of_the_span(trim: str, left: str) -> None:
+    rendered = chat_template(CHATML.replace("m.content", f"m.content{trim}")).render(
+        chat("hello", "\n six \n", "a", "b")
+    )
+    assert contents(rendered) == [left, "b"]
+
+
 def test_thoughts_that_the_template_drops_are_an_error_and_those_it_keeps_are_found() -> None:
     template, thought = chat_template(THINKING), "<think>\nIt is wet.\n</think>\n\nOne sack."
     with pytest.raises(ChatError, match="message 1 does not come out"):
@@ -316,12 +347,17 @@ def test_a_content_beside_a_call_is_supervised_without_an_end_of_turn() -> None:
     rendered = chat_template(TOOLS).render(tool_chat(content="Let me see."), [TOOL])
     assert contents(rendered) == ["Let me see.", "14.5 kilograms."]
     assert [span.end_of_turn for span in rendered.spans] == [None, id_of("<|im_end|>")]
+    marked = TOOLS.replace("\ncall", "<|eot|>call")  # the token that begins a call ends no turn
+    rendered = chat_template(marked).render(tool_chat(content="Let me see."), [TOOL])
+    assert "see.<|eot|>call weigh" in rendered.text
+    assert rendered.spans[0].end_of_turn is None
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TOOLS.replace("if tools", "if false"), "leaves out the tools weigh"),
+        (TOOLS.replace("if tools", "if false"), "leaves out or rewrites tool 0"),
+        (TOOLS.replace("t | tojson", "'a tool, weigh'"), "leaves out or rewrites tool 0"),
         (TOOLS.replace("m.tool_calls or []", "[]"), "leaves out or rewrites a tool call of message 1"),
         (TOOLS.replace("c.function.arguments | tojson", "''"), "leaves out or rewrites a tool call of message 1"),
         (
@@ -338,6 +374,11 @@ def test_a_content_beside_a_call_is_supervised_without_an_end_of_turn() -> None:
 def test_a_template_that_does_not_know_tools_is_an_error(text: str, message: str) -> None:
     with pytest.raises(ChatError, match=message):
         chat_template(text).render(tool_chat(content="So:"), [TOOL])
+
+
+def test_a_tool_that_is_none_is_refused_by_number() -> None:
+    with pytest.raises(ChatError, match="sample chat, model tiny: tool 1: expected the schema of a function"):
+        chat_template(TOOLS).render(tool_chat(), [TOOL, {"function": "weigh"}])
 
 
 def test_arguments_given_as_a_json_text_are_looked_for_as_well() -> None:
@@ -373,6 +414,14 @@ def test_a_role_that_is_given_decides_which_token_ends_a_turn() -> None:
 def test_roles_that_do_not_exist_are_refused(roles: dict[str, str | int]) -> None:
     with pytest.raises(ChatError, match="model tiny: "):
         chat_template(CHATML, roles=roles)
+
+
+def test_a_token_that_is_said_to_end_turns_may_not_stand_in_a_content() -> None:
+    text = CHATML.replace("<|im_end|>", "~")
+    template = chat_template(text, roles={"end_of_turn": "~"})
+    assert template.render(chat("a", "b")).spans[0].end_of_turn == id_of("~")
+    with pytest.raises(ChatError, match="message 1 spells the special token '~'"):
+        template.render(chat("a", "b ~ c"))
 
 
 def test_a_bos_behind_a_content_is_no_end_of_turn() -> None:
