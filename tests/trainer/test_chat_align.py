@@ -157,7 +157,7 @@ def test_rows_and_tokens_of_a_stretch_are_those_of_its_bytes(
         at += len(here)
         for tokens_, rendered in ((call.teacher, one.teacher), (call.student, one.student)):
             pieces = [chat_vocabulary(kinds[rendered is one.student]).token_bytes[i] or b"" for i in tokens_.ids]
-            if (tokens_.ends >= 0).all():
+            if "▁" not in one.student.text:  # which sentencepiece takes for a space
                 assert b"".join(pieces).endswith(call.teacher.text)
     assert at == len(valid)
 
