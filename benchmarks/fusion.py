@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.kernels import compiled
+from alignment.compiled import compiled
 from alignment.target import Target
 from trainer.fusion import METHODS, SCOPES, Aligned, Rule, fuse
 

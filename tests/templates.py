@@ -78,7 +78,7 @@ SPECIALS = (
 def chat_files(kind: Kind) -> dict[str, bytes]:
     """A tiny tokenizer that knows the special tokens of all templates, as a teacher serves it."""
     return {
-        "tokenizer.json": json.dumps(with_tokens(json.loads(tokenizer_json(kind)), SPECIALS)).encode(),
+        "tokenizer.json": json.dumps(spec_of(kind)).encode(),
         "tokenizer_config.json": json.dumps(tokenizer_config(kind)).encode(),
     }
 
@@ -94,6 +94,27 @@ def with_tokens(spec: dict[str, Any], spellings: Sequence[str], **flags: bool) -
 @cache
 def chat_vocabulary(kind: Kind) -> Vocabulary:
     return Vocabulary.from_files(chat_files(kind), name=kind)
+
+
+def vocabulary_of(spec: dict[str, Any], kind: Kind = "sentencepiece") -> Vocabulary:
+    return Vocabulary.parse(json.dumps(spec).encode(), json.dumps(tokenizer_config(kind)).encode(), name="odd")
+
+
+def spec_of(kind: Kind, **flags: bool) -> dict[str, Any]:
+    return with_tokens(json.loads(tokenizer_json(kind)), SPECIALS, **flags)
+
+
+def prefixed(kind: Kind) -> Vocabulary:
+    """Puts a space of its own in front of every stretch between special tokens."""
+    spec = spec_of(kind)
+    if kind == "byte_level":
+        spec["pre_tokenizer"]["add_prefix_space"] = True
+    else:
+        spec["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, spec["normalizer"]],
+        }
+    return vocabulary_of(spec, kind)
 
 
 def chat_template(text: str, kind: Kind = "byte_level", **options: Any) -> ChatTemplate:

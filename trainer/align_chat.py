@@ -128,6 +128,8 @@ def _align_span(
     teacher: _Side, student: _Side, answer: tuple[ChatRows, int], translation: Translation, align: Align
 ) -> _Aligned:
     tokens = chat_tokens(*teacher), chat_tokens(*student)
+    if not translation.is_identity:
+        tokens = _literal(tokens[0], translation.pieces), _literal(tokens[1], translation.student.token_bytes)
     where = f"sample {teacher.rendered.sample}, message {teacher.span.message}"
     (spoken, heard), closes = _shared(*tokens, f"{where}, {teacher.rendered.name} and {student.rendered.name}")
     if teacher.span.end_of_turn is not None and student.span.end_of_turn is not None:
@@ -146,6 +148,15 @@ def _align_span(
         figures = report(those, 0, (spoken.tokens, heard.tokens), target, translation)
     counts = SpanCounts(teacher.span.message, len(tokens[1].tokens), int(target.valid.sum()), closes)
     return _Aligned(heard.begin, target, counts, figures)
+
+
+def _literal(side: SpanTokens, token_bytes: Sequence[bytes | None]) -> SpanTokens:
+    """A first token that writes other bytes than the content's (a space of the tokenizer's own in front of it) is
+    left out like one that straddles: the candidates beside it begin with that space, the other side's do not.
+    """
+    end = int(side.tokens.ends[0]) if len(side.tokens) > side.closes else INSIDE
+    literal = end == INSIDE or token_bytes[side.tokens.ids[0]] == side.tokens.text[:end]
+    return side if literal else replace(side, straddles=True)
 
 
 def _shared(teacher: SpanTokens, student: SpanTokens, names: str) -> tuple[tuple[_Part, _Part], bool]:

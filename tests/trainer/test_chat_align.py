@@ -18,10 +18,10 @@ from alignment.kernels import NONE
 from alignment.report import block_likelihoods
 from teachers.protocol import Rows
 from tests.rows import random_rows
-from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary, id_of
+from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary, id_of, prefixed
 from tests.tiny import TEXT, Kind
 from trainer.align_chat import ChatTarget, align_chat, with_end_of_turn
-from trainer.chat import Rendered, chat_tokens, supervised_mask
+from trainer.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
 from trainer.template import ChatError
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
@@ -160,7 +160,7 @@ def test_rows_and_tokens_of_a_stretch_are_those_of_its_bytes(
         at += len(here)
         for tokens_, rendered in ((call.teacher, one.teacher), (call.student, one.student)):
             pieces = [chat_vocabulary(kinds[rendered is one.student]).token_bytes[i] or b"" for i in tokens_.ids]
-            if (tokens_.ends >= 0).all():
+            if "▁" not in one.student.text:  # which sentencepiece takes for a space
                 assert b"".join(pieces).endswith(call.teacher.text)
     assert at == len(valid)
 
@@ -213,6 +213,21 @@ def test_positions_of_a_token_that_template_and_content_share_are_masked_on_eith
     np.testing.assert_array_equal(result.target.valid[part.begin : part.stop], starts >= reached)
     assert result.spans[0].masked == (starts < reached).sum() > 0
     assert result.target.valid[part.stop - 1]
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["of the teacher", "of the student"])
+def test_a_first_token_with_a_space_of_the_tokenizers_own_is_masked(direction: int) -> None:
+    text, ours = "{% for m in messages %}[INST]{{ m.content }}<|eot|>{% endfor %}", chat_vocabulary("byte_level")
+    odd = prefixed("sentencepiece")
+    sides = [ChatTemplate.from_files({}, v, "odd", template=text).render(chat("a", "the sacks")) for v in (odd, ours)]
+    (teacher, student), (spoken, heard) = sides[::direction], (odd, ours)[::direction]
+    rows = random_rows(np.array(teacher.sequence), len(spoken), 12, seed=1, start=1)
+    valid = align_chat(rows, teacher, student, translate(spoken, heard)).target.valid
+    space, part = chat_tokens(sides[0], sides[0].spans[0]), chat_tokens(student, student.spans[0])
+    assert odd.token_bytes[space.tokens.ids[0]] == b" the"
+    assert not space.straddles
+    starts = np.concatenate([[0], part.tokens.ends[:-1]])
+    np.testing.assert_array_equal(valid[part.begin : part.stop], starts >= len("the"))
 
 
 @pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignment import TokenizerError, Vocabulary
-from tests.templates import CHATML, SPECIALS, chat, chat_vocabulary, id_of, with_tokens
-from tests.tiny import Kind, tokenizer_config, tokenizer_json
+from tests.templates import CHATML, SPECIALS, chat, chat_vocabulary, id_of, prefixed, spec_of, vocabulary_of
+from tests.tiny import Kind, tokenizer_config
 from trainer.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
 from trainer.template import ChatError
 
@@ -19,27 +19,6 @@ PIECES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(["the harbour", " the", "\n", "  ", "é", "▁", "😀", "日本"]),
 )
-
-
-def vocabulary_of(spec: dict[str, Any], kind: Kind = "sentencepiece") -> Vocabulary:
-    return Vocabulary.parse(json.dumps(spec).encode(), json.dumps(tokenizer_config(kind)).encode(), name="odd")
-
-
-def spec_of(kind: Kind, **flags: bool) -> dict[str, Any]:
-    return with_tokens(json.loads(tokenizer_json(kind)), SPECIALS, **flags)
-
-
-def prefixed(kind: Kind) -> Vocabulary:
-    """Puts a space of its own in front of every stretch between special tokens."""
-    spec = spec_of(kind)
-    if kind == "byte_level":
-        spec["pre_tokenizer"]["add_prefix_space"] = True
-    else:
-        spec["normalizer"] = {
-            "type": "Sequence",
-            "normalizers": [{"type": "Prepend", "prepend": "▁"}, spec["normalizer"]],
-        }
-    return vocabulary_of(spec, kind)
 
 
 def render(vocabulary: Vocabulary, template: str, *contents: str) -> Rendered:

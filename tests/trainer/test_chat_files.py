@@ -1,0 +1,214 @@
+"""Tools, BOS, roles, dates, and the files that a template comes in."""
+
+import json
+from datetime import date
+from typing import Any
+
+import pytest
+
+from tests.templates import (
+    CHATML,
+    GEMMA,
+    LLAMA3,
+    TOOLS,
+    chat,
+    chat_files,
+    chat_template,
+    chat_vocabulary,
+    id_of,
+)
+from tests.tiny import Kind
+from trainer.chat import ChatTemplate, Rendered
+from trainer.template import ChatError
+
+KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
+
+
+def contents(rendered: Rendered) -> list[str]:
+    return [rendered.tokens.text[span.start : span.stop].decode() for span in rendered.spans]
+
+
+# Tools
+
+CALL = {"type": "function", "function": {"name": "weigh", "arguments": {"sack": 3}}}
+TOOL = {"type": "function", "function": {"name": "weigh", "parameters": {"type": "object"}}}
+
+
+def tool_chat(**changes: Any) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": "How heavy?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]} | changes,
+        {"role": "tool", "content": "14.5", "name": "weigh"},
+        {"role": "assistant", "content": "14.5 kilograms."},
+    ]
+
+
+def test_tools_calls_and_their_answers_are_rendered_by_a_template_that_knows_them() -> None:
+    rendered = chat_template(TOOLS).render(tool_chat(), [TOOL])
+    assert contents(rendered) == ["14.5 kilograms."]
+    assert 'call weigh {"sack": 3}' in rendered.text
+    assert rendered.text.startswith('<|im_start|>tools\n{"type": "function"')
+
+
+def test_a_content_beside_a_call_is_supervised_without_an_end_of_turn() -> None:
+    rendered = chat_template(TOOLS).render(tool_chat(content="Let me see."), [TOOL])
+    assert contents(rendered) == ["Let me see.", "14.5 kilograms."]
+    assert [span.end_of_turn for span in rendered.spans] == [None, id_of("<|im_end|>")]
+    marked = TOOLS.replace("\ncall", "<|eot|>call")  # the token that begins a call ends no turn
+    rendered = chat_template(marked).render(tool_chat(content="Let me see."), [TOOL])
+    assert "see.<|eot|>call weigh" in rendered.text
+    assert rendered.spans[0].end_of_turn is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TOOLS.replace("if tools", "if false"), "leaves out or rewrites tool 0"),
+        (TOOLS.replace("t | tojson", "'a tool, weigh'"), "leaves out or rewrites tool 0"),
+        (TOOLS.replace("m.tool_calls or []", "[]"), "leaves out or rewrites a tool call of message 1"),
+        (TOOLS.replace("c.function.arguments | tojson", "''"), "leaves out or rewrites a tool call of message 1"),
+        (
+            TOOLS.replace("m.content or ''", "m.content if m.role != 'tool'"),
+            r"leaves out or rewrites the content of message 2 \(tool\)",
+        ),
+        (
+            TOOLS + "{{ raise_exception('no tools') if tools }}",
+            "the template refuses the chat: TemplateError: no tools",
+        ),
+        (TOOLS + "{{ '' + none if tools }}", "the template refuses the chat: TypeError"),
+    ],
+)
+def test_a_template_that_does_not_know_tools_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(ChatError, match=message):
+        chat_template(text).render(tool_chat(content="So:"), [TOOL])
+
+
+def test_a_tool_that_is_none_is_refused_by_number() -> None:
+    with pytest.raises(ChatError, match="sample chat, model tiny: tool 1: expected the schema of a function"):
+        chat_template(TOOLS).render(tool_chat(), [TOOL, {"function": "weigh"}])
+
+
+def test_arguments_given_as_a_json_text_are_looked_for_as_well() -> None:
+    call = {"function": {"name": "weigh", "arguments": '{"sack": 3}'}}
+    text = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments")
+    assert '{"sack": 3}' in chat_template(text).render(tool_chat(tool_calls=[call]), [TOOL]).text
+    with pytest.raises(ChatError, match="leaves out or rewrites a tool call of message 1"):
+        chat_template(text.replace("c.function.arguments", "''")).render(tool_chat(tool_calls=[call]), [TOOL])
+
+
+# BOS, roles, dates, files
+
+
+def test_bos_is_put_in_front_where_the_model_expects_it_and_never_twice() -> None:
+    bos = id_of("<bos>", "sentencepiece")
+    without, own = (chat_template(t, "sentencepiece").render(chat("a", "b")) for t in (CHATML, GEMMA))
+    assert without.prefix == (bos,)
+    assert own.prefix == ()
+    for rendered in (without, own):
+        assert rendered.sequence[0] == bos
+        assert rendered.sequence.count(bos) == 1
+    assert chat_template(CHATML).render(chat("a", "b")).prefix == ()
+
+
+def test_a_role_that_is_given_decides_which_token_ends_a_turn() -> None:
+    for given_role in ("<|eot|>", id_of("<|eot|>")):
+        template = chat_template(LLAMA3, roles={"end_of_turn": given_role})
+        assert template.render(chat("a", "b")).spans[0].end_of_turn == id_of("<|eot|>")
+    assert chat_template(CHATML, roles={"end_of_turn": "<|eot|>"}).render(chat("a", "b")).spans[0].end_of_turn is None
+
+
+@pytest.mark.parametrize("roles", [{"end_of_turn": "<|nothing|>"}, {"end_of_turn": 10**6}, {"end": "<|eot|>"}])
+def test_roles_that_do_not_exist_are_refused(roles: dict[str, str | int]) -> None:
+    with pytest.raises(ChatError, match="model tiny: "):
+        chat_template(CHATML, roles=roles)
+
+
+def test_a_token_that_is_said_to_end_turns_may_not_stand_in_a_content() -> None:
+    text = CHATML.replace("<|im_end|>", "~")
+    template = chat_template(text, roles={"end_of_turn": "~"})
+    assert template.render(chat("a", "b")).spans[0].end_of_turn == id_of("~")
+    with pytest.raises(ChatError, match="message 1 spells the special token '~'"):
+        template.render(chat("a", "b ~ c"))
+
+
+def test_a_bos_behind_a_content_is_no_end_of_turn() -> None:
+    text = "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"
+    assert [s.end_of_turn for s in chat_template(text).render(chat("a", "b", "c", "d")).spans] == [None, None]
+
+
+def test_dates_are_the_given_one() -> None:
+    messages = chat("a", "b", system="c")
+    first, again = (chat_template(LLAMA3, kind).render(messages).text for kind in KINDS)
+    assert "Today is 01 Jan 2026." in first
+    assert "Today is 01 Jan 2026." in again
+    assert "02 Mar 2024" in chat_template(LLAMA3, today=date(2024, 3, 2)).render(messages).text
+
+
+def from_files(**files: bytes) -> ChatTemplate:
+    named = {name.replace("__", "."): data for name, data in files.items()}
+    return ChatTemplate.from_files(chat_files("byte_level") | named, chat_vocabulary("byte_level"), "tiny")
+
+
+def config(**entries: Any) -> bytes:
+    return json.dumps(json.loads(chat_files("byte_level")["tokenizer_config.json"]) | entries).encode()
+
+
+def test_the_template_is_a_file_of_its_own_or_an_entry_of_the_config() -> None:
+    expected = chat_template(CHATML).render(chat("a", "b")).text
+    assert from_files(chat_template__jinja=CHATML.encode()).render(chat("a", "b")).text == expected
+    in_config = config(chat_template=CHATML)
+    assert from_files(tokenizer_config__json=in_config).render(chat("a", "b")).text == expected
+    both = from_files(tokenizer_config__json=config(chat_template=GEMMA), chat_template__jinja=CHATML.encode())
+    assert both.render(chat("a", "b")).text == expected
+
+
+def test_of_named_templates_the_default_is_taken_and_tool_use_with_tools() -> None:
+    named = [{"name": "tool_use", "template": TOOLS}, {"name": "default", "template": CHATML}]
+    template = from_files(tokenizer_config__json=config(chat_template=named))
+    assert template.render(chat("a", "b")).text == chat_template(CHATML).render(chat("a", "b")).text
+    assert template.render(chat("a", "b"), [TOOL]).text.startswith("<|im_start|>tools")
+
+
+def test_spellings_come_from_the_config_before_the_map() -> None:
+    special = json.dumps({"bos_token": {"content": "<|eot|>"}, "sep_token": "<turn>"}).encode()
+    text = b"{{ bos_token }}{{ sep_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    template = from_files(special_tokens_map__json=special, chat_template__jinja=text)
+    assert template.render(chat("a", "b")).text == "<|bos|><turn>a<|eos|>b<|eos|>"
+
+
+def test_a_model_without_a_template_says_what_to_do() -> None:
+    with pytest.raises(ChatError, match="tiny has no chat template.*give one in the run file"):
+        from_files()
+    with pytest.raises(ChatError, match="tiny has no chat template .found: rag.*give one in the run file"):
+        from_files(tokenizer_config__json=config(chat_template=[{"name": "rag", "template": CHATML}]))
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b"\xff"])
+def test_files_that_are_not_what_they_should_be_are_refused_by_name(data: bytes) -> None:
+    with pytest.raises(ChatError, match="tokenizer_config.json of tiny"):
+        from_files(tokenizer_config__json=data)
+
+
+def test_a_template_that_does_not_parse_is_refused_with_its_fault() -> None:
+    with pytest.raises(ChatError, match="TemplateSyntaxError"):
+        chat_template("{% for %}").render(chat("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os }}",
+    ],
+)
+def test_a_template_cannot_reach_python(text: str) -> None:
+    with pytest.raises(ChatError, match="SecurityError|UndefinedError"):
+        chat_template(text + CHATML).render(chat("a", "b"))
+
+
+def test_the_chat_is_not_changed() -> None:
+    messages = tool_chat()
+    before = json.dumps(messages)
+    chat_template(TOOLS).render(messages, [TOOL])
+    assert json.dumps(messages) == before
