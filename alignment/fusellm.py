@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+from alignment.chain import Rows, check_rows
 from alignment.compiled import compiled
 from alignment.kernels import NONE
+from alignment.spans import Tokens
 from alignment.store import key_of, load_arrays, save_arrays
+from alignment.target import Target, target_from_entries
 from alignment.vocabulary import Vocabulary
 
 DIAGONAL, TEACHER, STUDENT = 0, 1, 2
@@ -34,11 +37,15 @@ AT_ONCE = 64  # unmapped tokens whose distances to a whole vocabulary exist at o
 
 @dataclass(frozen=True, eq=False)
 class MappedRows:
-    """Ragged rows: row i holds entries offsets[i] … offsets[i + 1] of ids and values, as the reference gives them."""
+    """Ragged rows: row i holds entries offsets[i] … offsets[i + 1] of ids and values, as the reference gives them.
+
+    mapped  [T] bool: the others are one-hot on the current token, because nothing could be mapped
+    """
 
     offsets: NDArray[np.int64]
     ids: NDArray[np.int64]
     values: NDArray[np.float64]
+    mapped: NDArray[np.bool_]
 
 
 class TokenMap:
@@ -115,8 +122,24 @@ def align_fusellm(
     whole = met != NONE
     whole[whole] = mapping.of(teacher_ids[met[whole]]) == student_ids[whole]
     mapped = mapping.of(ids[met[whole]].astype(np.int64))
-    offsets, out_ids, out_values = _map_rows(student_ids, whole, mapped, values[met[whole]].astype(np.float64))
-    return MappedRows(offsets, out_ids, out_values)
+    return MappedRows(*_map_rows(student_ids, whole, mapped, values[met[whole]].astype(np.float64)))
+
+
+def fusellm_target(rows: Rows, first_row: int, teacher: Tokens, student: Tokens, mapping: TokenMap) -> Target:
+    """The same, as a target to compare with others: the mapped rows, each at the token that it predicts.
+
+    A row that could not be mapped is not valid: the reference trains it towards the current token. Probabilities are
+    those of the rows, not renormalised. Raises AlignmentError if the rows are not those of the teacher's tokens.
+    """
+    check_rows(rows, first_row, teacher)
+    after = slice(1 - first_row, None)  # row j is to be the one after token j; after the last there is none
+    ids = np.concatenate([rows.ids[after], np.zeros_like(rows.ids[:1])]).astype(np.int64)
+    probs = np.exp(np.concatenate([rows.logprobs[after], np.zeros_like(rows.logprobs[:1])]), dtype=np.float64)
+    found = align_fusellm(ids, probs, teacher.ids, student.ids, mapping)
+    valid = np.concatenate([[False], found.mapped[:-1]])[: len(student)]
+    entries = np.repeat(np.arange(len(student)), np.diff(found.offsets)) + 1
+    kept = entries < len(student)
+    return target_from_entries(entries[kept], found.ids[kept].astype(np.int32), found.values[kept], valid)
 
 
 def only_match(teacher: Sequence[str], student: Sequence[str]) -> NDArray[np.int64]:
@@ -162,6 +185,7 @@ def _warp(cost: Any, of_teacher: Any, of_student: Any) -> Any:
 def _map_rows(student_ids: Any, whole: Any, mapped: Any, values: Any) -> Any:
     num_k = mapped.shape[1]
     offsets = np.zeros(len(student_ids) + 1, dtype=np.int64)
+    some = np.zeros(len(student_ids), dtype=np.bool_)
     ids, out = np.empty(len(student_ids) * num_k, dtype=np.int64), np.empty(len(student_ids) * num_k)
     used, row = 0, 0
     for i in range(len(student_ids)):
@@ -173,8 +197,9 @@ def _map_rows(student_ids: Any, whole: Any, mapped: Any, values: Any) -> Any:
                     ids[used], out[used] = token, values[row, k]
                     used += 1
             row += 1
+        some[i] = used > begin
         if used == begin:
             ids[used], out[used] = student_ids[i], 1.0
             used += 1
         offsets[i + 1] = used
-    return offsets, ids[:used].copy(), out[:used].copy()
+    return offsets, ids[:used].copy(), out[:used].copy(), some

@@ -4,12 +4,14 @@ import asyncio
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from alignment import Vocabulary, align, translate
+from alignment import Target, Translation, Vocabulary, align, translate
+from alignment.fusellm import fusellm_target, token_map
 from alignment.report import AlignmentReport, report
 from teachers.errors import Rejected
 from teachers.pool import TeacherAddress, TeacherPool
@@ -27,7 +29,10 @@ SHORTEST_BYTES = 32
 
 @dataclass(frozen=True)
 class AlignFigures:
-    """Figures over a whole text, cut into windows; speed is of alignment alone, warm, on one core."""
+    """Figures over a whole text, cut into windows; speed is of alignment alone, warm, on one core.
+
+    aligned_bpb is infinite where a valid position does not list the text.
+    """
 
     positions: int
     valid: int
@@ -49,7 +54,7 @@ class AlignOptions:
     """Whose answers, whose tokenizer, which text.
 
     teacher  address of a server, or a model's directory or name;  key  the server's bearer key
-    student  a model's directory or name
+    student  a model's directory or name;  method  chain, or the paper's em and min_ed for comparison
     """
 
     teacher: str
@@ -58,12 +63,21 @@ class AlignOptions:
     top_k: int
     key: str | None
     window_tokens: int
+    method: str = "chain"
 
 
 def align_text(options: AlignOptions) -> AlignFigures:
     """Score the text with a served or local teacher and align it to the student's tokenizer."""
     student = Vocabulary.load(find_model(options.student))
-    return _measure(student, *_score(options, _windows(options, student)))
+    teacher, vocab_size, scored = _score(options, _windows(options, student))
+    translation = translate(teacher, student, vocab_size, cache=tables_dir())
+    if options.method == "chain":
+        return _measure(translation, scored, partial(align, translation=translation))
+    mapping = token_map(teacher, student, options.method, tables_dir())
+    try:
+        return _measure(translation, scored, partial(fusellm_target, mapping=mapping))
+    finally:
+        mapping.save()
 
 
 def explain_text(options: AlignOptions, positions: int) -> list[Explained]:
@@ -141,18 +155,17 @@ def _sequence(card: Card, vocabulary: Vocabulary, window: str, top_k: int) -> tu
     return sequence, len(card.prefix)
 
 
-def _measure(student: Vocabulary, teacher: Vocabulary, vocab_size: int, scored: list[_Scored]) -> AlignFigures:
-    translation = translate(teacher, student, vocab_size, cache=tables_dir())
-    pairs = [(teacher.encode(s.text), student.encode(s.text)) for s in scored]
+def _measure(translation: Translation, scored: list[_Scored], aligned: Callable[..., Target]) -> AlignFigures:
+    pairs = [(translation.teacher.encode(s.text), translation.student.encode(s.text)) for s in scored]
     total = AlignmentReport()
     for s, pair in zip(scored, pairs, strict=True):
-        total += report(s.rows, s.first_row, pair, align(s.rows, s.first_row, *pair, translation), translation)
+        total += report(s.rows, s.first_row, pair, aligned(s.rows, s.first_row, *pair), translation)
     took: list[float] = []
     with _one_core():
         while len(took) < MAX_REPEATS and (len(took) < 3 or sum(took) < MEASURED_S):
             began = time.perf_counter()
             for s, pair in zip(scored, pairs, strict=True):
-                align(s.rows, s.first_row, *pair, translation)
+                aligned(s.rows, s.first_row, *pair)
             took.append(time.perf_counter() - began)
     if not total.num_bytes:
         raise DataError("the text has no block that the teacher speaks of: give a longer one")

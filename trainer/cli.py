@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -162,6 +163,9 @@ def align(
     top_k: Annotated[int, typer.Option(help="Candidates at every position.", min=1)] = 64,
     key_env: Annotated[str | None, typer.Option(help="Environment variable with the teacher's key.")] = None,
     window_tokens: Annotated[int, typer.Option(help="Longest window, in student tokens.", min=2)] = 4096,
+    method: Annotated[
+        Literal["chain", "em", "min_ed"], typer.Option(help="Ours, or one of the paper's two.")
+    ] = "chain",
     explain: Annotated[bool, typer.Option("--explain", help="Show position by position what goes where.")] = False,
     positions: Annotated[int, typer.Option(help="How many student tokens to explain.", min=1)] = 40,
     as_json: Json = False,
@@ -173,7 +177,7 @@ def align(
 
         _quiet()
         key = key_from_environment(key_env) if key_env else None
-        options = AlignOptions(teacher, student, text, top_k, key, window_tokens)
+        options = AlignOptions(teacher, student, text, top_k, key, window_tokens, method)
         if explain:
             from trainer.explain import show
 
@@ -185,7 +189,7 @@ def align(
             return
         figures = asdict(align_text(options))
         if as_json:
-            _print_json(figures)
+            _print_json({name: value if math.isfinite(value) else None for name, value in figures.items()})
         else:
             for name, value in figures.items():
                 typer.echo(f"{name:>18}  {value:,.4f}" if isinstance(value, float) else f"{name:>18}  {value:,}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alignment import Vocabulary
-from alignment.fusellm import TokenMap, align_fusellm, only_match
+from alignment.fusellm import TokenMap, align_fusellm, fusellm_target, only_match
 from tests.rows import random_rows
 
 CASES: list[dict[str, Any]] = json.loads(
@@ -73,3 +73,29 @@ def test_2048_tokens_are_aligned_at_15_000_a_second(vocabularies: dict[str, Voca
             align_fusellm(pool[rows.ids], rows.logprobs, teacher_ids, student_ids, token_map)
             took.append(time.perf_counter() - began)
         assert 2048 / min(took) > 15_000  # 173,000 to 184,000 were seen on one core
+
+
+@pytest.mark.parametrize("first_row", [0, 1])
+def test_as_a_target_a_row_stands_at_the_token_that_it_predicts(
+    vocabularies: dict[str, Vocabulary], first_row: int
+) -> None:
+    teacher, student = vocabularies["gemma3-270m"], vocabularies["smollm2-135m"]
+    text = "The oldest house in the street is empty, and the garden is full."
+    tokens, own = teacher.encode(text), student.encode(text)
+    rows = random_rows(tokens.ids % 500, 500, 8, seed=1, start=first_row)
+    mapping = TokenMap(teacher, student, nearest=True)
+    target = fusellm_target(rows, first_row, tokens, own, mapping)
+    expected = align_fusellm(
+        rows.ids[1 - first_row :].astype(np.int64),
+        np.exp(rows.logprobs[1 - first_row :].astype(np.float64)),
+        tokens.ids[:-1],
+        own.ids[:-1],
+        mapping,
+    )
+    assert not target.valid[0]
+    np.testing.assert_array_equal(target.valid[1:], expected.mapped)
+    for position in np.flatnonzero(target.valid):
+        begin, end = expected.offsets[position - 1 : position + 1]
+        mine = slice(target.offsets[position], target.offsets[position + 1])
+        assert sorted(target.ids[mine]) == sorted(expected.ids[begin:end])
+    np.testing.assert_allclose((target.mass + target.tail)[target.valid], 1, atol=1e-6)

@@ -84,6 +84,15 @@ def test_preview_compares_everything_on_the_same_text(
     assert not (tmp_path / "out").exists()
 
 
+def test_align_knows_the_papers_methods_too(tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    arguments = ("--teacher", tiny_sentencepiece, "--student", tiny_byte_level, "--text", tmp_path / "t.txt", "--json")
+    chain, em = (json.loads(call("align", *arguments, "--method", m).stdout) for m in ("chain", "em"))
+    assert chain["valid"] == chain["positions"] == em["positions"]
+    assert 0 < em["valid"] < chain["valid"]
+    assert em["aligned_bpb"] is None or em["aligned_bpb"] > chain["aligned_bpb"]
+
+
 def test_preview_needs_held_out_text(tmp_path: Path, tiny_byte_level: Path) -> None:
     with served_models(tiny_byte_level) as urls:
         config = run_config(
