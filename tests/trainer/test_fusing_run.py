@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from alignment import Vocabulary
+from alignment import TokenizerError, Vocabulary
 from tests.serve import FormulaEngine, serving
 from tests.tiny import TEXT
 from tests.trainer.runs import losses, run_config, served_models
@@ -18,6 +18,7 @@ from trainer.fuser import Fuser
 from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.reading import Reader
+from trainer.student import load_student
 
 LINES = TEXT.splitlines(keepends=True)
 
@@ -116,6 +117,29 @@ def test_a_shortened_text_ends_with_a_whole_character_and_without_eos(tiny_byte_
             assert len(vocabulary.encode(shorter.text)) <= limit + 1
             assert not shorter.closes
     assert shortened(Sample(0, "s", "日"), vocabulary.encode("日"), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"), [({"eos": "<nope>"}, "role eos is to be '<nope>'"), ({"end": "x"}, "'end'")]
+)
+def test_a_role_that_cannot_be_is_said_before_anything_is_asked(
+    tmp_path: Path, tiny_byte_level: Path, roles: dict[str, str], message: str
+) -> None:
+    for who in ("student", "teachers"):
+        with serving(FormulaEngine(tiny_byte_level)) as url:
+            raw = config_of(tmp_path, tiny_byte_level, [url], f"{who}-{len(message)}").model_dump()
+            (raw["student"] if who == "student" else raw["teachers"][0])["roles"] = roles
+            with pytest.raises(TokenizerError, match=message):
+                train(RunConfig.model_validate(raw))
+
+
+def test_a_role_of_the_run_file_is_the_one_that_is_used(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        config = config_of(tmp_path, tiny_byte_level, [url], "out", data={"close_documents": True})
+        raw = config.model_dump()
+        raw["student"]["roles"] = {"eos": "<|bos|>"}
+        student = load_student(RunConfig.model_validate(raw).student)
+    assert student.vocabulary.encode("six", close=True).ids[-1] == student.vocabulary.roles["bos"]
 
 
 def test_plain_lessons_keep_the_reading(tiny_byte_level: Path, tmp_path: Path) -> None:
