@@ -11,6 +11,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev lint
 	$(BIN)/tutelage demo --prepare
+	$(BIN)/python -m tests.zoo
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev

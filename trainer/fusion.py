@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.target import Target
+from trainer.config import MOST_TEACHERS
 from trainer.fusion_kernels import entropies, first_fault, geometric_rows, label_probs, mean_rows
 
 METHODS = ("mean", "geometric", "min_ce", "avg_ce", "confidence", "fusellm_min_ce", "fusellm_avg_ce")
 SCOPES = ("token", "sample", "batch")
-MOST_TEACHERS = 16
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
