@@ -51,12 +51,20 @@ class Rows(Protocol):
 class Chained:
     """An alignment and where it can be held against the teacher.
 
-    target  what `align` returns
-    blocks  the cuts that no branch was carried across: between two of them, target and teacher speak of the same bytes
+    target   what `align` returns
+    cuts     all common boundaries
+    carried  [B] probability of what is carried into each block, relative to the text's
     """
 
     target: Target
-    blocks: Cuts
+    cuts: Cuts
+    carried: NDArray[np.float64]
+
+    @property
+    def blocks(self) -> Cuts:
+        """The cuts that nothing was carried across: between two of them target and teacher speak of the same bytes."""
+        whole = np.append(self.carried == 0, True)
+        return Cuts(*(side[whole] for side in self.cuts))
 
 
 def align(
@@ -113,7 +121,7 @@ def chained(
     slots[rewritten] = np.arange(len(rewritten))
     settled = kernels.settled(*cuts[:2], teacher.ends, student.ends)
     text = np.frombuffer(teacher.text, dtype=np.uint8)
-    offsets, out_ids, out_probs, tail, fresh = kernels.chain_rows(
+    offsets, out_ids, out_probs, tail, carried = kernels.chain_rows(
         (ids, probs, actual, reach),
         (teacher.ids, student.ids, first_row, *settled, student.ends, teacher.starts, text),
         tuple(cuts),
@@ -123,8 +131,7 @@ def chained(
         valid,
         (len(translation.student), carry_above),
     )
-    whole = np.append(fresh, True)
-    return Chained(Target(offsets, out_ids, out_probs, tail, valid), Cuts(*(side[whole] for side in cuts)))
+    return Chained(Target(offsets, out_ids, out_probs, tail, valid), cuts, carried)
 
 
 def check_rows(rows: Rows, first_row: int, teacher: Tokens) -> None:

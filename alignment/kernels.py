@@ -92,7 +92,7 @@ def _crossing(carried: Any, candidates: Any, j: int, text: Any, table: Any) -> i
     teacher_token, student_token, least = text
     offsets, _, first = table
     n = 0
-    for k in range(ids.shape[1]):
+    for k in range(ids.shape[1] if actual[j] > 0.0 else 0):
         x = np.int64(ids[j, k])
         if first[x] != student_token or x == teacher_token or probs[j, k] < least * actual[j]:
             continue
@@ -179,6 +179,8 @@ def _advance(row: Any, branches: Any, alive: int, at: Any, pools: Any) -> Any:
     r, text_token, reached = at
     if r > 0:
         reached = prob[:alive].sum()
+    if reached == 0.0:  # less likely than a float can say
+        return 0, 0
     size, kept = 0, 0
     for i in range(alive):
         shared, pool, begin, length = where[i]
@@ -198,7 +200,7 @@ def _advance(row: Any, branches: Any, alive: int, at: Any, pools: Any) -> Any:
 def _carry(carried: Any, branches: Any, alive: int, num_read: int, least: float) -> Any:
     """Of the branches that are alive at the end of a block, those that go on, relative to the text: how many."""
     (to_prob, to_where), (prob, where) = carried, branches
-    text = prob[alive - 1]  # listed last, and kept to the end
+    text = prob[alive - 1] if alive > 0 else 0.0  # listed last, and kept to the end
     n = 0
     for i in range(alive - 1):
         shared, pool, begin, length = where[i]
@@ -246,9 +248,7 @@ def chain_rows(
     valid: NDArray[np.bool_],
     limits: Any,  # the student's vocabulary size; the least share of a branch that is carried over a cut
 ) -> Any:
-    """The rows of all student positions: offsets [T + 1], ids, probs, tail [T]; [B] whether a block begins with
-    nothing carried into it.
-    """
+    """The rows of all student positions: offsets [T + 1], ids, probs, tail [T]; [B] what is carried into each block."""
     teacher_ids, student_ids, first_row = texts[:3]
     cuts_teacher, cuts_student, cuts_at = cuts
     vocab_size, least = limits
@@ -259,13 +259,12 @@ def chain_rows(
     carried = (np.empty(2 * most), np.empty((2 * most, 4), dtype=np.int64))
     offsets, tail = np.zeros(len(student_ids) + 1, dtype=np.int64), np.zeros(len(student_ids), dtype=np.float32)
     ids, probs = _room(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32), len(student_ids) * (num_k + 1) // 2)
-    fresh = np.ones(len(cuts_teacher) - 1, dtype=np.bool_)
+    brought = np.zeros(len(cuts_teacher) - 1)
     used, num_carried = 0, 0
     for b in range(len(cuts_teacher) - 1):
         t0, t1, s0, s1 = cuts_teacher[b], cuts_teacher[b + 1], cuts_student[b], cuts_student[b + 1]
         single = t1 - t0 == 1 and s1 - s0 == 1 and t0 >= first_row and later[0][t0 - first_row] == NONE
-        num_carried = min(num_carried, most)
-        fresh[b] = num_carried == 0
+        num_carried = min(num_carried, most)  # a bound on memory: no real text has come near it
         simple = single and num_carried == 0
         alive, reached = 0, 1.0
         if not simple:
@@ -273,6 +272,7 @@ def chain_rows(
                 branches[0][i], branches[1][i] = carried[0][i], carried[1][i]
                 reached += carried[0][i]
             block = (t0, t1, s0, s1, cuts_at[b])
+            brought[b] = reached - 1.0
             alive = _gather(branches, num_carried, candidates, block, texts, table, later, trie)
         for s in range(s0, s1):
             if simple:
@@ -292,4 +292,4 @@ def chain_rows(
                 num_carried = _crossing(carried, candidates, t0 - first_row, text, table)
             else:
                 num_carried = _carry(carried, branches, alive, s1 - s0, least)
-    return offsets, ids[:used].copy(), probs[:used].copy(), tail, fresh
+    return offsets, ids[:used].copy(), probs[:used].copy(), tail, brought

@@ -60,6 +60,25 @@ class Tokens:
     def num_bytes(self) -> int:
         return len(self.text)
 
+    def part(self, which: slice, begin: int, stop: int) -> "Tokens":
+        """Some of the tokens, as those of the bytes begin … stop of the text."""
+        ends, placing = self.ends[which], self.placing
+        if placing is not None:
+            starts = placing.starts[which]
+            moved = np.where(starts < 0, INSIDE, np.maximum(starts - begin, 0))
+            placing = Placing(moved, placing.own_space[which], placing.written[which])
+        moved_ends = np.where(ends < 0, INSIDE, ends - begin)
+        return Tokens(self.text[begin:stop], self.ids[which], moved_ends, placing)
+
+    def closed(self, token: int) -> "Tokens":
+        """With one token behind the text that has no bytes and is given one byte of room."""
+        return Tokens(
+            text=self.text,
+            ids=np.append(self.ids, token),
+            ends=np.append(self.ends, self.num_bytes + 1),
+            placing=self.placing and self.placing.closed(self.num_bytes),
+        )
+
     @property
     def bytes_per_token(self) -> NDArray[np.int64]:
         """[T] bytes of text that each token ends: all bytes of a character at its last token, 0 for a closing EOS."""
@@ -78,6 +97,20 @@ class Tokens:
     @property
     def written(self) -> NDArray[np.bool_]:
         return self.placing.written if self.placing else np.ones(len(self), dtype=bool)
+
+
+def joined(text: bytes, parts: Sequence[Tokens]) -> Tokens:
+    """Tokens of one text from those of its stretches, whose ends already count from the text's beginning."""
+    ids, ends = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "ends"))
+    if all(part.placing is None for part in parts):
+        return Tokens(text, ids.astype(np.int64), ends.astype(np.int64))
+    before = np.concatenate([[0], ends[:-1]])[: len(ends)]
+    at = np.cumsum([0, *(len(part) for part in parts)])
+    starts = np.concatenate(
+        [part.placing.starts if part.placing else before[a : a + len(part)] for a, part in zip(at, parts, strict=False)]
+    )
+    own, written = (np.concatenate([getattr(part, name) for part in parts]) for name in ("own_space", "written"))
+    return Tokens(text, ids.astype(np.int64), ends.astype(np.int64), Placing(starts, own, written))
 
 
 class Cuts(NamedTuple):

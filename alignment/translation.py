@@ -19,7 +19,7 @@ from alignment.trie import Flat, flatten
 from alignment.vocabulary import Vocabulary
 
 SHARED_ROLES = ("eos", "end_of_turn")  # what a model says by itself; one id in two roles speaks for the first
-_FORMAT = 1  # of the kept table; a change of what is written into it needs another number
+_FORMAT = 2  # of the kept table; a change of what is written into it needs another number
 _REMEMBERED = 1 << 19  # byte strings, some 100 MB
 
 
@@ -70,7 +70,8 @@ def translate(
 ) -> Translation:
     """Build the table for ids below `vocab_size`, by default those of the tokenizer, or find it in the `cache` folder.
 
-    Equal tokenizers translate every id, special or not, into itself. Ids that no tokenizer has stay untranslated.
+    Equal tokenizers translate every id, special or not, into itself, but for roles that they give to other ids. Ids
+    that no tokenizer has stay untranslated.
     """
     num_ids = vocab_size or len(teacher)
     pieces = teacher.token_bytes + (None,) * (num_ids - len(teacher))
@@ -100,8 +101,8 @@ def _table(
         written = [i for i, data in enumerate(pieces) if data]
         for i, ids in zip(written, student.write([pieces[i] or b"" for i in written]), strict=True):
             rows[i] = ids
-        for role in reversed(SHARED_ROLES):
-            if role in teacher.roles and role in student.roles:
-                rows[teacher.roles[role]] = [student.roles[role]]
+    for role in reversed(SHARED_ROLES):
+        if role in teacher.roles and role in student.roles:
+            rows[teacher.roles[role]] = [student.roles[role]]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     return offsets, np.array([i for row in rows for i in row], dtype=np.int32)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from alignment.spans import Tokens, place
+from alignment.spans import Tokens, joined, place
 from alignment.spelling import SPACE_MARK, Kind, TokenizerError, nodes, read_spelling
 from alignment.trie import Trie, build_trie
 
@@ -132,17 +131,9 @@ class Vocabulary:
         pieces = [self.token_bytes[i] or b"" for i in encoding.ids]
         ids = np.array(encoding.ids, dtype=np.int64)
         tokens = place(text, ids, pieces, encoding.offsets, self._unwritable)
-        return self._closed(tokens) if close else tokens
-
-    def _closed(self, tokens: Tokens) -> Tokens:
-        if "eos" not in self.roles:
+        if close and "eos" not in self.roles:
             raise TokenizerError(f"{self.name} has no EOS token to close a text with")
-        return Tokens(
-            text=tokens.text,
-            ids=np.append(tokens.ids, self.roles["eos"]),
-            ends=np.append(tokens.ends, tokens.num_bytes + 1),
-            placing=tokens.placing and tokens.placing.closed(tokens.num_bytes),
-        )
+        return tokens.closed(self.roles["eos"]) if close else tokens
 
     def encode_rendered(self, text: str) -> Tokens:
         """Tokenize a rendered chat: the spelling of a special token is that token here. No BOS is added.
@@ -153,42 +144,42 @@ class Vocabulary:
         """
         encoding = self._parser.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
-        ends: list[int] = []
+        parts: list[Tokens] = []
         char = byte = first = 0  # where the stretch of ordinary tokens begins: in characters, bytes and tokens
         special = [i for i, token in enumerate(ids) if self._is_spelled(token, text[slice(*offsets[i])])]
         for i in [*special, len(ids)]:
             start, stop = offsets[i] if i < len(ids) else (len(text), len(text))
             inside = [(begin - char, end - char) for begin, end in offsets[first:i]]
-            placed = self._place_stretch(text[char:start], ids[first:i], inside)
-            ends += np.where(placed < 0, placed, placed + byte).tolist()
+            parts.append(self._place_stretch(text[char:start], ids[first:i], inside).part(slice(None), -byte, 0))
             byte += len(text[char:start].encode())
             if i < len(ids):
                 seen, spelling = text[start:stop], self.tokens[ids[i]]
                 if start < char or seen.strip() != spelling.strip():
                     raise TokenizerError(f"{self.name}: expected {spelling!r} at character {start}, received {seen!r}")
+                parts.append(Tokens(b"", np.array(ids[i : i + 1]), np.array([byte + len(seen.encode())])))
                 byte += len(seen.encode())
-                ends.append(byte)
             char, first = stop, i + 1
-        return Tokens(text=text.encode(), ids=np.array(ids, dtype=np.int64), ends=np.array(ends, dtype=np.int64))
+        return joined(text.encode(), parts)
 
     def _is_spelled(self, token: int, seen: str) -> bool:
         """Whether a special token is one that the text spells; the unknown token stands for any text."""
         return self.token_bytes[token] is None and (token != self.roles.get("unk") or seen == self.tokens[token])
 
-    def _place_stretch(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> NDArray[np.int64]:
-        """Byte ends of the ordinary tokens of one stretch of a rendered chat."""
+    def _place_stretch(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
+        """The ordinary tokens of one stretch of a rendered chat."""
         sound = all(0 <= begin <= end <= len(text) for begin, end in offsets)
         if sound:
             pieces = [self.token_bytes[i] or b"" for i in ids]
-            ends = place(text, np.array(ids, dtype=np.int64), pieces, offsets, self._unwritable).ends
-            known = ends[ends >= 0]
-            sound = not (np.diff(known) < 0).any() and (not text or (len(ids) > 0 and ends[-1] == len(text.encode())))
+            tokens = place(text, np.array(ids, dtype=np.int64), pieces, offsets, self._unwritable)
+            known = tokens.ends[tokens.ends >= 0]
+            whole = not text or (len(ids) > 0 and tokens.ends[-1] == len(text.encode()))
+            sound = bool(whole) and not (np.diff(known) < 0).any()
         if not sound:
             raise TokenizerError(
                 f"{self.name}: its tokens do not cover a stretch of a rendered chat: expected {text[:60]!r}, "
                 f"received {[self.tokens[i] for i in ids[:12]]}"
             )
-        return ends
+        return tokens
 
     @cached_property
     def _parser(self) -> Tokenizer:

@@ -192,10 +192,7 @@ def _cuts(side: SpanTokens, start: int, length: int) -> tuple[NDArray[np.int64],
 def _part(side: SpanTokens, tokens: tuple[int, int], data: tuple[int, int], closes: bool) -> _Part:
     """Tokens [first, last) of a span, which write its bytes [start, stop), and the end of turn if they close."""
     (first, last), (start, stop) = tokens, data
-    where = slice(first, last + closes)
-    ends = side.tokens.ends[where]
-    text = side.tokens.text[start:stop]
-    return _Part(Tokens(text, side.tokens.ids[where], np.where(ends < 0, INSIDE, ends - start)), side.begin + first)
+    return _Part(side.tokens.part(slice(first, last + closes), start, stop), side.begin + first)
 
 
 @lru_cache(maxsize=64)

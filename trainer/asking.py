@@ -5,6 +5,7 @@ one sample, which all models see whole: one that a model cannot take is refused,
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,8 +20,8 @@ from teachers.pool import TeacherAddress, TeacherPool
 from teachers.protocol import Card, Rows
 from trainer.align_chat import align_chat
 from trainer.config import RunConfig, TeacherConfig, tables_dir
-from trainer.data import Sample, shortened
-from trainer.reading import Reader, Reading, chat_template
+from trainer.data import Sample
+from trainer.reading import Reader, Reading, chat_template, shorter
 from trainer.template import ChatError
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Answer:
     reading: Reading
     target: Target
     report: AlignmentReport
-    nats_per_token: float = 0.0  # that the teacher pays for its own tokens
+    nats_per_token: float = math.inf  # that the teacher pays for its own tokens; inf where it has said nothing
 
     def without_rows(self) -> "Answer":
         return replace(self, rows=None)
@@ -96,23 +97,12 @@ class Teachers:
             reading = self._student.read(sample)
             readings = [teacher.reader.read(sample) for teacher in self.teachers]
             limits = [(t.card.max_tokens - len(t.card.prefix), f"teacher {t.config.name}") for t in self.teachers]
-            if sample.is_chat:
-                limits.append((self._data.window_tokens, "the student's window"))
-            too_long = [
-                (own, limit, who)
-                for own, (limit, who) in zip([*readings, reading], limits, strict=False)
-                if len(own) > limit
-            ]
+            limits.append((self._data.window_tokens + sample.closes, "the student's window"))
+            read = zip([*readings, reading], limits, strict=True)
+            too_long = [(own, limit, who) for own, (limit, who) in read if len(own) > limit]
             if not too_long:
                 return sample, reading, readings
-            own, limit, who = too_long[0]
-            shorter = shortened(sample, own.tokens, limit) if self._data.too_long == "shorten" else None
-            if shorter is None:
-                raise Rejected(
-                    f"{who}: sample {sample.name} is {len(own)} of its tokens, it takes {limit}: set "
-                    'data.window_tokens lower, or data.too_long = "shorten" to shorten it for all'
-                )
-            sample = shorter
+            sample = shorter(sample, *too_long[0], self._data)
 
     async def _answer(self, teacher: Teacher, sample: Sample, readings: tuple[Reading, Reading]) -> Answer:
         own, student = readings
@@ -138,7 +128,8 @@ def _aligned(rows: Rows, teacher: Teacher, own: Reading, student: Reading) -> An
         chat = align_chat(whole, own.rendered, student.rendered, teacher.translation)
         supervised = rows.actual[own.supervised_T[first_row:]]
         target = chat.target.after(student.hidden_bos)
-        return Answer(rows, first_row, own, target, chat.report, -float(supervised.mean(dtype=float)))
+        nats = -float(supervised.mean(dtype=float)) if len(supervised) else math.inf
+        return Answer(rows, first_row, own, target, chat.report, nats)
     tokens = (own.tokens, student.tokens)
     target = align(rows, first_row, *tokens, teacher.translation)
     figures = report(rows, first_row, tokens, target, teacher.translation)

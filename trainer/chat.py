@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import TokenizerError, Tokens, Vocabulary
-from alignment.spans import INSIDE
 from trainer.chat_text import Chat
 from trainer.template import TODAY, ChatError, Template
 
@@ -185,15 +184,13 @@ def chat_tokens(rendered: Rendered, span: Span) -> SpanTokens:
     """The tokens of a span's content and its end of turn."""
     tokens = rendered.tokens
     begin, end, whole = token_range(tokens, span.start, span.stop)
-    ids, ends = tokens.ids[begin:end], tokens.ends[begin:end]
-    ends = np.where(ends < 0, INSIDE, ends - span.start)
-    closes = False
-    if whole and span.end_of_turn is not None:
-        closes = True
-        ids, ends = np.append(ids, span.end_of_turn), np.append(ends, span.stop - span.start + 1)
+    part = tokens.part(slice(begin, end), span.start, span.stop)
+    closes = whole and span.end_of_turn is not None
+    if span.end_of_turn is not None and closes:
+        part = part.closed(span.end_of_turn)
     before = tokens.ends[begin - 1] if begin else 0
     return SpanTokens(
-        tokens=Tokens(tokens.text[span.start : span.stop], ids, ends),
+        tokens=part,
         begin=begin,
         straddles=bool(before != span.start) or (begin == 0 and not rendered.prefix),
         closes=closes,

@@ -78,7 +78,7 @@ class Chat:
         for i, message in self._numbered():
             content, calls = message.get("content"), message.get("tool_calls")
             train = message.get("train", message.get("role") == "assistant")
-            if not isinstance(message.get("role"), str) or not all(map(_is_call, calls or ())):
+            if not isinstance(message.get("role"), str) or not _are_calls(calls):
                 raise self.error(f"message {i}: expected a role, and tool calls of name and arguments")
             if not isinstance(content, str) and not (content is None and calls):
                 raise self.error(f"message {i}: expected a text as its content, received {type(content).__name__}")
@@ -164,6 +164,10 @@ class Chat:
             f"message {i} does not come out of the template as it is: expected "
             f"{(expected[near] if found else content[:_SHOWN])!r}, seen {text[near]!r}"
         )
+
+
+def _are_calls(calls: object) -> bool:
+    return calls is None or (isinstance(calls, list | tuple) and all(map(_is_call, calls)))
 
 
 def _mark(text: str) -> str:

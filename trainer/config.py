@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trainer.errors import ConfigError
 
@@ -16,9 +16,20 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+ROLES = ("bos", "eos", "end_of_turn", "pad", "unk")
 
 
 MOST_TEACHERS = 16
+
+
+def _known_roles(roles: dict[str, str]) -> dict[str, str]:
+    for role in roles:
+        if role not in ROLES:
+            raise ValueError(f"there is no role {role!r}; the roles are {', '.join(ROLES)}")
+    return roles
+
+
+Roles = Annotated[dict[str, str], AfterValidator(_known_roles)]
 
 
 class Section(BaseModel):
@@ -38,7 +49,7 @@ class StudentConfig(Section):
     """bf16 autocasts over float32 weights; fp32 computes in float32 throughout."""
     train_layers: Positive | None = None
     """Train only this many of the uppermost layers (and the final norm); all parameters if absent."""
-    roles: dict[str, str] = {}
+    roles: Roles = {}
     """Special tokens by role (bos, eos, end_of_turn, pad, unk), as spelled, where the tokenizer's word is wrong."""
     chat_template: str | None = None
     """File with the template of its chats, in place of the model's own."""
@@ -88,7 +99,7 @@ class TeacherConfig(Section):
     """What its part in a fusion is multiplied by, relative to the other teachers."""
     final_weight: Weight | None = None
     """The same at the end of the run, where fusion.schedule moves; `weight` if absent."""
-    roles: dict[str, str] = {}
+    roles: Roles = {}
     """Special tokens by role (bos, eos, end_of_turn, pad, unk), as spelled, where its tokenizer's word is wrong."""
     chat_template: str | None = None
     """File with the template of its chats, in place of its own."""

@@ -58,7 +58,7 @@ def show_preview(preview: Preview) -> None:
     for teacher in preview.teachers:
         table.add_row(
             f"teacher {teacher.name}",
-            f"{teacher.own_bpb:.4f}",
+            "" if teacher.own_bpb is None else f"{teacher.own_bpb:.4f}",
             f"{teacher.aligned_bpb:.4f}",
             f"{teacher.mean_mass:.3f}",
         )

@@ -165,10 +165,14 @@ def shortened(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:
     None where nothing is left. Read again, a text may be a token longer: shorten it again.
     """
     if sample.is_chat:
-        answers = [i for i, message in enumerate(sample.messages) if message.get("role") == "assistant"]
+        answers = [
+            i for i, m in enumerate(sample.messages) if m.get("role") == "assistant" and m.get("train") is not False
+        ]
         return replace(sample, messages=sample.messages[: answers[-2] + 1]) if len(answers) > 1 else None
     data = tokens.text
-    cuts = [int(end) for end in tokens.ends[:limit] if 0 < end < len(data) and _is_character_end(data, int(end))]
+    cuts = [
+        int(end) for end in tokens.ends[: max(limit, 0)] if 0 < end < len(data) and _is_character_end(data, int(end))
+    ]
     return replace(sample, text=data[: cuts[-1]].decode(), closes=False) if cuts else None
 
 

@@ -9,12 +9,14 @@ from teachers.errors import TeacherError
 from teachers.pool import TeacherPool
 from teachers.protocol import PROBE, Card
 from trainer.asking import address_of, check_card
-from trainer.config import RunConfig, TeacherConfig, find_model
+from trainer.config import DataConfig, RunConfig, TeacherConfig, find_model
 from trainer.data import Sample, load_corpus
 from trainer.errors import UserError
+from trainer.fuser import check_routes
 from trainer.loop import total_steps
 from trainer.reading import Reader, chat_template, readable
 from trainer.student import check_folder, reader_of
+from trainer.template import ChatError
 
 BOS_MATTERS = 1.1  # nats with and without BOS that differ by more than a tenth are no accident
 
@@ -40,8 +42,10 @@ def examine(config: RunConfig) -> list[Finding]:
         findings.append(Finding("student", True, f"{vocabulary.name}: {len(vocabulary)} tokens"))
         corpus = load_corpus(config.data, config.eval, vocabulary, config.train.seed)
         samples = corpus.train + corpus.held_out
-        for _ in readable(samples, reader_of(folder, vocabulary, config), skip=config.data.broken_chats == "skip"):
-            pass
+        check_routes(corpus.train, config)
+        read = list(readable(samples, reader_of(folder, vocabulary, config), config.data))
+        if len(read) < len(samples):
+            findings.append(Finding("data", True, f"{len(samples) - len(read)} chats cannot be read and are skipped"))
         detail = f"{len(corpus.train)} windows to train on, {len(corpus.held_out)} held out"
         findings.append(Finding("data", True, f"{detail}, {total_steps(config, corpus)} steps"))
     except (UserError, TokenizerError) as error:
@@ -50,11 +54,11 @@ def examine(config: RunConfig) -> list[Finding]:
 
 
 async def _examine_teachers(config: RunConfig, samples: Sequence[Sample]) -> list[Finding]:
-    groups = await asyncio.gather(*(_examine_teacher(teacher, samples) for teacher in config.teachers))
+    groups = await asyncio.gather(*(_examine_teacher(t, samples, config.data) for t in config.teachers))
     return [finding for group in groups for finding in group]
 
 
-async def _examine_teacher(teacher: TeacherConfig, samples: Sequence[Sample]) -> list[Finding]:
+async def _examine_teacher(teacher: TeacherConfig, samples: Sequence[Sample], data: DataConfig) -> list[Finding]:
     """Card, tokenizer, K, lengths; then a probe sentence, with and without BOS."""
     findings: list[Finding] = []
     who = f"teacher {teacher.name}"
@@ -70,19 +74,27 @@ async def _examine_teacher(teacher: TeacherConfig, samples: Sequence[Sample]) ->
             template = None
             if any(sample.is_chat for sample in samples):
                 template = chat_template(files, vocabulary, teacher.roles, teacher.chat_template)
-            findings.append(_length(who, card, Reader(vocabulary, card.prefix, template), samples))
+            reader = Reader(vocabulary, card.prefix, template)
+            findings.append(_length(teacher, card, reader, samples, data))
             findings.append(await _probe(pool, teacher, card, vocabulary))
     except (UserError, TeacherError, TokenizerError) as error:
         findings.append(Finding(who, False, str(error)))
     return findings
 
 
-def _length(who: str, card: Card, reader: Reader, samples: Sequence[Sample]) -> Finding:
-    """Every sample, as this teacher will be asked; the first that it cannot read ends the check."""
-    lengths = [len(card.prefix) + len(reader.read(sample)) for sample in samples]
-    detail = f"takes {card.max_tokens} tokens; the longest sample is {max(lengths, default=0)} of them"
-    ok = max(lengths, default=0) <= card.max_tokens
-    return Finding(who, ok, detail if ok else f"{detail}: lower data.window_tokens")
+def _length(teacher: TeacherConfig, card: Card, reader: Reader, samples: Sequence[Sample], data: DataConfig) -> Finding:
+    """Every sample, as this teacher will be asked."""
+    lengths = [0]
+    for sample in samples:
+        try:
+            lengths.append(len(card.prefix) + len(reader.read(sample)))
+        except ChatError:
+            if data.broken_chats != "skip":
+                raise
+    detail = f"takes {card.max_tokens} tokens; the longest sample is {max(lengths)} of them"
+    fits, shortens = max(lengths) <= card.max_tokens, data.too_long == "shorten"
+    advice = "" if fits else "; it is shortened for all" if shortens else ": lower data.window_tokens"
+    return Finding(f"teacher {teacher.name}", fits or shortens, detail + advice)
 
 
 async def _probe(pool: TeacherPool, teacher: TeacherConfig, card: Card, vocabulary: Vocabulary) -> Finding:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from alignment import Target, Tokens, Translation, Vocabulary, align
-from alignment.chain import cuts_between
+from alignment import Target, Tokens, Translation, Vocabulary
+from alignment.chain import chained
 from teachers.protocol import Rows
 
 SPACE, CARRIER = "␣", "◌"
@@ -20,6 +20,7 @@ SMALL = 5e-4  # smaller numbers are printed as powers of ten
 ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", " ": SPACE}
 CAPTION = "First of each list: the token that stands there. Tail: not listed by the teacher + not placed by alignment."
 UNSPOKEN = "the teacher saw no BOS: it says nothing of its first token"
+CHANGED = "the teacher's tokenizer drops or changes these bytes: it says nothing of them"
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def explain(
     Raises AlignmentError as `align` does.
     """
     teacher, student = tokens
-    target = align(rows, first_row, teacher, student, translation)
-    cuts = cuts_between(teacher, student, translation)
+    alignment = chained(rows, first_row, teacher, student, translation)
+    target, cuts = alignment.target, alignment.cuts
     said = _said(rows, teacher.ids[first_row:], translation.teacher, top)
     right = target.prob_of(student.ids)
     out = []
@@ -98,7 +99,8 @@ def explain(
         begin, stop = (max(int(t) - first_row, 0) for t in cuts.teacher[b : b + 2])
         place, valid, tail = s - int(cuts.student[b]), bool(target.valid[s]), float(target.tail[s])
         # a later place is conditioned on the branches that begin like the text: what was not listed is not among them
-        unlisted = min(_unlisted(said[begin:stop]), tail) if valid and place == 0 else 0.0
+        unlisted = _unlisted(said[begin:stop]) / (1 + alignment.carried[b]) if valid and place == 0 else 0.0
+        unlisted = min(unlisted, tail)
         out.append(
             Explained(
                 position=s,
@@ -110,7 +112,7 @@ def explain(
                 teacher_tail=unlisted,
                 added_tail=tail - unlisted,
                 valid=valid,
-                why="" if valid else UNSPOKEN,
+                why="" if valid else UNSPOKEN if begin == 0 and first_row else CHANGED,
             )
         )
     return out

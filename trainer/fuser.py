@@ -4,8 +4,8 @@ Most of it is a function of a batch and its step. `adaptive` also goes by what w
 their order, and what was seen is state that a checkpoint keeps.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from alignment.report import AlignmentReport
 from trainer.asking import Asked
 from trainer.config import FusionConfig, RunConfig, TeacherConfig
 from trainer.data import Sample
-from trainer.errors import DataError
+from trainer.errors import CheckpointError, DataError
 from trainer.fusion import METHODS, Aligned, Rule, fuse, text_nats
 from trainer.priors import RunningBpb, routed, scheduled
 from trainer.reading import Reading
@@ -27,6 +27,7 @@ class Lesson:
     """What the student learns from one sample; `target` is None in plain training.
 
     shares, reports, left_out  of each teacher: its part in the fusion, how it arrived, positions it had no answer for
+    vanished                   positions where a geometric mean left nothing and the arithmetic one stands in
     shortened                  whether some model could not take the sample whole
     """
 
@@ -36,6 +37,7 @@ class Lesson:
     shares: tuple[float, ...] = ()
     reports: tuple[AlignmentReport, ...] = ()
     left_out: tuple[int, ...] = ()
+    vanished: int = 0
     shortened: bool = False
 
     @property
@@ -47,6 +49,29 @@ def rule_of(fusion: FusionConfig, top_k: int | None) -> Rule:
     """`adaptive` and `router` are means whose weights are chosen before."""
     method = fusion.method if fusion.method in METHODS else "mean"
     return Rule(method, fusion.scope, fusion.temperature, top_k)
+
+
+def _continued(running: RunningBpb, state: dict[str, Any]) -> RunningBpb:
+    """With what was seen before, by the names of the teachers. Raises CheckpointError if they are others."""
+    before = RunningBpb.from_state(state)
+    if sorted(before.names) != sorted(running.names):
+        raise CheckpointError(
+            f"the checkpoint's adaptive fusion has seen the teachers {', '.join(before.names)}, this run has "
+            f"{', '.join(running.names)}"
+        )
+    order = [before.names.index(name) for name in running.names]
+    seen = {domain: tuple(averages[i] for i in order) for domain, averages in before.seen.items()}
+    return replace(running, seen=seen)
+
+
+def check_routes(samples: Iterable[Sample], config: RunConfig) -> None:
+    """Raise DataError for the first sample that a router could send to nobody."""
+    names = [teacher.name for teacher in config.teachers]
+    for sample in samples if config.fusion.method == "router" else ():
+        if sample.teacher not in names:
+            raise DataError(
+                f"sample {sample.name}: router: expected one of {', '.join(names)}, received {sample.teacher!r}"
+            )
 
 
 class Fuser:
@@ -75,7 +100,7 @@ class Fuser:
         self._running = None
         if fusion.method == "adaptive":
             fresh = RunningBpb(self._names, fusion.half_life_bytes, fusion.margin_bpb, fusion.temperature)
-            self._running = RunningBpb.from_state(state) if state else fresh
+            self._running = _continued(fresh, state) if state else fresh
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -83,7 +108,7 @@ class Fuser:
         return self._running.state() if self._running else None
 
     def fuse(self, batch: Sequence[Asked], step: int = 0) -> tuple[Lesson, ...]:
-        """The lessons of one batch, the `step`-th from 0. Raises DataError for a teacher that is none of the run's."""
+        """The lessons of one batch, the `step`-th from 0. `check_routes` has been passed."""
         if not self._teachers:
             return tuple(Lesson(asked.sample, asked.reading, shortened=asked.shortened) for asked in batch)
         static = scheduled(
@@ -106,6 +131,7 @@ class Fuser:
                 tuple(one.shares_N.tolist()),
                 tuple(answer.report for answer in asked.answers),
                 tuple(one.left_out_N.tolist()),
+                one.num_vanished,
                 asked.shortened,
             )
             for asked, one in zip(batch, fused, strict=True)
@@ -122,10 +148,7 @@ class Fuser:
 
     def _prior(self, sample: Sample, static: NDArray[np.float64]) -> NDArray[np.float64]:
         if self._fusion.method == "router":
-            try:
-                return routed(self._names, sample.teacher or "")
-            except ValueError as error:
-                raise DataError(f"sample {sample.name}: {error}") from error
+            return routed(self._names, sample.teacher or "")
         if self._running is None:
             return static
         prior = static * self._running.weights(sample.domain)

@@ -123,8 +123,8 @@ class _Evidence(NamedTuple):
 def fuse(batch: Sequence[Aligned], rule: Rule, vocab_size: int) -> list[Fused]:
     """Fuse every sample of a batch; inputs are untouched, sums are float64, results float32.
 
-    A position where the chosen teachers are not valid falls to the prior of those that are (evenly, if that is 0 for
-    all of them); where nobody is valid the result is not. One teacher comes back unchanged but for the cut.
+    A position where the chosen teachers are not valid falls to the prior of those that are; where nobody with a prior
+    above 0 is valid the result is not. One teacher comes back unchanged but for the cut.
     Raises ValueError for arrays that do not belong together and for rows that are no distribution over distinct ids
     below `vocab_size`, with the numbers, the sample and the teacher.
     """
@@ -232,13 +232,15 @@ def _scores(batch: Sequence[Aligned], rows: Sequence[_Rows], rule: Rule) -> list
         return [_fusellm(sample, own, rule.method) for sample, own in zip(batch, rows, strict=True)]
     measure = _entropy if rule.method == "confidence" else _cross_entropy
     pairs = list(zip(batch, rows, strict=True))
-    evidence = [measure(sample, own, sample.prior_N > 0) for sample, own in pairs]
+    # a teacher without any answer leaves nothing to compare it by, and must not end the comparison of the others
+    taking_part = [(sample.prior_N > 0) & own.valid.any(axis=1) for sample, own in pairs]
+    evidence = [measure(sample, own, who) for (sample, own), who in zip(pairs, taking_part, strict=True)]
     if rule.scope == "token":
         losses = [e.amounts_NT / np.maximum(e.units_T, 1) for e in evidence]
         eligible = [(sample.prior_N > 0)[:, None] & own.valid for sample, own in pairs]
     else:
         losses = [_per_unit(total)[:, None] for total in _totals(evidence, rule.scope)]
-        eligible = [(sample.prior_N > 0)[:, None] for sample in batch]
+        eligible = [who[:, None] for who in taking_part]
     if rule.method == "min_ce":
         return [_best(loss, who) for loss, who in zip(losses, eligible, strict=True)]
     return [-loss / rule.temperature for loss in losses]
@@ -314,15 +316,13 @@ def _best(losses_NT: Floats, eligible_NT: Bools) -> Floats:
 
 
 def _weights(scores_NT: Floats, prior_N: Floats, valid_NT: Bools) -> Floats:
-    """[N, T] weights that sum to 1 where anyone is valid: prior · exp(score) over the valid, or what stands in."""
+    """[N, T] weights that sum to 1 where anyone that takes part is valid: prior · exp(score), or the prior alone."""
     with np.errstate(divide="ignore"):
         log_NT = np.where(valid_NT, scores_NT + np.log(prior_N)[:, None], -np.inf)
     best_T = log_NT.max(axis=0)
     chosen_T = best_T > -np.inf
     weights_NT: Floats = np.exp(log_NT - np.where(chosen_T, best_T, 0))
-    prior_NT = prior_N[:, None] * valid_NT
-    for stand_in_NT in (prior_NT, valid_NT):
-        weights_NT = np.where(weights_NT.sum(axis=0) > 0, weights_NT, stand_in_NT)
+    weights_NT = np.where(weights_NT.sum(axis=0) > 0, weights_NT, prior_N[:, None] * valid_NT)
     total_T = weights_NT.sum(axis=0)
     np.divide(weights_NT, total_T, out=weights_NT, where=total_T > 0)
     return weights_NT
@@ -330,7 +330,8 @@ def _weights(scores_NT: Floats, prior_N: Floats, valid_NT: Bools) -> Floats:
 
 def _fused(sample: Aligned, rows: _Rows, scores_NT: Floats, rule: Rule, vocab_size: int) -> Fused:
     weights_NT = _weights(scores_NT, sample.prior_N.astype(np.float64), rows.valid)
-    valid_T = np.logical_or.reduce(rows.valid)
+    taking_part_NT = rows.valid & (sample.prior_N > 0)[:, None]
+    valid_T = np.logical_or.reduce(taking_part_NT)
     top_k = min(rule.top_k or vocab_size, vocab_size)
     num_vanished = 0
     if rule.method == "geometric":
@@ -341,7 +342,7 @@ def _fused(sample: Aligned, rows: _Rows, scores_NT: Floats, rule: Rule, vocab_si
     return Fused(
         target=Target(offsets, ids, probs, tail, valid_T),
         shares_N=weights_NT.sum(axis=1) / max(int(valid_T.sum()), 1),
-        left_out_N=(valid_T & ~rows.valid).sum(axis=1),
+        left_out_N=(valid_T & ~rows.valid & (sample.prior_N > 0)[:, None]).sum(axis=1),
         num_vanished=int(num_vanished),
     )
 

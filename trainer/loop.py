@@ -25,7 +25,7 @@ from trainer.config import RunConfig
 from trainer.data import Corpus, Sample, batch_indices, load_corpus
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import evaluate
-from trainer.fuser import Fuser
+from trainer.fuser import Fuser, check_routes
 from trainer.metrics import Listener, Metrics
 from trainer.pipeline import Batch, TargetStream, labels_of
 from trainer.reading import Reader, readable
@@ -54,9 +54,12 @@ def train(
         raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
     torch.manual_seed(config.train.seed)
     student = load_student(config.student)
-    if config.data.window_tokens > student.max_tokens:
-        raise ConfigError(f"data.window_tokens is {config.data.window_tokens}, the student takes {student.max_tokens}")
+    longest = config.data.window_tokens + config.data.close_documents
+    if longest > student.max_tokens:
+        closing = " with EOS" if config.data.close_documents else ""
+        raise ConfigError(f"data.window_tokens is {longest}{closing}, the student takes {student.max_tokens}")
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
+    check_routes(corpus.train, config)
     optimizer = make_optimizer(student, config.optim)
     identity = identity_of(config, student, corpus)
     done = load_checkpoint(last, student, optimizer, identity) if resume and last else 0
@@ -72,7 +75,9 @@ def train(
         first = list(islice(batches, 1))  # nothing is written before every teacher has been checked
         make_folder(out)
         with Metrics(out / "metrics.jsonl", listener) as metrics:
-            metrics.emit("start", step=done, steps=num_steps, samples=len(corpus.train), run=config.model_dump())
+            metrics.emit(
+                "start", step=done, steps=num_steps, samples=len(corpus.train), **run.counts, run=config.model_dump()
+            )
             run.measure(metrics, done)
             for batch in chain(first, batches):
                 began = time.monotonic()
@@ -107,8 +112,15 @@ class _Run:
     def __init__(self, config: RunConfig, student: Student, reader: Reader, corpus: Corpus) -> None:
         self._config = config
         self._student = student
-        self._samples = list(readable(corpus.held_out, reader, skip=config.data.broken_chats == "skip"))
+        self._samples = list(readable(corpus.held_out, reader, config.data))
+        self.num_skipped = len(corpus.held_out) - len(self._samples)
+        if corpus.held_out and not self._samples:
+            raise DataError(f"none of the {len(corpus.held_out)} held-out chats can be read: see data.broken_chats")
         self.held_out: list[tuple[int, float]] = []
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"held_out": len(self._samples), "held_out_skipped": self.num_skipped}
 
     def measure(self, metrics: Metrics, step: int) -> None:
         if self._samples and not (self.held_out and self.held_out[-1][0] == step):
@@ -165,6 +177,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
         "waited_s": batch.waited_s,
         "shortened": sum(lesson.shortened for lesson in batch.lessons),
         "skipped": batch.num_skipped,
+        "folded_system": sum(bool(r and r.folded_system) for r in (le.reading.rendered for le in batch.lessons)),
     }
     if not config.teachers:
         return values
@@ -186,6 +199,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
         "forward_kl": result.forward_kl,
         "coverage": valid / sum(len(t) for t in targets),
         "mass": sum(float(t.mass.sum()) for t in targets) / max(valid, 1),
+        "vanished": sum(lesson.vanished for lesson in batch.lessons),
         "teachers": teachers,
     }
 

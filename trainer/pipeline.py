@@ -46,7 +46,7 @@ class _AnswerCache:
         nbytes = 0
         if asked is not None:
             asked = replace(asked, answers=tuple(answer.without_rows() for answer in asked.answers))
-            nbytes = asked.reading.tokens.ids.nbytes * 2 + sum(answer.target.nbytes for answer in asked.answers)
+            nbytes = asked.reading.nbytes + sum(a.target.nbytes + a.reading.nbytes for a in asked.answers)
         if sample.index not in self._known and self.nbytes + nbytes <= self._limit:
             self._known[sample.index] = asked
             self.nbytes += nbytes
@@ -161,7 +161,10 @@ class TargetStream:
         """Fuse, in the order of the batches, and pass on."""
         usable = [asked for asked in batch if asked is not None]
         if not usable:
-            raise DataError(f"all {len(batch)} chats of step {self._step + 1} had to be skipped: see data.broken_chats")
+            raise DataError(
+                f"all {len(batch)} chats of step {self._step + 1} cannot be read and were skipped: mend the data, or "
+                "raise train.batch_samples"
+            )
         lessons = await asyncio.to_thread(self._fuser.fuse, usable, self._step)
         self._step += 1
         await self._put(Batch(lessons, 0.0, len(batch) - len(usable), self._fuser.state))

@@ -30,10 +30,10 @@ BY_SCOPE = ("min_ce", "avg_ce", "confidence")
 
 @dataclass(frozen=True)
 class TeacherPreview:
-    """One teacher on the held-out text."""
+    """One teacher on the held-out text; own_bpb is absent where chats are: its own tokens have other ends there."""
 
     name: str
-    own_bpb: float
+    own_bpb: float | None
     aligned_bpb: float
     mean_mass: float
 
@@ -53,12 +53,12 @@ class Preview:
 class _Common:
     """The part of one sample that everybody speaks of: `wanted` positions of the student, and their bytes.
 
-    own  of each teacher, log-likelihood in nats and bytes of its own tokens there
+    own_nats  each teacher's own log-likelihood there; None of a chat, whose spans its tokens cut otherwise
     """
 
     asked: Asked
     wanted: NDArray[np.bool_]
-    own: tuple[tuple[float, int], ...]
+    own_nats: tuple[float, ...] | None
 
     @property
     def num_bytes(self) -> int:
@@ -93,16 +93,14 @@ def _common(asked: Asked, student: Student) -> Iterator[_Common]:
     spoken &= np.arange(len(spoken)) >= student.first_position
     if asked.sample.is_chat:
         if spoken.any():
-            own = tuple((a.report.teacher_nats, a.report.num_bytes) for a in asked.answers)
-            yield _Common(asked, spoken, own)
+            yield _Common(asked, spoken, None)
         return
     tokens = asked.reading.tokens
     for first in np.flatnonzero(spoken):
         begin = int(tokens.starts[first])
         nats = [_own_nats(a, begin) for a in asked.answers]
         if spoken[first:].all() and None not in nats:
-            num_bytes = tokens.num_bytes - begin
-            yield _Common(asked, np.arange(len(tokens)) >= first, tuple((n or 0.0, num_bytes) for n in nats))
+            yield _Common(asked, np.arange(len(tokens)) >= first, tuple(n or 0.0 for n in nats))
             return
 
 
@@ -128,7 +126,7 @@ def measure(config: RunConfig, student: Student, samples: Sequence[_Common]) -> 
         teachers.append(
             TeacherPreview(
                 teacher.name,
-                bits_per_byte(sum(s.own[i][0] for s in samples), sum(s.own[i][1] for s in samples)),
+                _own_bpb(samples, i, num_bytes),
                 _target_bpb(targets, samples, num_bytes),
                 float(mass.mean()),
             )
@@ -136,6 +134,11 @@ def measure(config: RunConfig, student: Student, samples: Sequence[_Common]) -> 
     fused = {name: _target_bpb(_fused(run, student, samples), samples, num_bytes) for name, run in _fusions(config)}
     positions = sum(int(s.wanted.sum()) for s in samples)
     return Preview(bits_per_byte(-sum(nats), num_bytes), tuple(teachers), fused, num_bytes, positions)
+
+
+def _own_bpb(samples: Sequence[_Common], teacher: int, num_bytes: int) -> float | None:
+    nats = [sample.own_nats[teacher] for sample in samples if sample.own_nats is not None]
+    return bits_per_byte(sum(nats), num_bytes) if len(nats) == len(samples) else None
 
 
 def _student_nats(student: Student, sample: _Common, chunk_tokens: int) -> float:

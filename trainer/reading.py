@@ -1,7 +1,7 @@
 """A sample as one model reads it: its tokens, which of them are learned from, and the bytes that they stand for."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from alignment import Tokens, Vocabulary
 from trainer.chat import ChatTemplate, Rendered, supervised_mask
-from trainer.data import Sample
+from trainer.config import DataConfig
+from trainer.data import Sample, shortened
 from trainer.errors import ConfigError, DataError
 from trainer.template import ChatError
 
@@ -31,6 +32,12 @@ class Reading:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, nearly; a chat's rendering again as much."""
+        arrays = self.tokens.ids.nbytes + self.tokens.ends.nbytes + self.num_bytes_T.nbytes + self.supervised_T.nbytes
+        return (arrays + self.tokens.num_bytes) * (1 if self.rendered is None else 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +61,46 @@ class Reader:
         rendered = self.template.render(sample.messages, sample.tools, sample=sample.name)
         tokens, supervised_T = rendered.tokens, supervised_mask(rendered)
         hidden = int(bool(self.prefix) and tokens.ids[:1].tolist() == list(self.prefix))
-        textual = np.array([self.vocabulary.token_bytes[i] is not None for i in tokens.ids.tolist()], dtype=bool)
-        num_bytes_T = np.where(supervised_T & textual, tokens.bytes_per_token, 0)
-        shown = replace(tokens, ids=tokens.ids[hidden:], ends=tokens.ends[hidden:], placing=None)
+        if not supervised_T[hidden + (not self.prefix) :].any():
+            raise ChatError(
+                f"sample {sample.name}, model {self.vocabulary.name}: no token of it is the assistant's alone"
+            )
+        ends = np.isin(tokens.ids, [span.end_of_turn for span in rendered.spans if span.end_of_turn is not None])
+        num_bytes_T = np.where(supervised_T & ~ends, tokens.bytes_per_token, 0)
+        shown = tokens.part(slice(hidden, None), 0, tokens.num_bytes)
         return Reading(shown, supervised_T[hidden:], num_bytes_T[hidden:], rendered, hidden)
 
 
-def readable(samples: Iterable[Sample], reader: Reader, *, skip: bool) -> Iterator[Reading]:
-    """Every sample as it is read; with `skip`, without the chats that cannot be."""
+def readable(samples: Iterable[Sample], reader: Reader, data: DataConfig) -> Iterator[Reading]:
+    """Every sample as the student reads it, and as a run's file says of long and of broken chats."""
     for sample in samples:
         try:
-            yield reader.read(sample)
+            yield _within(sample, reader, data)
         except ChatError:
-            if not skip:
+            if data.broken_chats != "skip":
                 raise
+
+
+def _within(sample: Sample, reader: Reader, data: DataConfig) -> Reading:
+    reading = reader.read(sample)
+    while sample.is_chat and len(reading) > data.window_tokens:
+        sample = shorter(sample, reading, data.window_tokens, "the student's window", data)
+        reading = reader.read(sample)
+    return reading
+
+
+def shorter(sample: Sample, reading: Reading, limit: int, who: str, data: DataConfig) -> Sample:
+    """The sample without its end. Raises ChatError or DataError if it may not or cannot be shortened."""
+    found = shortened(sample, reading.tokens, limit) if data.too_long == "shorten" else None
+    if found is not None:
+        return found
+    problem = f"sample {sample.name}: {who} takes {limit} tokens, it is {len(reading)} of them"
+    if sample.is_chat:
+        advice = (
+            "its first answer alone is too long" if data.too_long == "shorten" else 'data.too_long = "shorten" helps'
+        )
+        raise ChatError(f"{problem}; {advice}")
+    raise DataError(f'{problem}: set data.window_tokens lower, or data.too_long = "shorten" to shorten it for all')
 
 
 def chat_template(

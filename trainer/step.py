@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from trainer.config import OptimConfig, RunConfig
-from trainer.errors import NonFiniteLoss
+from trainer.errors import DataError, NonFiniteLoss
 from trainer.fuser import Lesson
 from trainer.losses import chunked_loss, labels_from
 from trainer.pipeline import labels_of, supervised_from
@@ -49,6 +49,9 @@ def train_step(
 ) -> StepResult:
     """Move the student once. Raises NonFiniteLoss, naming sample and teachers, before the optimizer is touched."""
     num_tokens = sum(int(supervised_from(lesson, student.first_position).sum()) for lesson in lessons)
+    if num_tokens == 0:
+        names = ", ".join(lesson.sample.name for lesson in lessons)
+        raise DataError(f"there is nothing to learn from in the samples {names}: nothing was updated")
     size = max(len(lessons) // config.train.accumulate, 1)
     sums = torch.zeros(3, dtype=torch.float64)
     for begin in range(0, len(lessons), size):

@@ -45,7 +45,10 @@ class Template:
     def from_files(cls, files: Mapping[str, bytes], name: str, given: str | None, today: date) -> "Template":
         """Read from tokenizer files by name, or take `given`. Raises ChatError if there is neither."""
         config = _object(files, "tokenizer_config.json", name)
-        sources = {DEFAULT: given} if given is not None else _sources(files, config)
+        try:
+            sources = {DEFAULT: given} if given is not None else _sources(files, config)
+        except (UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ChatError(f"{name}: its chat template cannot be read ({type(error).__name__}: {error})") from error
         if DEFAULT not in sources:
             raise ChatError(
                 f"{name} has no chat template (found: {', '.join(sources) or 'none'}): "

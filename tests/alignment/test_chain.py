@@ -126,7 +126,8 @@ def test_each_block_is_at_least_as_likely_as_the_teacher_finds_it(pair: str, tex
     rows, teacher, student, target = aligned(text, PAIRS[pair], top_k, 0)
     cuts = chained(rows, 0, teacher, student, PAIRS[pair]).blocks
     blocks = block_likelihoods(rows, 0, (teacher, student), target, cuts)
-    assert blocks.num_bytes.sum() == teacher.num_bytes
+    if teacher.written.all():
+        assert blocks.num_bytes.sum() == teacher.num_bytes
     assert (blocks.student >= blocks.teacher - 1e-4).all()
 
 

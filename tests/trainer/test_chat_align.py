@@ -17,6 +17,7 @@ from alignment.chain import chained
 from alignment.kernels import NONE
 from alignment.report import block_likelihoods
 from teachers.protocol import Rows
+from tests.kinds import vocabulary_of
 from tests.rows import random_rows
 from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary, id_of, prefixed
 from tests.tiny import TEXT, Kind
@@ -362,3 +363,21 @@ def test_an_end_of_turn_with_text_of_its_own_is_not_written_as_text() -> None:
     assert same.pieces[the] == b" the"
     assert changed.pieces[the] is None
     assert changed.tokens[changed.offsets[the] : changed.offsets[the + 1]].tolist() == [1]
+
+
+def test_a_normalizer_masks_as_much_of_a_chat_as_of_a_text() -> None:
+    """A teacher that lower-cases says nothing of the rest of a capital word, in an answer as anywhere."""
+    content = "the HARBOUR office and The Letters"
+    teacher, student = vocabulary_of("wordpiece"), vocabulary_of("byte_level")
+    translation = translate(teacher, student)
+    plain = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+    files = {"chat_template.jinja": plain.encode()}
+    messages = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": content}]
+    spoken, heard = (ChatTemplate.from_files(files, v, v.name).render(messages) for v in (teacher, student))
+    rows = random_rows(np.array(spoken.sequence), len(teacher), 12, seed=3, start=1)
+    chat = align_chat(rows, spoken, heard, translation)
+    text = teacher.encode(content), student.encode(content)
+    alone = align(random_rows(text[0].ids, len(teacher), 12, seed=3), 0, *text, translation)
+    assert chat.target.valid.sum() <= alone.valid.sum()
+    one_hot = chat.target.prob_of(heard.tokens.ids)[chat.target.valid] > 0.999
+    assert one_hot.mean() < 0.3

@@ -1,10 +1,13 @@
 """Fusion in whole runs: routes, domains, schedules, what is kept of them, and samples that are too long."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from alignment import TokenizerError, Vocabulary
 from tests.serve import FormulaEngine, serving
@@ -13,11 +16,13 @@ from tests.trainer.runs import losses, run_config, served_models
 from trainer.asking import Asked
 from trainer.config import RunConfig
 from trainer.data import Sample, shortened
-from trainer.errors import DataError
-from trainer.fuser import Fuser
+from trainer.errors import CheckpointError, DataError
+from trainer.fuser import Fuser, Lesson
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.priors import RunningBpb
 from trainer.reading import Reader
+from trainer.step import make_optimizer, train_step
 from trainer.student import load_student
 
 LINES = TEXT.splitlines(keepends=True)
@@ -92,6 +97,40 @@ def test_adaptive_fusion_goes_on_after_a_resume_as_if_it_had_not_stopped(
     assert abs(shares[-1] - shares[0]) > 0.01  # it has learned from what it saw
 
 
+def test_what_adaptive_fusion_has_seen_belongs_to_the_teachers_names(tmp_path: Path, tiny_byte_level: Path) -> None:
+    fusion = {"method": "adaptive", "temperature": 0.1, "margin_bpb": 5.0}
+    config = config_of(tmp_path, tiny_byte_level, ["http://a:1", "http://b:1"], "out", fusion=fusion)
+    seen = RunningBpb(("t0", "t1"), 1e6, 5.0).updated("a", [10.0, 100.0], [50, 50]).state()
+    raw = config.model_dump()
+    raw["teachers"].reverse()
+    turned = Fuser(RunConfig.model_validate(raw), 100, state=seen).state
+    assert turned is not None
+    assert turned["names"] == ["t1", "t0"]
+    assert turned["seen"]["a"] == seen["seen"]["a"][::-1]
+    assert turned["temperature"] == 0.1
+    raw["teachers"][0]["name"] = "t2"
+    with pytest.raises(CheckpointError, match="has seen the teachers t0, t1, this run has t2, t0"):
+        Fuser(RunConfig.model_validate(raw), 100, state=seen)
+
+
+def test_a_route_to_nobody_is_said_before_the_first_step(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = config_of(tmp_path, tiny_byte_level, ["http://127.0.0.1:1"], "out", fusion={"method": "router"})
+    with pytest.raises(DataError, match="expected one of t0, received 't1'"):
+        train(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_with_nothing_to_learn_from_moves_nothing(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(tiny_byte_level, write_columns(tmp_path), tmp_path / "out", [])
+    student = load_student(config.student)
+    reading = Reader(student.vocabulary, []).read(Sample(0, "s", "six sacks"))
+    lesson = Lesson(Sample(0, "s"), replace(reading, supervised_T=np.zeros(len(reading), dtype=bool)))
+    before = [p.detach().clone() for p in student.parameters()]
+    with pytest.raises(DataError, match="nothing to learn from in the samples s"):
+        train_step(student, make_optimizer(student, config.optim), [lesson], 1e-3, config)
+    assert all(bool((a == b).all()) for a, b in zip(before, student.parameters(), strict=True))
+
+
 def test_a_sample_longer_than_a_teacher_takes_is_shortened_for_all(tmp_path: Path, tiny_byte_level: Path) -> None:
     limit = 40
     with (
@@ -119,18 +158,17 @@ def test_a_shortened_text_ends_with_a_whole_character_and_without_eos(tiny_byte_
     assert shortened(Sample(0, "s", "日"), vocabulary.encode("日"), 1) is None
 
 
-@pytest.mark.parametrize(
-    ("roles", "message"), [({"eos": "<nope>"}, "role eos is to be '<nope>'"), ({"end": "x"}, "'end'")]
-)
-def test_a_role_that_cannot_be_is_said_before_anything_is_asked(
-    tmp_path: Path, tiny_byte_level: Path, roles: dict[str, str], message: str
-) -> None:
+def test_a_role_that_cannot_be_is_said_before_anything_is_asked(tmp_path: Path, tiny_byte_level: Path) -> None:
     for who in ("student", "teachers"):
         with serving(FormulaEngine(tiny_byte_level)) as url:
-            raw = config_of(tmp_path, tiny_byte_level, [url], f"{who}-{len(message)}").model_dump()
-            (raw["student"] if who == "student" else raw["teachers"][0])["roles"] = roles
-            with pytest.raises(TokenizerError, match=message):
+            raw = config_of(tmp_path, tiny_byte_level, [url], who).model_dump()
+            model = raw["student"] if who == "student" else raw["teachers"][0]
+            model["roles"] = {"eos": "<nope>"}
+            with pytest.raises(TokenizerError, match="role eos is to be '<nope>'"):
                 train(RunConfig.model_validate(raw))
+            model["roles"] = {"end": "<|eos|>"}
+            with pytest.raises(ValidationError, match="there is no role 'end'"):
+                RunConfig.model_validate(raw)
 
 
 def test_a_role_of_the_run_file_is_the_one_that_is_used(tmp_path: Path, tiny_byte_level: Path) -> None:

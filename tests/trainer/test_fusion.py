@@ -84,7 +84,8 @@ def spread(target: Target) -> Floats:
 def test_mass_and_tail_sum_to_one_where_anyone_is_valid(rule: Rule, seeds: list[int], more: int) -> None:
     batch = [random_sample(seeds), random_sample([s + more for s in seeds])]
     for sample, fused in zip(batch, fuse(batch, replace(rule, top_k=5), VOCAB_SIZE), strict=True):
-        anyone = np.logical_or.reduce([t.valid for t in sample.targets])
+        taking_part = [t.valid & (w > 0) for t, w in zip(sample.targets, sample.prior_N, strict=True)]
+        anyone = np.logical_or.reduce(taking_part)
         target = fused.target
         np.testing.assert_array_equal(target.valid, anyone)
         np.testing.assert_allclose(target.mass + target.tail, anyone, atol=1e-6)
@@ -92,7 +93,8 @@ def test_mass_and_tail_sum_to_one_where_anyone_is_valid(rule: Rule, seeds: list[
         assert (target.probs > 0).all()
         assert [a.dtype.name for a in (target.ids, target.probs, target.tail)] == ["int32", "float32", "float32"]
         assert fused.shares_N.sum() == pytest.approx(1.0 if anyone.any() else 0.0)
-        assert fused.left_out_N.tolist() == [int((anyone & ~t.valid).sum()) for t in sample.targets]
+        missing = [anyone & ~t.valid & (w > 0) for t, w in zip(sample.targets, sample.prior_N, strict=True)]
+        assert fused.left_out_N.tolist() == [int(m.sum()) for m in missing]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
@@ -139,16 +141,22 @@ def slow_loss(sample: Aligned, rule: Rule, n: int, t: int) -> tuple[float, float
     return bits, float(sample.num_bytes_T[t])
 
 
+def taking_part(sample: Aligned, rule: Rule) -> list[int]:
+    """Who has a prior and, but for the paper's own rules, an answer anywhere in the sample."""
+    theirs = rule.method.startswith("fusellm")
+    return [n for n, t in enumerate(sample.targets) if sample.prior_N[n] > 0 and (theirs or t.valid.any())]
+
+
 def slow_losses(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> list[float] | None:
     """Each participant's loss for position t of sample i; None where there is nothing to compare."""
-    part = [n for n in range(len(batch[i].targets)) if batch[i].prior_N[n] > 0]
+    part = taking_part(batch[i], rule)
     if rule.scope == "token" and not rule.method.startswith("fusellm"):
         pairs = [slow_loss(batch[i], rule, n, t) for n in part]
         return [amount / max(units, 1) for amount, units in pairs]
     pool = batch if rule.scope == "batch" and not rule.method.startswith("fusellm") else batch[i : i + 1]
     totals, units_seen, anywhere = [0.0] * len(part), 0.0, False
     for sample in pool:
-        if [n for n in range(len(sample.targets)) if sample.prior_N[n] > 0] != part:
+        if taking_part(sample, rule) != part:
             continue
         common = [s for s in range(POSITIONS) if all(sample.targets[n].valid[s] for n in part)]
         anywhere |= bool(common)
@@ -164,7 +172,7 @@ def slow_weights(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> Floats
     """[N] weights of one position, one teacher after another, as the docstrings say."""
     sample = batch[i]
     valid = np.array([bool(target.valid[t]) for target in sample.targets])
-    part = np.flatnonzero(sample.prior_N > 0)
+    part = np.array(taking_part(sample, rule), dtype=int)
     factor = np.zeros(len(valid))
     losses = None if rule.method == "mean" else slow_losses(batch, rule, i, t)
     per_token = rule.scope == "token" and not rule.method.startswith("fusellm")
@@ -180,7 +188,7 @@ def slow_weights(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> Floats
         else:
             factor[n] = 1.0
     prior = (sample.prior_N > 0) * 1.0 if rule.method.startswith("fusellm") else sample.prior_N
-    for weights in (factor * prior * valid, sample.prior_N * valid, valid * 1.0):
+    for weights in (factor * prior * valid, sample.prior_N * valid):
         if weights.any():
             return np.asarray(weights / weights.sum())
     return np.zeros(len(valid))
@@ -213,7 +221,7 @@ def prior_weights(sample: Aligned) -> Floats:
     out = np.zeros((len(sample.targets), POSITIONS))
     for t in range(POSITIONS):
         valid = np.array([bool(target.valid[t]) for target in sample.targets])
-        weights = sample.prior_N * valid if (sample.prior_N * valid).any() else valid.astype(float)
+        weights = sample.prior_N * valid
         out[:, t] = weights / max(weights.sum(), 1e-300)
     return out
 

@@ -144,7 +144,7 @@ def test_only_positions_where_all_who_take_part_answer_are_compared() -> None:
     sample = case(says(0.9, 0.001), says(0.5, 0.9, gaps=[1]), says(0.1, 0.1, gaps=[0, 1]), prior=[1, 1, 0])
     assert shares(sample, "min_ce") == [1, 0, 0]
     missing = fuse([sample], Rule("min_ce"), VOCAB_SIZE)[0]
-    assert missing.left_out_N.tolist() == [0, 1, 2]
+    assert missing.left_out_N.tolist() == [0, 1, 0]  # who takes no part is not missed
 
 
 def test_where_nothing_can_be_compared_all_are_equal() -> None:
@@ -158,7 +158,20 @@ def test_where_the_chosen_one_is_missing_the_prior_of_the_others_decides() -> No
     sample = case(says(0.9, 0.9, 0.9, gaps=[2]), says(0.5, 0.5, 0.5), says(0.4, 0.4, 0.4), prior=[1, 1, 3])
     assert shares(sample, "min_ce") == pytest.approx([2 / 3, 0.25 / 3, 0.75 / 3])
     chosen = replace(sample, prior_N=routed(["a", "b", "c"], "a"))
-    assert shares(chosen, "mean") == pytest.approx([2 / 3, 0.5 / 3, 0.5 / 3])
+    alone = fuse([chosen], Rule("mean"), VOCAB_SIZE)[0]
+    assert alone.target.valid.tolist() == [True, True, False]  # nobody teaches who takes no part
+    assert alone.shares_N.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+def test_a_teacher_without_any_answer_does_not_end_the_comparison_of_the_others(scope: str) -> None:
+    silent = says(0.9, 0.9, gaps=[0, 1])
+    for method, few in (("min_ce", [1.0, 0.0]), ("avg_ce", None)):
+        both = case(says(0.9, 0.9), says(0.1, 0.1))
+        pair = fuse([both], Rule(method, scope), VOCAB_SIZE)[0].shares_N
+        three = fuse([case(says(0.9, 0.9), says(0.1, 0.1), silent)], Rule(method, scope), VOCAB_SIZE)[0].shares_N
+        np.testing.assert_allclose(three, [*pair, 0.0])
+        assert few is None or pair.tolist() == few
 
 
 def test_a_batch_compares_teachers_over_the_samples_in_which_the_same_ones_take_part() -> None:
