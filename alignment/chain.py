@@ -110,6 +110,8 @@ def chained(
     if translation.is_identity:  # every row speaks of its own token, whatever a normalizer did to the text
         teacher, student = replace(teacher, placing=None), replace(student, placing=None)
     valid = _valid_positions(cuts, first_row, teacher, student)
+    if teacher.placing is not None:
+        valid &= ~_unspoken(cuts, teacher, translation.pieces)
     ids = np.ascontiguousarray(rows.ids, dtype=np.uint32)
     probs = np.exp(rows.logprobs, dtype=np.float32)
     actual = np.exp(rows.actual, dtype=np.float64)
@@ -160,15 +162,14 @@ def _valid_positions(cuts: Cuts, first_row: int, teacher: Tokens, student: Token
         spoken_from = teacher.ends[first_row - 1]
         inside = np.arange(cuts.student[block - 1] + 1, cuts.student[block])
         valid[inside] = (student.ends[inside - 1] >= spoken_from) & (spoken_from > 0)
-    if teacher.placing is not None:
-        valid &= ~_unspoken(cuts, teacher)
     return valid
 
 
-def _unspoken(cuts: Cuts, teacher: Tokens) -> NDArray[np.bool_]:
+def _unspoken(cuts: Cuts, teacher: Tokens, pieces: tuple[bytes | None, ...]) -> NDArray[np.bool_]:
     """Positions of which a teacher whose normalizer changed the text says nothing.
 
-    They are those of a block of which some bytes are in none of its tokens and, where its tokens do not write the
+    They are those of a block of which some bytes are in none of its tokens, or in the unknown token, which would give
+    its probability to whatever stands there; and, where its tokens do not write the
     text's bytes, all but the first: no other of its branches begins with what the student has read there, so they
     would merely repeat the text.
     """
@@ -176,7 +177,11 @@ def _unspoken(cuts: Cuts, teacher: Tokens) -> NDArray[np.bool_]:
     per_block = np.diff(cuts.student)
     later = np.ones(cuts.student[-1], dtype=bool)
     later[cuts.student[:-1][per_block > 0]] = False
-    return np.repeat(gaps(cuts, teacher), per_block) | (later & np.repeat(np.diff(changed) > 0, per_block))
+    unknown = [pieces[i] is None for i in teacher.ids.tolist()] & (teacher.ends <= teacher.num_bytes)  # EOS is known
+    silent = np.concatenate([[0], np.cumsum(unknown)])[cuts.teacher]
+    return np.repeat(gaps(cuts, teacher) | (np.diff(silent) > 0), per_block) | (
+        later & np.repeat(np.diff(changed) > 0, per_block)
+    )
 
 
 def gaps(cuts: Cuts, teacher: Tokens) -> NDArray[np.bool_]:

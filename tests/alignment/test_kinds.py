@@ -88,6 +88,16 @@ def test_a_teacher_whose_normalizer_drops_blanks_says_nothing_of_them(teacher: s
 
 
 @pytest.mark.parametrize("pair", [("wordpiece", "byte_level"), ("wordpiece", "sentencepiece")], ids="-".join)
+@pytest.mark.parametrize("teacher", ["wordpiece", "unigram"])
+def test_what_a_teacher_only_knows_as_unknown_gets_nothing_of_its_probability(teacher: str) -> None:
+    text = "the 👩 office"
+    *_, student, target = aligned(text, PAIRS[teacher, "byte_level"])
+    begin = text.encode().index("👩".encode())
+    inside = (student.ends > begin) & (student.starts < begin + 4)
+    assert not target.valid[inside].any()
+    assert target.valid[student.starts >= begin + 4].all()
+
+
 def test_lower_case_of_a_normalizer_costs_the_rest_of_a_capital_word_only(pair: tuple[str, str]) -> None:
     *_, student, target = aligned("the HARBOUR office", PAIRS[pair])
     word = (student.starts >= 3) & (student.ends <= 11)

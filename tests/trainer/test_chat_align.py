@@ -370,7 +370,7 @@ def test_a_normalizer_masks_as_much_of_a_chat_as_of_a_text() -> None:
     content = "the HARBOUR office and The Letters"
     teacher, student = vocabulary_of("wordpiece"), vocabulary_of("byte_level")
     translation = translate(teacher, student)
-    plain = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+    plain = "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% endfor %}"
     files = {"chat_template.jinja": plain.encode()}
     messages = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": content}]
     spoken, heard = (ChatTemplate.from_files(files, v, v.name).render(messages) for v in (teacher, student))
