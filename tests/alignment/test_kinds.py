@@ -87,7 +87,6 @@ def test_a_teacher_whose_normalizer_drops_blanks_says_nothing_of_them(teacher: s
     assert target.valid[: np.flatnonzero(student.ends <= inside[0])[-1]].all()
 
 
-@pytest.mark.parametrize("pair", [("wordpiece", "byte_level"), ("wordpiece", "sentencepiece")], ids="-".join)
 @pytest.mark.parametrize("teacher", ["wordpiece", "unigram"])
 def test_what_a_teacher_only_knows_as_unknown_gets_nothing_of_its_probability(teacher: str) -> None:
     text = "the 👩 office"
@@ -98,6 +97,7 @@ def test_what_a_teacher_only_knows_as_unknown_gets_nothing_of_its_probability(te
     assert target.valid[student.starts >= begin + 4].all()
 
 
+@pytest.mark.parametrize("pair", [("wordpiece", "byte_level"), ("wordpiece", "sentencepiece")], ids="-".join)
 def test_lower_case_of_a_normalizer_costs_the_rest_of_a_capital_word_only(pair: tuple[str, str]) -> None:
     *_, student, target = aligned("the HARBOUR office", PAIRS[pair])
     word = (student.starts >= 3) & (student.ends <= 11)
