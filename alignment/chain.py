@@ -177,7 +177,8 @@ def _unspoken(cuts: Cuts, teacher: Tokens, pieces: tuple[bytes | None, ...]) -> 
     per_block = np.diff(cuts.student)
     later = np.ones(cuts.student[-1], dtype=bool)
     later[cuts.student[:-1][per_block > 0]] = False
-    unknown = [pieces[i] is None for i in teacher.ids.tolist()] & (teacher.ends <= teacher.num_bytes)  # EOS is known
+    unknown = np.array([pieces[i] is None for i in teacher.ids.tolist()], dtype=bool)
+    unknown &= teacher.ends <= teacher.num_bytes  # a closing EOS is known
     silent = np.concatenate([[0], np.cumsum(unknown)])[cuts.teacher]
     return np.repeat(gaps(cuts, teacher) | (np.diff(silent) > 0), per_block) | (
         later & np.repeat(np.diff(changed) > 0, per_block)
