@@ -150,6 +150,8 @@ def taking_part(sample: Aligned, rule: Rule) -> list[int]:
 def slow_losses(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> list[float] | None:
     """Each participant's loss for position t of sample i; None where there is nothing to compare."""
     part = taking_part(batch[i], rule)
+    if not part:
+        return None
     if rule.scope == "token" and not rule.method.startswith("fusellm"):
         pairs = [slow_loss(batch[i], rule, n, t) for n in part]
         return [amount / max(units, 1) for amount, units in pairs]

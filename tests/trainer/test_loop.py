@@ -257,9 +257,7 @@ def test_a_teacher_with_another_tokenizer_than_its_card_says_is_refused(tmp_path
 
 def test_a_window_longer_than_a_teacher_takes_names_teacher_and_sample(tmp_path: Path, tiny_byte_level: Path) -> None:
     with serving(FormulaEngine(tiny_byte_level, max_tokens=20)) as url:
-        with pytest.raises(
-            Rejected, match=r"teacher t0: sample corpus.jsonl:\d+#\d+ is \d+ of its tokens, it takes 20"
-        ):
+        with pytest.raises(DataError, match=r"sample corpus.jsonl:\d+#\d+: teacher t0 takes 20 tokens, it is \d+"):
             train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
 
 
