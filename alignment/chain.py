@@ -68,27 +68,19 @@ class Chained:
 
 
 def align(
-    rows: Rows,
-    first_row: int,
-    teacher: Tokens,
-    student: Tokens,
-    translation: Translation,
-    *,
-    exact_above: float = EXACT_ABOVE,
-    carry_above: float = CARRY_ABOVE,
+    rows: Rows, first_row: int, teacher: Tokens, student: Tokens, translation: Translation, **bounds: float
 ) -> Target:
     """Turn a teacher's rows into a target over the student's vocabulary, one row per student token.
 
     rows         answers for teacher tokens first_row … T_teacher − 1
     first_row    0 where the teacher saw a BOS; 1 where nothing stood before its first token
-    exact_above  branches of later rows at least this probable are tokenized by the student; 0 tokenizes all
-    carry_above  branches at least this probable, against the text, are carried over the end of a block; 0 carries all
+    bounds       exact_above: branches of later rows at least this probable are tokenized by the student, 0: all;
+                 carry_above: branches at least this probable, against the text, are carried over the end of a block
     A student position is valid if it begins where the teacher has spoken: at or after the first byte of
     teacher token `first_row`.
 
     Raises AlignmentError if the rows are not those of these tokens or the texts differ. Inputs are not changed.
     """
-    bounds = {"exact_above": exact_above, "carry_above": carry_above}
     return chained(rows, first_row, teacher, student, translation, **bounds).target
 
 
@@ -102,7 +94,7 @@ def chained(
     exact_above: float = EXACT_ABOVE,
     carry_above: float = CARRY_ABOVE,
 ) -> Chained:
-    """`align`, and the blocks that it took."""
+    """`align`, and what it carried over which cuts."""
     check_rows(rows, first_row, teacher)
     if rows.ids.size and int(rows.ids.max()) >= len(translation.pieces):
         raise AlignmentError(f"row id {int(rows.ids.max())} is outside the teacher's {len(translation.pieces)} ids")
@@ -169,9 +161,8 @@ def _unspoken(cuts: Cuts, teacher: Tokens, pieces: tuple[bytes | None, ...]) -> 
     """Positions of which a teacher whose normalizer changed the text says nothing.
 
     They are those of a block of which some bytes are in none of its tokens, or in the unknown token, which would give
-    its probability to whatever stands there; and, where its tokens do not write the
-    text's bytes, all but the first: no other of its branches begins with what the student has read there, so they
-    would merely repeat the text.
+    its probability to whatever stands there; and, where its tokens do not write the text's bytes, all but the first: no
+    other of its branches begins with what the student has read there, so they would merely repeat the text.
     """
     changed = np.concatenate([[0], np.cumsum(~teacher.written)])[cuts.teacher]
     per_block = np.diff(cuts.student)
