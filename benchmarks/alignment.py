@@ -31,7 +31,7 @@ from alignment import Target, Tokens, Translation, Vocabulary, align, translate
 from alignment.fusellm import METHODS, fusellm_target, token_map
 from alignment.report import AlignmentReport, report
 from teachers.engines.transformers import TransformersEngine
-from teachers.protocol import Rows, as_received
+from teachers.rows import Rows, as_received
 from trainer.config import find_model, tables_dir
 from trainer.data import cut_windows
 

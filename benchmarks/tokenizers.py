@@ -31,7 +31,7 @@ from alignment import AlignmentError, Target, Tokens, Vocabulary, align, transla
 from alignment.chain import Rows as AnyRows
 from alignment.kernels import NONE
 from teachers.engines.transformers import TransformersEngine
-from teachers.protocol import Rows, as_received
+from teachers.rows import Rows, as_received
 from tests.zoo import ZOO, prepare_zoo
 
 SCORER = "gemma-3-270m"

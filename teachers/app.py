@@ -1,16 +1,18 @@
-"""The answering side of the wire: a FastAPI application over any Engine. Limits, key, health, problem+json."""
+"""The answering side of the wire: a Service on FastAPI. Keys, bodies, tokenizer files, health, problem+json.
 
-import asyncio
+`teacher_router` is the whole contract as a router; `build_app` is a server of its own around it.
+"""
+
 import hashlib
 import hmac
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
@@ -22,143 +24,74 @@ from teachers.protocol import (
     Card,
     Problem,
     Ready,
-    Rows,
     ScoreRequest,
-    StreamWriter,
     TokenizerFile,
 )
+from teachers.service import Limits, Refusal, Service
 
-log = logging.getLogger("tutelage.teacher")
-READY_TIMEOUT_S = 20.0
-RETRY_AFTER_S = 1
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request, and all that wait together, may hold."""
-
-    max_sequences: int = 64
-    max_request_tokens: int = 1 << 16
-    max_queued_tokens: int = 1 << 19
-    max_body_bytes: int = 1 << 20
-    max_seconds: float = 600.0
-
-
-class Refusal(Exception):
-    """A request that is answered with a problem."""
-
-    def __init__(self, status: int, title: str, detail: str) -> None:
-        self.problem = Problem(title=title, status=status, detail=detail)
+Guard = Callable[[Request], Awaitable[None]]
 
 
 def build_app(engine: Engine, key: str | None = None, limits: Limits = Limits()) -> FastAPI:
-    """The whole contract over one engine. With a key, everything under /v1 asks for it."""
+    """A server of its own over one engine. With a key, everything under /v1 asks for it."""
     app = FastAPI(title="Tutelage teacher", docs_url=None, redoc_url=None)
-    app.add_exception_handler(Refusal, _refuse)
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(RequestValidationError, _refuse_validation)
-    guarded = [Depends(_key_check(key))] if key else []
-    queue = _Queue(engine, limits)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
-    async def ready() -> Ready:
-        try:
-            await asyncio.wait_for(engine.check(), READY_TIMEOUT_S)
-        except Exception as error:  # whatever keeps the engine from answering is the answer
-            raise Refusal(503, "Not ready", f"the engine does not answer: {type(error).__name__}") from error
-        return Ready()
-
-    @app.get("/v1/teacher", dependencies=guarded)
-    async def card() -> Card:
-        return engine.card
-
-    @app.get("/v1/teacher/tokenizer", dependencies=guarded)
-    async def listing() -> list[TokenizerFile]:
-        return [TokenizerFile(name=n, sha256=_sha256(path)) for n, path in engine.tokenizer_files.items()]
-
-    @app.get("/v1/teacher/tokenizer/{name}", dependencies=guarded, response_class=FileResponse)
-    async def tokenizer_file(name: str) -> FileResponse:
-        if name not in engine.tokenizer_files:
-            raise Refusal(404, "No such file", f"expected one of {', '.join(engine.tokenizer_files)}, received {name}")
-        return FileResponse(engine.tokenizer_files[name])  # sets ETag
-
-    @app.post("/v1/score", dependencies=guarded, response_class=StreamingResponse, openapi_extra=_SCORE_BODY)
-    async def score(request: Request) -> StreamingResponse:
-        body = await _body(request, limits.max_body_bytes)
-        question = check_request(_parse(body), engine.card, limits)
-        return StreamingResponse(queue.answer(question, _timeout_s(request)), media_type=ARROW_STREAM)
-
+    app.include_router(teacher_router(Service(engine, limits), _key_check(key) if key else None))
     return app
 
 
-class _Queue:
-    """Counts the tokens that wait, refuses more than the limit, and streams answers as they come."""
+class _Route(APIRoute):
+    """Answers a Refusal as the problem it is, in whatever application the route stands."""
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
-        self._engine = engine
-        self._limit = limits.max_queued_tokens
-        self._max_seconds = limits.max_seconds
-        self._queued_tokens = 0
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
 
-    def answer(self, question: ScoreRequest, timeout_s: float | None) -> AsyncIterator[bytes]:
-        """Admit the question or raise Refusal; then an iterator of chunks."""
-        tokens = sum(map(len, question.sequences))
-        if self._queued_tokens + tokens > self._limit:
-            raise Refusal(503, "Queue full", f"{self._queued_tokens} of {self._limit} tokens are waiting: ask later")
-        return self._chunks(question, min(timeout_s or self._max_seconds, self._max_seconds))
+        async def handle_or_refuse(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Refusal as refusal:
+                return _problem(refusal.problem, refusal.retry_after_s)
 
-    async def _chunks(self, question: ScoreRequest, timeout_s: float) -> AsyncIterator[bytes]:
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        tasks = [asyncio.create_task(self._one(question, i)) for i in range(len(question.sequences))]
-        writer = StreamWriter(question.top_k, self._engine.card.fingerprint)
-        try:
-            for done in asyncio.as_completed(tasks):
-                async with asyncio.timeout_at(deadline):  # not around the yield: a client may never read
-                    index, rows = await done
-                yield writer.write(index, rows)
-            yield writer.close()
-        except Exception:  # the status line is out: an answer cut short is how the client learns of it
-            log.exception("an answer was cut short")
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _one(self, question: ScoreRequest, index: int) -> tuple[int, Rows]:
-        sequence = question.sequences[index]
-        self._queued_tokens += len(sequence)
-        try:
-            return index, await self._engine.score(sequence, question.starts[index], question.top_k)
-        finally:
-            self._queued_tokens -= len(sequence)
+        return handle_or_refuse
 
 
-def check_request(question: ScoreRequest, card: Card, limits: Limits) -> ScoreRequest:
-    """Refuse what this teacher cannot answer, with one sentence each; returns the question."""
-    sequences, starts = question.sequences, question.starts
-    if len(sequences) != len(starts) or not sequences:
-        raise Refusal(422, "Malformed", f"expected one start per sequence, received {len(starts)} for {len(sequences)}")
-    if len(sequences) > limits.max_sequences:
-        raise Refusal(413, "Too large", f"{len(sequences)} sequences; send at most {limits.max_sequences}")
-    if sum(map(len, sequences)) > limits.max_request_tokens:
-        raise Refusal(413, "Too large", f"{sum(map(len, sequences))} tokens; send at most {limits.max_request_tokens}")
-    if question.top_k > card.max_top_k:
-        raise Refusal(422, "K too large", f"top_k is {question.top_k}; this teacher answers at most {card.max_top_k}")
-    for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-        if len(sequence) > card.max_tokens:
-            detail = f"sequence {i} has {len(sequence)} tokens; this teacher takes at most {card.max_tokens}"
-            raise Refusal(422, "Sequence too long", detail)
-        if not 1 <= start < len(sequence):
-            detail = f"sequence {i}: start {start} leaves no position of {len(sequence)} tokens to answer"
-            raise Refusal(422, "Nothing to score", detail)
-        if max(sequence) >= card.vocab_size:
-            detail = f"sequence {i} holds id {max(sequence)}; the vocabulary ends at {card.vocab_size - 1}"
-            raise Refusal(422, "Token id out of range", detail)
-    return question
+def teacher_router(service: Service, guard: Guard | None = None) -> APIRouter:
+    """/ready and everything under /v1; the guard stands before the latter."""
+    router = APIRouter(route_class=_Route)
+    guarded = [Depends(guard)] if guard else []
+
+    @router.get("/ready")
+    async def ready() -> Ready:
+        await service.check()
+        return Ready()
+
+    @router.get("/v1/teacher", dependencies=guarded)
+    async def card() -> Card:
+        return service.engine.card
+
+    @router.get("/v1/teacher/tokenizer", dependencies=guarded)
+    async def listing() -> list[TokenizerFile]:
+        return [TokenizerFile(name=n, sha256=_sha256(path)) for n, path in service.engine.tokenizer_files.items()]
+
+    @router.get("/v1/teacher/tokenizer/{name}", dependencies=guarded, response_class=FileResponse)
+    async def tokenizer_file(name: str) -> FileResponse:
+        files = service.engine.tokenizer_files
+        if name not in files:
+            raise Refusal(404, "No such file", f"expected one of {', '.join(files)}, received {name}")
+        return FileResponse(files[name])  # sets ETag
+
+    @router.post("/v1/score", dependencies=guarded, response_class=StreamingResponse, openapi_extra=_SCORE_BODY)
+    async def score(request: Request) -> StreamingResponse:
+        question = _parse(await _body(request, service.limits.max_body_bytes))
+        return StreamingResponse(service.answer(question, _timeout_s(request)), media_type=ARROW_STREAM)
+
+    return router
 
 
 def _parse(body: bytes) -> ScoreRequest:
@@ -192,7 +125,7 @@ def _timeout_s(request: Request) -> float | None:
     return seconds
 
 
-def _key_check(key: str) -> Callable[[Request], Awaitable[None]]:
+def _key_check(key: str) -> Guard:
     expected = key.encode()
 
     async def check(request: Request) -> None:
@@ -207,16 +140,11 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _problem(problem: Problem) -> Response:
+def _problem(problem: Problem, retry_after_s: int | None = None) -> Response:
     headers = {"www-authenticate": "Bearer"} if problem.status == 401 else {}
-    if problem.status == 503:
-        headers["retry-after"] = str(RETRY_AFTER_S)
+    if retry_after_s is not None:
+        headers["retry-after"] = str(retry_after_s)
     return Response(problem.model_dump_json(), problem.status, headers, media_type=PROBLEM)
-
-
-async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _problem(error.problem)
 
 
 async def _refuse_http(_: Request, error: Exception) -> Response:

@@ -7,7 +7,8 @@ drops what nobody waits for.
 from pathlib import Path
 from typing import Protocol
 
-from teachers.protocol import Card, Rows
+from teachers.protocol import Card
+from teachers.rows import Rows
 
 
 class Engine(Protocol):

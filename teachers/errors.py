@@ -5,7 +5,8 @@ TeacherError                     names the teacher and what to do
 │   ├── Overloaded               429 or 503; carries the server's Retry-After
 │   └── Truncated                the stream ended before the last sequence
 ├── Rejected                     the teacher refused the question; asking again changes nothing
-│   └── Unauthorized             401: no key, or a wrong one
+│   ├── Unauthorized             401: no key, or a wrong one
+│   └── NotFound                 404: the server has no such route
 └── ProtocolError                the answer is not one
     ├── VersionMismatch          another protocol version
     ├── FingerprintMismatch      other weights or another tokenizer than the card promised
@@ -39,6 +40,10 @@ class Rejected(TeacherError):
 
 class Unauthorized(Rejected):
     """The bearer key is missing or wrong."""
+
+
+class NotFound(Rejected):
+    """The server has no such route: it is no teacher, or speaks another dialect."""
 
 
 class ProtocolError(TeacherError):

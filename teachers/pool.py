@@ -15,7 +15,8 @@ import stamina
 
 from teachers.client import TeacherClient
 from teachers.errors import FingerprintMismatch, Overloaded, TeacherError, Unavailable
-from teachers.protocol import Card, Rows, ScoreRequest
+from teachers.protocol import Card, ScoreRequest
+from teachers.rows import Rows
 
 log = logging.getLogger("tutelage.pool")
 REST_S = 2.0
@@ -41,7 +42,8 @@ class TeacherAddress:
 
 
 class _Replica:
-    def __init__(self, client: TeacherClient, concurrency: int) -> None:
+    def __init__(self, name: str, client: TeacherClient, concurrency: int) -> None:
+        self.name = name
         self.client = client
         self.slots = asyncio.Semaphore(concurrency)
         self.outstanding_tokens = 0
@@ -54,7 +56,7 @@ class _Replica:
             async with self.slots:
                 rows = (await self.client.score(request, card, timeout_s))[0]
             if self.resting_until:
-                log.warning("teacher %s at %s answers again", self.client.name, self.client.url)
+                log.warning("teacher %s at %s answers again", self.name, self.client.url)
             self.resting_until = 0.0
             return rows
         except Unavailable as error:
@@ -72,7 +74,8 @@ class TeacherPool:
     def __init__(self, addresses: Sequence[TeacherAddress]) -> None:
         self._addresses = {address.name: address for address in addresses}
         self._replicas = {
-            a.name: [_Replica(TeacherClient(a.name, url, a.key), a.concurrency) for url in a.urls] for a in addresses
+            a.name: [_Replica(a.name, TeacherClient(a.name, url, a.key), a.concurrency) for url in a.urls]
+            for a in addresses
         }
         # a question's patience begins when it can be asked, not while it waits behind others
         self._slots = {a.name: asyncio.Semaphore(a.concurrency * len(a.urls)) for a in addresses}

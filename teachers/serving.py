@@ -8,9 +8,10 @@ import threading
 
 import uvicorn
 
-from teachers.app import Limits, build_app
+from teachers.app import build_app
 from teachers.engine import Engine
 from teachers.errors import TeacherError
+from teachers.service import Limits
 
 
 def listen_on(host: str, port: int) -> socket.socket:

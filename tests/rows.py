@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.protocol import Rows
+from teachers.rows import Rows
 
 
 def random_rows(ids: NDArray[np.int64], vocab_size: int, top_k: int, seed: int, start: int = 0) -> Rows:

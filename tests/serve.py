@@ -11,9 +11,11 @@ import numpy as np
 import uvicorn
 
 from alignment import Vocabulary
-from teachers.app import Limits, build_app
+from teachers.app import build_app
 from teachers.engine import Engine
-from teachers.protocol import Card, Rows
+from teachers.protocol import Card
+from teachers.rows import Rows
+from teachers.service import Limits
 from tests.rows import random_rows
 
 

@@ -169,9 +169,10 @@ def test_a_demo_that_is_ended_takes_its_teachers_along(tiny_cache: Path, tmp_pat
         demo.await_teachers()
         time.sleep(0.5)
         demo.process.send_signal(how)
-        demo.process.communicate(timeout=30)
+        demo.process.communicate(timeout=60)
     finally:
         demo.process.kill()
+        demo.process.communicate()
     assert demo.process.returncode == (130 if how == signal.SIGINT else -how)
     demo.assert_nothing_is_left()
 

@@ -15,7 +15,8 @@ from alignment.fusellm import fusellm_target, token_map
 from alignment.report import AlignmentReport, report
 from teachers.errors import Rejected
 from teachers.pool import TeacherAddress, TeacherPool
-from teachers.protocol import Card, Rows, as_received
+from teachers.protocol import Card
+from teachers.rows import Rows, as_received
 from trainer.asking import together
 from trainer.config import DataConfig, find_model, tables_dir
 from trainer.data import cut_windows, read_documents

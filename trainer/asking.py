@@ -17,7 +17,8 @@ from alignment.report import AlignmentReport, report
 from teachers.errors import Rejected, TeacherError
 from teachers.keys import key_from_environment, key_from_file
 from teachers.pool import TeacherAddress, TeacherPool
-from teachers.protocol import Card, Rows
+from teachers.protocol import Card
+from teachers.rows import Rows
 from trainer.align_chat import align_chat
 from trainer.config import RunConfig, TeacherConfig, tables_dir
 from trainer.data import Sample

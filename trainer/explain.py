@@ -13,7 +13,7 @@ from rich.text import Text
 
 from alignment import Target, Tokens, Translation, Vocabulary
 from alignment.chain import chained
-from teachers.protocol import Rows
+from teachers.rows import Rows
 
 SPACE, CARRIER = "␣", "◌"
 SMALL = 5e-4  # smaller numbers are printed as powers of ten

@@ -12,7 +12,6 @@ import hashlib
 import json
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -26,10 +25,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from teachers.errors import TeacherError
-from teachers.protocol import PROBE, TOKENIZER_FILES, Card, Rows
+from teachers.protocol import PROBE, TOKENIZER_FILES, Card
+from teachers.rows import Rows
 
 CHUNK_TOKENS = 128  # [128, 262144] float32 is 134 MB
-PROGRESS_S = 15.0  # an engine that finished a batch within this time is alive, however much waits
 
 # torch legend: B sequences, L padded length, C chunk of positions, D width, W teacher's vocabulary, K top-k
 
@@ -74,8 +73,6 @@ class TransformersEngine:
         self._card = self._describe(folder)
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._closing = threading.Event()
-        self._busy = False
-        self._progress_at = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -94,9 +91,8 @@ class TransformersEngine:
         return await asyncio.wrap_future(job.answer)
 
     async def check(self) -> None:
-        """A busy engine shows that it lives by what it finishes; an idle one is asked."""
-        if not self._busy or time.monotonic() - self._progress_at > PROGRESS_S:
-            await self.score([self._card.bos_id or 0, 0], 1, 1)
+        """Score one token."""
+        await self.score([self._card.bos_id or 0, 0], 1, 1)
 
     def close(self) -> None:
         """End the thread after the batch it is at; what still waits is cancelled."""
@@ -108,9 +104,7 @@ class TransformersEngine:
 
     def _work(self) -> None:
         while not self._closing.is_set():
-            self._busy = False
             waiting = [self._jobs.get()]
-            self._busy, self._progress_at = True, time.monotonic()
             while not self._jobs.empty():
                 waiting.append(self._jobs.get_nowait())
             for batch in batches_by_length([job for job in waiting if job is not None], self._options.batch_tokens):
@@ -118,7 +112,6 @@ class TransformersEngine:
                     for job in batch:
                         job.answer.cancel()
                 self._answer([job for job in batch if job.answer.set_running_or_notify_cancel()])
-                self._progress_at = time.monotonic()
 
     def _answer(self, batch: list[_Job]) -> None:
         if not batch:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from alignment import Target, Tokens, Translation, Vocabulary, align, translate
 from alignment.chain import EXACT_ABOVE, cuts_between
-from teachers.protocol import Rows
+from teachers.rows import Rows
 
 LONGEST = 6
 SEED = 1

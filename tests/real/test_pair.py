@@ -22,7 +22,8 @@ from alignment.chain import chained
 from alignment.report import AlignmentReport, block_likelihoods, report
 from alignment.spans import common_cuts
 from teachers.engines.transformers import TransformersEngine
-from teachers.protocol import Card, Rows, as_received
+from teachers.protocol import Card
+from teachers.rows import Rows, as_received
 from tests.rows import random_rows
 from trainer.fusion import Aligned, Rule, fuse
 

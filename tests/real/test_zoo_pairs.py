@@ -18,7 +18,7 @@ from alignment import Target, Tokens, Translation, Vocabulary, translate
 from alignment.chain import chained
 from alignment.report import BlockLikelihoods, block_likelihoods
 from benchmarks.tokenizers import BEGIN, END, replaced, tables
-from teachers.protocol import Rows
+from teachers.rows import Rows
 from tests.rows import random_rows
 from tests.zoo import ZOO, prepare_zoo
 

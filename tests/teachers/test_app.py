@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -13,10 +14,10 @@ import numpy as np
 import pytest
 
 import teachers.errors as errors
-from teachers.app import Limits
 from teachers.client import TeacherClient
 from teachers.keys import key_from_file
 from teachers.protocol import TIMEOUT_HEADER, ScoreRequest
+from teachers.service import Limits
 from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port, saying, serving
 
@@ -176,6 +177,23 @@ def test_an_engine_that_fails_in_the_middle_is_a_truncated_answer(
         assert call(url, lambda c: ask(c, 10))
 
 
+def test_a_busy_engine_is_ready(tiny_byte_level: Path) -> None:
+    engine = FormulaEngine(tiny_byte_level, delay_s=1.0)
+    engine.check = lambda: engine.score([0, 0], 1, 1)  # type: ignore[assignment, return-value]
+
+    async def ask_while_busy(client: TeacherClient) -> float:
+        busy = asyncio.create_task(ask(client, 20))
+        await asyncio.sleep(0.3)
+        began = time.monotonic()
+        await client.ready()
+        took = time.monotonic() - began
+        await busy
+        return took
+
+    with serving(engine) as url:
+        assert call(url, ask_while_busy) < 0.5
+
+
 def test_an_engine_that_does_not_answer_is_not_ready(tiny_byte_level: Path) -> None:
     engine = FormulaEngine(tiny_byte_level)
 
@@ -265,7 +283,7 @@ def test_every_httpx_error_is_mapped(kind: type[Exception], monkeypatch: pytest.
         raise error
 
     async def run(client: TeacherClient) -> None:
-        monkeypatch.setattr(client._http, "stream", fail)
+        monkeypatch.setattr(client._http._http, "stream", fail)
         await client.card()
 
     with pytest.raises(errors.TeacherError, match="teacher gemma at"):

@@ -7,7 +7,7 @@ import pytest
 
 from teachers.errors import FingerprintMismatch, InvalidRows, Rejected, Unavailable
 from teachers.pool import REST_S, TeacherAddress, TeacherPool
-from teachers.protocol import Rows
+from teachers.rows import Rows
 from tests.serve import FormulaEngine, free_port, serving
 
 

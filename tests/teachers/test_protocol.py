@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teachers.errors import FingerprintMismatch, InvalidRows, ProtocolError, Truncated, VersionMismatch
-from teachers.protocol import Card, Rows, ScoreRequest, StreamWriter, read_stream
+from teachers.protocol import Card, ScoreRequest
+from teachers.rows import Rows, StreamWriter, read_stream
 from tests.rows import random_rows
 
 VOCAB_SIZE = 300

@@ -16,7 +16,7 @@ from alignment.chain import Rows as AnyRows
 from alignment.chain import chained
 from alignment.kernels import NONE
 from alignment.report import block_likelihoods
-from teachers.protocol import Rows
+from teachers.rows import Rows
 from tests.kinds import vocabulary_of
 from tests.rows import random_rows
 from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary, id_of, prefixed

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from alignment import align, translate
-from teachers.protocol import Rows
+from teachers.rows import Rows
 from tests.alignment.oracle import bpe
 from tests.rows import random_rows
 from tests.tiny import TEXT, tiny_vocabulary

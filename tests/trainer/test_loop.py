@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from alignment import Vocabulary
 from teachers.errors import FingerprintMismatch, Rejected, Unavailable
-from teachers.protocol import Rows
+from teachers.rows import Rows
 from tests.serve import FormulaEngine, free_port, serving
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
