@@ -4,11 +4,40 @@ An engine batches as it likes; whoever waits for an answer may go away (asyncio 
 drops what nobody waits for.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from teachers.protocol import Card
 from teachers.rows import Rows
+
+EngineKind = Literal["transformers", "vllm"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run a model.
+
+    dtype            weights and activations
+    device           "cpu", "cuda", "cuda:1", …; transformers only
+    bos              whether BOS goes in front of every text; "auto" is the tokenizer's word, or, where it has none,
+                     what the model predicts better
+    max_tokens       longest sequence; None takes the model's own limit
+    max_top_k        largest K
+    batch_tokens     padded tokens in one forward pass; 0 scores each sequence alone, reproducibly; transformers only
+    tensor_parallel  GPUs that share the model; vllm only
+    vllm_args        further engine arguments by vLLM's own names; vllm only
+    """
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: str = "cpu"
+    bos: Literal["auto", "yes", "no"] = "auto"
+    max_tokens: int | None = None
+    max_top_k: int = 128
+    batch_tokens: int = 0
+    tensor_parallel: int = 1
+    vllm_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Engine(Protocol):

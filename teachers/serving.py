@@ -29,13 +29,13 @@ def listen_on(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(engine: Engine, sock: socket.socket, key: str | None, limits: Limits = Limits()) -> None:
+async def serve(engine: Engine, sock: socket.socket, key: str | None, limits: Limits = Limits()) -> None:
     """Serve until SIGINT or SIGTERM; what is under way is finished first, for a few seconds."""
     config = uvicorn.Config(
         build_app(engine, key, limits), log_level="warning", timeout_graceful_shutdown=5, lifespan="off"
     )
     try:
-        uvicorn.Server(config).run(sockets=[sock])
+        await uvicorn.Server(config).serve(sockets=[sock])
     finally:  # uvicorn raises the signal that stopped it once more
         engine.close()
 

@@ -87,11 +87,13 @@ def teach(
 ) -> None:
     """Serve a model as a teacher."""
     with _one_sentence_errors():
+        from teachers.engine import EngineOptions
         from teachers.teach import TeachOptions, teach_model
         from trainer.config import find_model
 
         _quiet()
-        options = TeachOptions(host, port, dtype, device, bos, max_tokens, max_top_k, batch_tokens, key_file)
+        engine = EngineOptions(dtype, device, bos, max_tokens, max_top_k, batch_tokens)
+        options = TeachOptions(host, port, "transformers", engine, key_file)
         teach_model(find_model(model), options, stop_with_parent, lambda line: typer.echo(line, err=True))
 
 

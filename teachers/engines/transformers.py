@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from teachers.engine import EngineOptions
 from teachers.errors import TeacherError
 from teachers.protocol import PROBE, TOKENIZER_FILES, Card
 from teachers.rows import Rows
@@ -31,27 +32,6 @@ from teachers.rows import Rows
 CHUNK_TOKENS = 128  # [128, 262144] float32 is 134 MB
 
 # torch legend: B sequences, L padded length, C chunk of positions, D width, W teacher's vocabulary, K top-k
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to run the model.
-
-    dtype         weights and activations: "bfloat16" or "float32"
-    device        "cpu", "cuda", "cuda:1", …
-    bos           whether BOS goes in front of every text; "auto" is the tokenizer's word, or, where it has none,
-                  what the model predicts better
-    max_tokens    longest sequence; None takes the model's own limit
-    max_top_k     largest K
-    batch_tokens  padded tokens in one forward pass; 0 scores each sequence alone, reproducibly
-    """
-
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    device: str = "cpu"
-    bos: Literal["auto", "yes", "no"] = "auto"
-    max_tokens: int | None = None
-    max_top_k: int = 128
-    batch_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignment import Vocabulary
-from teachers.engines.transformers import CHUNK_TOKENS, EngineOptions, TransformersEngine, batches_by_length
+from teachers.engine import EngineOptions
+from teachers.engines.transformers import CHUNK_TOKENS, TransformersEngine, batches_by_length
 from teachers.errors import TeacherError
 from teachers.rows import Rows
 from tests.tiny import TEXT, tiny_vocabulary

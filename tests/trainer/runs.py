@@ -6,7 +6,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from teachers.engines.transformers import EngineOptions, TransformersEngine
+from teachers.engine import EngineOptions
+from teachers.engines.transformers import TransformersEngine
 from tests.serve import serving
 from tests.tiny import TEXT
 from trainer.config import RunConfig

@@ -162,7 +162,8 @@ def test_doctor_refuses_what_train_would(tmp_path: Path, tiny_byte_level: Path, 
 
 
 def test_doctor_sees_a_teacher_that_wants_bos_and_is_not_given_it(tmp_path: Path, gemma: Path, smollm2: Path) -> None:
-    from teachers.engines.transformers import EngineOptions, TransformersEngine
+    from teachers.engine import EngineOptions
+    from teachers.engines.transformers import TransformersEngine
 
     engine = TransformersEngine(gemma, EngineOptions(bos="no"))
     with serving(engine) as url:

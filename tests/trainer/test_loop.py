@@ -305,7 +305,8 @@ def test_the_teacher_itself_as_its_own_student_has_zero_divergence(tmp_path: Pat
 
 
 def test_the_same_holds_where_bos_stands_in_front(tmp_path: Path, tiny_sentencepiece: Path) -> None:
-    from teachers.engines.transformers import EngineOptions, TransformersEngine
+    from teachers.engine import EngineOptions
+    from teachers.engines.transformers import TransformersEngine
 
     engine = TransformersEngine(tiny_sentencepiece, EngineOptions(dtype="float32", bos="yes"))
     with serving(engine) as url:
