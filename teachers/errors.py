@@ -3,6 +3,7 @@
 TeacherError                     names the teacher and what to do
 ├── Unavailable                  no answer now; the same question may be asked again
 │   ├── Overloaded               429 or 503; carries the server's Retry-After
+│   ├── TeacherLost              no replica is left, and the run goes on without this teacher
 │   └── Truncated                the stream ended before the last sequence
 ├── Rejected                     the teacher refused the question; asking again changes nothing
 │   ├── Unauthorized             401: no key, or a wrong one
@@ -28,6 +29,10 @@ class Overloaded(Unavailable):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class TeacherLost(Unavailable):
+    """The teacher is left out until a replica answers again. Raised by the pool only."""
 
 
 class Truncated(Unavailable):

@@ -13,8 +13,9 @@ from pathlib import Path
 from alignment import Target, Translation, Vocabulary, align, translate
 from alignment.fusellm import fusellm_target, token_map
 from alignment.report import AlignmentReport, report
+from teachers.address import TeacherAddress
 from teachers.errors import Rejected
-from teachers.pool import TeacherAddress, TeacherPool
+from teachers.pool import TeacherPool
 from teachers.protocol import Card
 from teachers.rows import Rows, as_received
 from trainer.asking import together
@@ -116,7 +117,7 @@ def _score(options: AlignOptions, windows: list[str]) -> tuple[Vocabulary, int, 
 async def _from_server(
     url: str, key: str | None, windows: list[str], top_k: int
 ) -> tuple[Vocabulary, int, list[_Scored]]:
-    async with TeacherPool([TeacherAddress("teacher", (url,), key)]) as pool:
+    async with TeacherPool([TeacherAddress("teacher", (url,), key=key)]) as pool:
         card, files = await pool.connect("teacher")
         vocabulary = Vocabulary.from_files(files, name=card.model)
         asked = (_ask(pool, card, vocabulary, window, top_k) for window in windows)

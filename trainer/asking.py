@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 
 from alignment import AlignmentError, Target, Translation, Vocabulary, align, translate
 from alignment.report import AlignmentReport, report
+from teachers.address import TeacherAddress
 from teachers.errors import Rejected, TeacherError
 from teachers.keys import key_from_environment, key_from_file
-from teachers.pool import TeacherAddress, TeacherPool
+from teachers.pool import TeacherPool
 from teachers.protocol import Card
 from teachers.rows import Rows
 from trainer.align_chat import align_chat
