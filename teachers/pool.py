@@ -11,14 +11,10 @@ from teachers.replica import Finder
 from teachers.rows import Rows
 
 
-def _ignore(_: Event) -> None:
-    """For whoever does not care."""
-
-
 class TeacherPool:
     """Use as an async context manager, inside one event loop. `report` hears of teachers lost and back."""
 
-    def __init__(self, addresses: Sequence[TeacherAddress], report: Callable[[Event], None] = _ignore) -> None:
+    def __init__(self, addresses: Sequence[TeacherAddress], report: Callable[[Event], None] = lambda _: None) -> None:
         self._fleets = {address.name: Fleet(address, _finder(address), report) for address in addresses}
 
     async def __aenter__(self) -> "TeacherPool":

@@ -6,16 +6,16 @@ one sample, which all models see whole: one that a model cannot take is refused,
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alignment import AlignmentError, Target, Translation, Vocabulary, align, translate
 from alignment.report import AlignmentReport, report
 from teachers.address import TeacherAddress
-from teachers.errors import Rejected, TeacherError
+from teachers.errors import Rejected, TeacherError, TeacherLost
 from teachers.keys import key_from_environment, key_from_file
 from teachers.pool import TeacherPool
 from teachers.protocol import Card
@@ -43,6 +43,7 @@ class Answer:
     target: Target
     report: AlignmentReport
     nats_per_token: float = math.inf  # that the teacher pays for its own tokens; inf where it has said nothing
+    absent: bool = False  # the teacher was lost, and the run goes on without it
 
     def without_rows(self) -> "Answer":
         return replace(self, rows=None)
@@ -81,6 +82,10 @@ class Teachers:
         self._data = config.data
         self.teachers = tuple(teachers)
 
+    def stats(self) -> dict[str, dict[str, int]]:
+        """By a teacher's name, how its replicas did so far, as teachers.fleet.FleetStats has it."""
+        return {name: asdict(stats) for name, stats in self._pool.stats().items()}
+
     async def ask(self, sample: Sample) -> Asked | None:
         """Ask all teachers at once; the first error ends the others. None for a chat that is to be skipped."""
         try:
@@ -91,6 +96,8 @@ class Teachers:
             raise
         asked = zip(self.teachers, readings, strict=True)
         answers = await together(self._answer(teacher, fitted, (own, reading)) for teacher, own in asked)
+        if answers and all(answer.absent for answer in answers):
+            raise TeacherLost(f"every teacher is lost, there is nobody left to learn from (sample {fitted.name})")
         return Asked(fitted, reading, tuple(answers), shortened=fitted is not sample)
 
     def _fitted(self, sample: Sample) -> tuple[Sample, Reading, list[Reading]]:
@@ -109,11 +116,14 @@ class Teachers:
     async def _answer(self, teacher: Teacher, sample: Sample, readings: tuple[Reading, Reading]) -> Answer:
         own, student = readings
         sequence = teacher.sequence(own)
+        nothing = Target.nothing(len(student))
+        silent = Answer(None, 0, own, nothing, AlignmentReport(positions=len(nothing)))
         if len(sequence) < 2:  # one token with nothing in front: there is no position to predict
-            nothing = Target.nothing(len(student))
-            return Answer(None, 0, own, nothing, AlignmentReport(positions=len(nothing)))
+            return silent
         try:
-            rows = await self._pool.score(teacher.config.name, sequence, 1, teacher.config.top_k)
+            rows = await self._pool.score(teacher.config.name, sequence, 1, teacher.config.top_k, sample.name)
+        except TeacherLost:  # said loudly where it was lost
+            return replace(silent, absent=True)
         except TeacherError as error:
             error.args = (f"{error} (sample {sample.name})",)
             raise
@@ -143,9 +153,12 @@ def address_of(teacher: TeacherConfig) -> TeacherAddress:
     return TeacherAddress(
         name=teacher.name,
         urls=tuple(teacher.urls),
+        urls_file=Path(teacher.urls_file) if teacher.urls_file else None,
         key=_key_of(teacher),
+        ca_file=Path(teacher.ca_file) if teacher.ca_file else None,
         timeout_s=teacher.timeout_s,
         patience_s=teacher.patience_s,
+        on_loss=teacher.on_loss,
         concurrency=teacher.concurrency,
     )
 
@@ -167,9 +180,16 @@ def check_card(teacher: TeacherConfig, card: Card, vocabulary: Vocabulary) -> No
 
 
 @asynccontextmanager
-async def connected(config: RunConfig, student: Reader) -> AsyncIterator[Teachers]:
-    """Connect to every teacher of a run, check its card, and find or build its translation."""
-    async with TeacherPool([address_of(teacher) for teacher in config.teachers]) as pool:
+async def connected(
+    config: RunConfig, student: Reader, report: Callable[[dict[str, str]], None] = lambda _: None
+) -> AsyncIterator[Teachers]:
+    """Connect to every teacher of a run, check its card, and find or build its translation.
+
+    `report` hears of teachers that are lost and of those that are back, as teachers.fleet.Event has it.
+    """
+    async with TeacherPool(
+        [address_of(teacher) for teacher in config.teachers], lambda event: report(asdict(event))
+    ) as pool:
         answers = await together(pool.connect(teacher.name) for teacher in config.teachers)
         teachers = []
         for teacher, (card, files) in zip(config.teachers, answers, strict=True):

@@ -87,12 +87,16 @@ class TeacherConfig(Section):
 
     name: Annotated[str, Field(min_length=1)]
     """How metrics and errors call it."""
-    urls: Annotated[list[str], Field(min_length=1)]
-    """Base address of each replica."""
+    urls: list[str] = []
+    """Base address of each replica; dns+http://NAME:PORT stands for every address that the name has at the moment."""
+    urls_file: str | None = None
+    """File with more of them, one a line, that is read again while the run goes on."""
     key_env: str | None = None
     """Environment variable that holds its bearer key."""
     key_file: str | None = None
     """File that holds its bearer key."""
+    ca_file: str | None = None
+    """Certificates to trust for https, where the system's are not enough."""
     top_k: Positive = 64
     """Candidates asked for at every position."""
     weight: Weight = 1.0
@@ -106,9 +110,18 @@ class TeacherConfig(Section):
     timeout_s: Seconds = 120.0
     """Total time for one answer."""
     patience_s: Seconds = 600.0
-    """How long a run waits for a teacher of which no replica answers."""
-    concurrency: Positive = 8
-    """Questions under way at once, per replica."""
+    """How long no replica may answer before the teacher is lost."""
+    on_loss: Literal["wait", "drop", "stop"] = "wait"
+    """A teacher that is lost: `wait` ends the run once patience_s is over, `drop` goes on without it until it is back,
+    `stop` ends the run as soon as no replica is left."""
+    concurrency: Positive = 32
+    """Most questions under way at once, per replica; how many pay is found out while the run goes on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TeacherConfig":
+        if not self.urls and self.urls_file is None:
+            raise ValueError("urls: expected at least one address, or a urls_file that lists them")
+        return self
 
     @property
     def last_weight(self) -> float:

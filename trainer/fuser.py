@@ -27,6 +27,7 @@ class Lesson:
     """What the student learns from one sample; `target` is None in plain training.
 
     shares, reports, left_out  of each teacher: its part in the fusion, how it arrived, positions it had no answer for
+    absent                     of each teacher: whether it was lost when the sample was asked for
     vanished                   positions where a geometric mean left nothing and the arithmetic one stands in
     shortened                  whether some model could not take the sample whole
     """
@@ -37,6 +38,7 @@ class Lesson:
     shares: tuple[float, ...] = ()
     reports: tuple[AlignmentReport, ...] = ()
     left_out: tuple[int, ...] = ()
+    absent: tuple[bool, ...] = ()
     vanished: int = 0
     shortened: bool = False
 
@@ -131,6 +133,7 @@ class Fuser:
                 tuple(one.shares_N.tolist()),
                 tuple(answer.report for answer in asked.answers),
                 tuple(one.left_out_N.tolist()),
+                tuple(answer.absent for answer in asked.answers),
                 one.num_vanished,
                 asked.shortened,
             )

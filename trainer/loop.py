@@ -79,7 +79,7 @@ def train(
                 "start", step=done, steps=num_steps, samples=len(corpus.train), **run.counts, run=config.model_dump()
             )
             run.measure(metrics, done)
-            for batch in chain(first, batches):
+            for batch in noted(chain(first, batches), stream, metrics):
                 began = time.monotonic()
                 lr = learning_rate(done, num_steps, config.optim)
                 result = train_step(student, optimizer, batch.lessons, lr, config)
@@ -160,6 +160,22 @@ def _batches(config: RunConfig, corpus: Corpus, begin: int, end: int) -> Iterato
         yield [corpus.train[i] for i in indices]
 
 
+def noted(batches: Iterator[Batch], stream: TargetStream, metrics: Metrics) -> Iterator[Batch]:
+    """The batches. What happens to teachers meanwhile goes to the metrics file, even if it ends the run."""
+
+    def note() -> None:
+        for event in stream.events():
+            metrics.emit(event["kind"], teacher=event["teacher"], detail=event["detail"])
+
+    try:
+        for batch in batches:
+            note()
+            yield batch
+    except Exception:
+        note()
+        raise
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -191,9 +207,11 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
         teachers[teacher.name] = {
             "share": share,
             "left_out": sum(lesson.left_out[i] for lesson in batch.lessons),
+            "absent": sum(lesson.absent[i] for lesson in batch.lessons),
             "mass": _number(total.mean_mass),
             "own_bpb": _number(total.teacher_bpb),
             "aligned_bpb": _number(total.aligned_bpb),
+            "fleet": batch.fleets.get(teacher.name, {}),
         }
     return values | {
         "forward_kl": result.forward_kl,

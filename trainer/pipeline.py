@@ -9,9 +9,9 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class _AnswerCache:
         if asked is not None:
             asked = replace(asked, answers=tuple(answer.without_rows() for answer in asked.answers))
             nbytes = asked.reading.nbytes + sum(a.target.nbytes + a.reading.nbytes for a in asked.answers)
+        if asked is not None and any(answer.absent for answer in asked.answers):
+            return  # a teacher that is back by then is asked
         if sample.index not in self._known and self.nbytes + nbytes <= self._limit:
             self._known[sample.index] = asked
             self.nbytes += nbytes
@@ -56,13 +58,15 @@ class _AnswerCache:
 class Batch:
     """Lessons in order, how long the step waited for them, and what the fusion knew after them.
 
-    num_skipped counts chats that could not be read as every model writes them.
+    num_skipped counts chats that could not be read as every model writes them; fleets says how each teacher's replicas
+    did until then.
     """
 
     lessons: tuple[Lesson, ...]
     waited_s: float
     num_skipped: int = 0
     fusion_state: dict[str, Any] | None = None
+    fleets: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 _END = object()
@@ -90,6 +94,7 @@ class TargetStream:
         self._fuser = fuser
         self._step = first_step
         self._queue: queue.Queue[object] = queue.Queue(maxsize=1)
+        self._events: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._cancel: Callable[[], object] = lambda: None
         self._thread = threading.Thread(target=self._work, name="targets", daemon=True)
@@ -105,6 +110,11 @@ class TargetStream:
         self._stopping.set()
         self._cancel()
         self._thread.join(timeout=30)
+
+    def events(self) -> Iterator[dict[str, str]]:
+        """Teachers that were lost or came back since the last call: kind, teacher, detail."""
+        while not self._events.empty():
+            yield self._events.get_nowait()
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -126,7 +136,7 @@ class TargetStream:
         assert main is not None
         self._cancel = lambda: loop.is_closed() or loop.call_soon_threadsafe(main.cancel)
         try:
-            async with connected(self._config, self._student) as teachers:
+            async with connected(self._config, self._student, self._events.put) as teachers:
                 await self._run(teachers)
             await self._put(_END)
         except Exception as error:  # whatever it is, it is raised from the iteration
@@ -139,12 +149,12 @@ class TargetStream:
         try:
             for samples in self._batches:
                 if ahead.full():
-                    await self._hand_over(await ahead.get_nowait())
+                    await self._hand_over(await ahead.get_nowait(), teachers)
                 ahead.put_nowait(asyncio.create_task(self._batch(teachers, cache, samples)))
                 if self._stopping.is_set():
                     return
             while not ahead.empty():
-                await self._hand_over(await ahead.get_nowait())
+                await self._hand_over(await ahead.get_nowait(), teachers)
         finally:
             while not ahead.empty():
                 ahead.get_nowait().cancel()
@@ -157,7 +167,7 @@ class TargetStream:
             known[sample.index] = asked
         return [known[sample.index] for sample in samples]
 
-    async def _hand_over(self, batch: list[Asked | None]) -> None:
+    async def _hand_over(self, batch: list[Asked | None], teachers: Teachers) -> None:
         """Fuse, in the order of the batches, and pass on."""
         usable = [asked for asked in batch if asked is not None]
         if not usable:
@@ -167,7 +177,7 @@ class TargetStream:
             )
         lessons = await asyncio.to_thread(self._fuser.fuse, usable, self._step)
         self._step += 1
-        await self._put(Batch(lessons, 0.0, len(batch) - len(usable), self._fuser.state))
+        await self._put(Batch(lessons, 0.0, len(batch) - len(usable), self._fuser.state, teachers.stats()))
 
     async def _put(self, item: object) -> None:
         """Into the bounded queue, without blocking the event loop; dropped when the reader has gone."""
