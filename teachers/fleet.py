@@ -324,7 +324,7 @@ class Fleet:
             self._lose(self._last_error)
 
     def _gone(self, error: TeacherError) -> None:
-        """A replica did not stand its trial: enough for `stop` if no other serves, and if it is alone and talks nonsense."""
+        """A replica did not stand its trial: the end for `stop` if none serves, and if it is alone with nonsense."""
         self._silent(error)
         nobody_serves = not any(r.serving for r in self._replicas.values())
         alone_with_nonsense = len(self._replicas) == 1 and isinstance(error, ProtocolError)

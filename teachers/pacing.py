@@ -3,6 +3,7 @@
 A question's latency is counted per token plus a fixed part, so that long and short ones can be compared.
 """
 
+import math
 import random
 from collections import deque
 
@@ -11,7 +12,6 @@ START = 4.0
 HOLDS = 3.0  # at three times the lowest latency two thirds of it are waiting: more at once would only wait longer
 SHRINK = 0.7
 LEAST_S = 0.05  # sooner, a straggler is only a hiccup
-FORGET = 1.02  # the lowest latency rises by this factor an answer, so that a server that became slower is believed
 
 
 def per_unit(seconds: float, tokens: int) -> float:
@@ -25,7 +25,7 @@ class Pace:
     def __init__(self, most: int) -> None:
         self._most = float(most)
         self._limit = min(START, self._most)
-        self._lowest = 0.0
+        self._lowest = math.inf
 
     @property
     def limit(self) -> int:
@@ -35,7 +35,7 @@ class Pace:
     def answered(self, seconds: float, tokens: int, under_way: int) -> None:
         """An answer came. The limit grows by one a round, and only if it was in use."""
         latency = per_unit(seconds, tokens)
-        self._lowest = min(latency, self._lowest * FORGET) if self._lowest else latency
+        self._lowest = min(latency, self._lowest)
         if under_way >= self.limit and latency <= HOLDS * self._lowest:
             self._limit = min(self._most, self._limit + 1 / self._limit)
 
@@ -44,8 +44,8 @@ class Pace:
         self._limit = max(1.0, self._limit * SHRINK)
 
     def restart(self) -> None:
-        """It was away: begin with one question."""
-        self._limit = 1.0
+        """It was away, and may be another machine now: begin with one question."""
+        self._limit, self._lowest = 1.0, math.inf
 
 
 class Stragglers:

@@ -187,9 +187,8 @@ async def connected(
 
     `report` hears of teachers that are lost and of those that are back, as teachers.fleet.Event has it.
     """
-    async with TeacherPool(
-        [address_of(teacher) for teacher in config.teachers], lambda event: report(asdict(event))
-    ) as pool:
+    addresses = [address_of(teacher) for teacher in config.teachers]
+    async with TeacherPool(addresses, lambda event: report(asdict(event))) as pool:
         answers = await together(pool.connect(teacher.name) for teacher in config.teachers)
         teachers = []
         for teacher, (card, files) in zip(config.teachers, answers, strict=True):
