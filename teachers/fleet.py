@@ -23,7 +23,7 @@ from teachers.rows import Rows
 log = logging.getLogger("tutelage.pool")
 LOOK_AGAIN_S = 10.0  # between two readings of a file or a name that lists replicas
 SUSPECT_S = 10.0  # after which silence is looked into while nothing is known of this teacher's usual latency
-MOST_FAILURES = 12  # of one question while others are answered: it is the question then
+MOST_FAILURES = 6  # of one question: it is the question then
 
 
 @dataclass(frozen=True)
