@@ -1,11 +1,11 @@
 """3 teachers × 3 replicas while their processes are disturbed at random: is every answer there, and unchanged?
 
 `python -m benchmarks.chaos [--seconds 600] [--seed N] [--json FILE]`. Replicas are killed (kill -9, started again
-later), stopped (SIGSTOP), slowed 20 times, cut in mid-answer, made to answer noise, NaN, unsorted rows and foreign ids, and to
-refuse with 503. At any moment one replica of each teacher is left in peace, and one at most talks nonsense, as two
-nonsensical answers to one question end a run by intention. Samples are asked of all teachers at once, a fixed number at
-a time; each answer is compared bit by bit with what a replica in peace gives. Throughput before the disturbances, from
-the same processes, is what the time lost is measured against.
+later), stopped (SIGSTOP), slowed 20 times, cut in mid-answer, made to answer noise, NaN, unsorted rows and foreign
+ids, and to refuse with 503. At any moment one replica of each teacher is left in peace, and one at most talks nonsense,
+as two nonsensical answers to one question end a run by intention. Samples are asked of all teachers at once, a fixed
+number at a time; each answer is compared bit by bit with what a replica in peace gives. Throughput before the
+disturbances, from the same processes, is what the time lost is measured against.
 """
 
 import argparse

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 
 from teachers.address import TeacherAddress
 from teachers.client import Client, TeacherClient
-from teachers.fleet import Event, Fleet, FleetStats
+from teachers.fleet import Fleet, FleetStats
 from teachers.protocol import Card, ScoreRequest
 from teachers.replica import Finder
+from teachers.roster import Event
 from teachers.rows import Rows
 
 

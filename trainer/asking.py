@@ -185,7 +185,7 @@ async def connected(
 ) -> AsyncIterator[Teachers]:
     """Connect to every teacher of a run, check its card, and find or build its translation.
 
-    `report` hears of teachers that are lost and of those that are back, as teachers.fleet.Event has it.
+    `report` hears of teachers that are lost and of those that are back, as teachers.roster.Event has it.
     """
     addresses = [address_of(teacher) for teacher in config.teachers]
     async with TeacherPool(addresses, lambda event: report(asdict(event))) as pool:

@@ -29,7 +29,6 @@ def _one_sentence_errors(as_json: bool = False) -> Iterator[None]:
     from trainer.errors import UserError
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("stamina").setLevel(logging.ERROR)
     try:
         yield
     except (UserError, TeacherError, AlignmentError, TokenizerError) as error:
