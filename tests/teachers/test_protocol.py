@@ -149,11 +149,11 @@ def twice(rows: Rows, row: int) -> None:
 
 def unlist(rows: Rows, row: int) -> None:
     rows.ids[row] = np.setdiff1d(np.arange(VOCAB_SIZE - 1), rows.ids[row])[: rows.ids.shape[1]]
-    rows.actual[row] = np.log(min(1.5 * rows.tail[row] + 0.01, 1.0))
+    rows.actual[row] = np.log(np.clip(1.5 * rows.tail[row] + 0.01, 0.01, 1.0))
 
 
 FAULTS: dict[str, tuple[str, Change]] = {
-    "nan": ("not finite", entry(np.nan, 1)),
+    "nan": ("not finite", entry(np.nan)),
     "infinite": ("not finite", entry(-np.inf, -1)),
     "nan actual": ("not finite", actual(np.nan)),
     "infinite tail": ("not finite", tail(np.inf)),
