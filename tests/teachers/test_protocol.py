@@ -226,9 +226,9 @@ def test_a_missing_value_is_refused_by_name_and_never_0(name: str) -> None:
         "tail": rows.tail.tolist(),
     }
     if name == "a whole list of ids":
-        columns["ids"][1] = None  # type: ignore[call-overload]
+        columns["ids"][1] = None
     elif name in ("ids", "logprobs"):
-        columns[name][1][3] = None  # type: ignore[index]
+        columns[name][1][3] = None
     else:
         columns[name][1] = None
     sent_schema = schema(4, CARD.fingerprint)
