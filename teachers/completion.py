@@ -21,21 +21,21 @@ from teachers.rows import Rows, check_rows
 MINUS_INFINITY = -9999.0  # as vLLM writes it; nothing that a model says is that small
 ENTRY_BYTES = 512  # at most, of one candidate with its text; 72 at SmolLM2
 
-TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class Entry(msgspec.Struct, gc=False):
     """One candidate; without its text."""
 
     logprob: float
-    rank: int
+    rank: Id
 
 
 class Choice(msgspec.Struct):
     """The answer to one prompt."""
 
     index: int
-    prompt_logprobs: list[dict[TokenId, Entry] | None] | None = None
+    prompt_logprobs: list[dict[Id, Entry] | None] | None = None
 
 
 class Completion(msgspec.Struct):
@@ -109,11 +109,13 @@ def _rows(choice: Choice, request: ScoreRequest, card: Card) -> Rows:
     np.put_along_axis(logprobs, slots, np.fromiter(map(_LOGPROB, entries), np.float64, len(entries)).reshape(shape), 1)
     sorted_ids = np.empty(shape, dtype=np.uint32)
     np.put_along_axis(sorted_ids, slots, np.array(ids, dtype=np.uint32).reshape(shape), 1)
-    impossible = (logprobs == MINUS_INFINITY).any(axis=1) | (np.array(actual) == MINUS_INFINITY)
+    impossible = (logprobs <= MINUS_INFINITY).any(axis=1) | (np.array(actual) <= MINUS_INFINITY)
     if impossible.any():
         raise where.refuse(int(np.argmax(impossible)), "a value that is not finite: −9999, as vLLM writes −inf")
     tail = _tail(logprobs, card.vocab_size, where)
-    rows = Rows(start, sorted_ids, logprobs.astype(np.float32), np.array(actual, dtype=np.float32), tail)
+    with np.errstate(over="ignore"):  # what a float32 cannot hold is refused as not finite
+        own = np.array(actual).astype(np.float32)
+    rows = Rows(start, sorted_ids, logprobs.astype(np.float32), own, tail)
     return check_rows(rows, request, choice.index, card)
 
 
