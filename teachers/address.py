@@ -24,6 +24,7 @@ class TeacherAddress:
     urls_file    a file with more of them, read again while the run goes on
     key          bearer key, None for an open teacher
     ca_file      certificates to trust, where the system's are not enough
+    tokenizer    folder with its tokenizer.json, for a plain vLLM server, which hands out none
     timeout_s    total time for one question
     patience_s   how long no replica may answer before the teacher is lost
     on_loss      what then: `wait` ends the run, and so does `stop`, without patience; `drop` goes on without it
@@ -35,6 +36,7 @@ class TeacherAddress:
     urls_file: Path | None = None
     key: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
+    tokenizer: Path | None = None
     timeout_s: float = 120.0
     patience_s: float = 600.0
     on_loss: Literal["wait", "drop", "stop"] = "wait"

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from teachers.address import TeacherAddress
-from teachers.client import Client, TeacherClient
+from teachers.client import Client, find_client
 from teachers.fleet import Fleet, FleetStats
 from teachers.protocol import Card, ScoreRequest
 from teachers.replica import Finder
@@ -40,6 +40,6 @@ class TeacherPool:
 
 def _finder(address: TeacherAddress) -> Finder:
     async def find(url: str) -> Client:
-        return TeacherClient(address.name, url, address.key, address.ca_file)
+        return await find_client(address.name, url, address.key, address.ca_file, address.tokenizer)
 
     return find

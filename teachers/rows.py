@@ -6,7 +6,6 @@ log-probability of the actual token and the float32 tail: 392 bytes at K = 64.
 """
 
 import io
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +14,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from teachers.errors import FingerprintMismatch, InvalidRows, ProtocolError, Truncated, VersionMismatch
+from teachers.kernels import FAULTS, SOUND, check_floats, half_table, read_halves
 from teachers.protocol import PROTOCOL, Card, ScoreRequest
 
-HALF_ULP = 2.0**-11  # relative rounding of a float16, so p·|log p|·HALF_ULP is what it may add to a row's mass
-MOST = 2.0**-6  # largest relative rounding of a probability above e^−32
-MASS_TOLERANCE = 1e-4  # what the engine's own float32 sums may be off by
+_HALF_TABLE = half_table()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,21 +94,21 @@ def _fixed(values: NDArray[np.generic]) -> pa.FixedSizeListArray:
 def read_stream(data: bytes, request: ScoreRequest, card: Card) -> list[Rows]:
     """Decode and check a whole answer: one Rows per sequence of the request, in its order.
 
-    Raises Truncated, VersionMismatch, FingerprintMismatch, InvalidRows, or ProtocolError for the rest.
+    Their ids, actual and tail are views of `data`. Raises Truncated, VersionMismatch, FingerprintMismatch, InvalidRows,
+    or ProtocolError for the rest.
     """
     answers: dict[int, Rows] = {}
     try:
         reader = pa.ipc.open_stream(pa.BufferReader(data))
         _check_metadata(reader.schema, request.top_k, card)
-        for index, rows in _batches(reader):
+        for batch, metadata in reader.iter_batches_with_custom_metadata():
+            index, start = _place(metadata)
             if not 0 <= index < len(request.sequences) or index in answers:
                 raise ProtocolError(f"answer for sequence {index}, which was not asked or is already answered")
-            actual_ids = np.asarray(request.sequences[index][request.starts[index] :], dtype=np.uint32)
-            answers[index] = restore_mass(check_rows(rows, request, index, card), actual_ids)
+            _check_length(start, batch.num_rows, request, index)
+            answers[index] = _read_batch(batch, request, index, card)
     except (pa.ArrowInvalid, OSError) as error:
         raise Truncated(f"the answer broke off after {len(answers)} of {len(request.sequences)} sequences") from error
-    except (TypeError, KeyError, ValueError) as error:
-        raise ProtocolError(f"a batch without a usable index and start: {error!r}") from error
     if len(answers) < len(request.sequences):
         raise Truncated(f"the answer ended after {len(answers)} of {len(request.sequences)} sequences")
     return [answers[i] for i in range(len(request.sequences))]
@@ -129,78 +127,68 @@ def _check_metadata(received: pa.Schema, top_k: int, card: Card) -> None:
         raise ProtocolError(f"expected {top_k} candidates a row, received the schema {received.remove_metadata()}")
 
 
-def _batches(reader: pa.ipc.RecordBatchStreamReader) -> Iterator[tuple[int, Rows]]:
-    while True:
-        try:
-            batch, metadata = reader.read_next_batch_with_custom_metadata()
-        except StopIteration:
-            return
-        top_k = batch.schema.field("ids").type.list_size
-        shape = (batch.num_rows, top_k)
-        yield (
-            int(metadata["index"]),
-            Rows(
-                start=int(metadata["start"]),
-                ids=_flat(batch, "ids").reshape(shape),
-                logprobs=_flat(batch, "logprobs").astype(np.float32).reshape(shape),
-                actual=batch.column("actual").to_numpy(),
-                tail=batch.column("tail").to_numpy(),
-            ),
-        )
+def _place(metadata: Any) -> tuple[int, int]:
+    """Which sequence a batch answers, and from which position on."""
+    try:
+        return int(metadata["index"]), int(metadata["start"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ProtocolError(f"a batch without a usable index and start: {error!r}") from error
 
 
-def _flat(batch: pa.RecordBatch, name: str) -> NDArray[np.generic]:
-    return np.asarray(batch.column(name).flatten().to_numpy(zero_copy_only=False))
+def _read_batch(batch: pa.RecordBatch, request: ScoreRequest, index: int, card: Card) -> Rows:
+    """The actual token and the tail arrive exactly, the candidates in half precision: see kernels.read_halves."""
+    try:
+        batch.validate()  # else a batch that claims more rows than it holds would be read past its end
+    except pa.ArrowInvalid as error:
+        raise ProtocolError(f"sequence {index}: a batch that contradicts itself: {error}") from error
+    shape = (batch.num_rows, request.top_k)
+    where = (index, request.starts[index])
+    ids = _column(batch, "ids", where).reshape(shape)
+    halves = _column(batch, "logprobs", where).view(np.uint16).reshape(shape)
+    actual, tail = _column(batch, "actual", where), _column(batch, "tail", where)
+    text = _text(request, index, card)
+    logprobs, fault, row = read_halves(halves, ids, (actual, tail), text, _HALF_TABLE)
+    _refuse(fault, row, where, card)
+    return Rows(request.starts[index], ids, logprobs, actual, tail)
+
+
+def _column(batch: pa.RecordBatch, name: str, where: tuple[int, int]) -> NDArray[Any]:
+    """A view of a column's values, one after another. A missing one is refused: what stands in its place is no 0."""
+    column = batch.column(name)
+    values = column.flatten() if isinstance(column, pa.FixedSizeListArray) else column
+    for array in (column, values):
+        if array.null_count:
+            row = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False))) * len(column) // len(array)
+            raise InvalidRows(f"sequence {where[0]}, position {where[1] + row}: {name} has a missing value")
+    return np.asarray(values.to_numpy(zero_copy_only=True))
 
 
 def check_rows(rows: Rows, request: ScoreRequest, index: int, card: Card) -> Rows:
-    """Refuse rows that no model can have meant; returns them unchanged."""
-    sequence, start = request.sequences[index], request.starts[index]
-    expected = len(sequence) - start
-    if rows.start != start or len(rows) != expected:
-        raise ProtocolError(
-            f"sequence {index}: expected {expected} rows from position {start}, received {len(rows)} from {rows.start}"
-        )
-    for name, wrong in _faults(rows, sequence[start:], card.vocab_size):
-        if wrong.any():
-            position = start + int(np.flatnonzero(wrong)[0])
-            raise InvalidRows(f"sequence {index}, position {position}: {name}")
+    """Refuse float32 rows that no model can have meant, by the checks of `read_stream`; returns them unchanged."""
+    _check_length(rows.start, len(rows), request, index)
+    text = _text(request, index, card)
+    fault, row = check_floats(rows.logprobs, rows.ids, (rows.actual, rows.tail), text)
+    _refuse(fault, row, (index, rows.start), card)
     return rows
 
 
-def restore_mass(rows: Rows, actual_ids: NDArray[np.uint32]) -> Rows:
-    """Undo what float16 did to each row's mass: the actual token and the tail arrive exactly, so the others are
-    scaled, by no more than their rounding, until the row sums to 1. Without it a row can exceed 1 by 0.002.
-    """
-    probs = np.exp(rows.logprobs.astype(np.float64))
-    is_actual = rows.ids == actual_ids[:, None]
-    actual = np.exp(rows.actual.astype(np.float64))
-    others = np.where(is_actual, 0.0, probs).sum(axis=1)
-    wanted = 1.0 - rows.tail - np.where(is_actual.any(axis=1), actual, 0.0)
-    scale = np.clip(np.divide(wanted, others, out=np.ones_like(others), where=others > 0), 1 - MOST, 1 + MOST)
-    shifted = rows.logprobs + np.log(scale)[:, None]
-    logprobs = np.where(is_actual, rows.actual[:, None], np.minimum(shifted, 0.0)).astype(np.float32)
-    return Rows(rows.start, rows.ids, logprobs, rows.actual, rows.tail)
+def _check_length(start: int, num_rows: int, request: ScoreRequest, index: int) -> None:
+    asked = request.starts[index]
+    expected = len(request.sequences[index]) - asked
+    if start != asked or num_rows != expected:
+        raise ProtocolError(
+            f"sequence {index}: expected {expected} rows from position {asked}, received {num_rows} from {start}"
+        )
 
 
-def _faults(rows: Rows, actual_ids: Sequence[int], vocab_size: int) -> Iterator[tuple[str, Any]]:
-    """Each fault by name with [S] bool, true where it is found."""
-    finite = np.isfinite(rows.logprobs).all(axis=1) & np.isfinite(rows.actual) & np.isfinite(rows.tail)
-    yield "a value that is not finite", ~finite
-    yield "a positive log-probability", (rows.logprobs > 0).any(axis=1) | (rows.actual > 0)
-    yield "candidates that are not in descending order", (np.diff(rows.logprobs, axis=1) > 0).any(axis=1)
-    yield f"a token id outside the vocabulary of {vocab_size}", (rows.ids >= vocab_size).any(axis=1)
-    ids = np.sort(rows.ids, axis=1)
-    yield "a candidate that is listed twice", (ids[:, 1:] == ids[:, :-1]).any(axis=1)
-    probs = np.exp(rows.logprobs.astype(np.float64))
-    rounding = MASS_TOLERANCE + (probs * np.abs(rows.logprobs)).sum(axis=1) * HALF_ULP
-    yield "listed mass and tail that do not sum to 1", np.abs(probs.sum(axis=1) + rows.tail - 1) > rounding
-    is_actual = rows.ids == np.asarray(actual_ids, dtype=np.uint32)[:, None]
-    gap = np.abs(rows.logprobs - rows.actual[:, None])
-    rounding = MASS_TOLERANCE + np.abs(rows.actual) * HALF_ULP
-    yield "an actual token that contradicts its own listing", (is_actual & (gap > rounding[:, None])).any(axis=1)
-    unlisted = ~is_actual.any(axis=1) & (np.exp(rows.actual) > rows.tail + MASS_TOLERANCE)
-    yield "an unlisted actual token that is likelier than the whole tail", unlisted
+def _text(request: ScoreRequest, index: int, card: Card) -> tuple[NDArray[np.uint32], int]:
+    return np.asarray(request.sequences[index][request.starts[index] :], dtype=np.uint32), card.vocab_size
+
+
+def _refuse(fault: int, row: int, where: tuple[int, int], card: Card) -> None:
+    if fault != SOUND:
+        named = FAULTS[fault].format(vocab_size=card.vocab_size)
+        raise InvalidRows(f"sequence {where[0]}, position {where[1] + row}: {named}")
 
 
 def as_received(rows: Rows, sequence: list[int], card: Card) -> Rows:

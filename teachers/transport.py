@@ -3,10 +3,11 @@
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
+import msgspec
 from pydantic import ValidationError
 
 from teachers.errors import (
@@ -22,6 +23,7 @@ from teachers.errors import (
 from teachers.protocol import Problem
 
 ERROR_BYTES = 64 * 1024  # of an error's body
+DETAIL_CHARS = 300  # of what it says
 
 
 class Transport:
@@ -126,7 +128,7 @@ async def _raise_for_status(response: httpx.Response) -> None:
         case 401 | 403:
             raise Unauthorized(detail)
         case 404:
-            raise NotFound(detail)
+            raise NotFound(f"{response.request.url.path}: {detail}")
         case 429 | 503:
             raise Overloaded(detail, _retry_after_s(response))
         case status if status >= 500:
@@ -138,10 +140,21 @@ async def _raise_for_status(response: httpx.Response) -> None:
 
 
 def _detail(status: int, data: bytes) -> str:
-    try:
+    """What the server says of its error: in our words, in vLLM's, or not at all."""
+    with suppress(ValidationError):
         return Problem.model_validate_json(data).detail
-    except ValidationError:
-        return f"HTTP {status}"
+    with suppress(msgspec.DecodeError):
+        said = msgspec.json.decode(data, type=_VllmProblem).error.message
+        return f"HTTP {status}, {' '.join(said.split())[:DETAIL_CHARS]}"
+    return f"HTTP {status}"
+
+
+class _VllmError(msgspec.Struct):
+    message: str
+
+
+class _VllmProblem(msgspec.Struct):
+    error: _VllmError
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import uvicorn
+from fastapi import FastAPI
 
 from alignment import Vocabulary
 from teachers.app import build_app
@@ -73,13 +74,18 @@ class FormulaEngine:
 
 @contextmanager
 def serving(engine: Engine, key: str | None = None, limits: Limits = Limits(), port: int = 0) -> Iterator[str]:
+    """The address of a teacher that lives as long as the block."""
+    with serving_app(build_app(engine, key, limits), port) as url:
+        yield url
+
+
+@contextmanager
+def serving_app(app: FastAPI, port: int = 0) -> Iterator[str]:
     """The address of a server that lives as long as the block."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
-    config = uvicorn.Config(
-        build_app(engine, key, limits), log_level="critical", lifespan="off", timeout_graceful_shutdown=1
-    )
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()

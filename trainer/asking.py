@@ -21,7 +21,7 @@ from teachers.pool import TeacherPool
 from teachers.protocol import Card
 from teachers.rows import Rows
 from trainer.align_chat import align_chat
-from trainer.config import RunConfig, TeacherConfig, tables_dir
+from trainer.config import RunConfig, TeacherConfig, find_tokenizer, tables_dir
 from trainer.data import Sample
 from trainer.reading import Reader, Reading, chat_template, shorter
 from trainer.template import ChatError
@@ -156,6 +156,7 @@ def address_of(teacher: TeacherConfig) -> TeacherAddress:
         urls_file=Path(teacher.urls_file) if teacher.urls_file else None,
         key=_key_of(teacher),
         ca_file=Path(teacher.ca_file) if teacher.ca_file else None,
+        tokenizer=find_tokenizer(teacher.tokenizer) if teacher.tokenizer else None,
         timeout_s=teacher.timeout_s,
         patience_s=teacher.patience_s,
         on_loss=teacher.on_loss,

@@ -97,6 +97,8 @@ class TeacherConfig(Section):
     """File that holds its bearer key."""
     ca_file: str | None = None
     """Certificates to trust for https, where the system's are not enough."""
+    tokenizer: str | None = None
+    """Folder with its tokenizer.json, for a plain vLLM server, which hands out none."""
     top_k: Positive = 64
     """Candidates asked for at every position."""
     weight: Weight = 1.0
@@ -326,6 +328,11 @@ def tables_dir() -> Path:
 def find_model(name: str) -> Path:
     """A model directory by path, or by name under the cache. Raises ConfigError if there is neither."""
     return _find(name, "models", "a model directory", "config.json")
+
+
+def find_tokenizer(name: str) -> Path:
+    """A folder with a tokenizer by path, or a model by name under the cache. Raises ConfigError if there is neither."""
+    return _find(name, "models", "a folder with a tokenizer", "tokenizer.json")
 
 
 def find_data(name: str) -> Path:

@@ -1,16 +1,20 @@
 """The wire: what is sent is what arrives, and nothing else is taken for an answer."""
 
+import struct
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from teachers.errors import FingerprintMismatch, InvalidRows, ProtocolError, Truncated, VersionMismatch
 from teachers.protocol import Card, ScoreRequest
-from teachers.rows import Rows, StreamWriter, read_stream
+from teachers.rows import Rows, StreamWriter, check_rows, read_stream, schema
 from tests.rows import random_rows
+from tests.teachers.slow_rows import read_slowly
 
 VOCAB_SIZE = 300
 CARD = Card(
@@ -102,31 +106,148 @@ def test_an_empty_answer_is_truncated() -> None:
         read_stream(b"", request, CARD)
 
 
-FAULTS = {
-    "not finite": lambda r: replace(r, actual=np.where(np.arange(len(r)) == 1, np.nan, r.actual).astype(np.float32)),
-    "positive": lambda r: replace(r, actual=np.where(np.arange(len(r)) == 1, 0.5, r.actual).astype(np.float32)),
-    "descending": lambda r: replace(r, logprobs=_at_one(r.logprobs, r.logprobs[1, ::-1])),
-    "outside the vocabulary": lambda r: replace(r, ids=_at_one(r.ids, VOCAB_SIZE)),
-    "sum to 1": lambda r: replace(r, tail=np.where(np.arange(len(r)) == 1, r.tail + 0.01, r.tail).astype(np.float32)),
-    "listed twice": lambda r: replace(r, ids=_at_one(r.ids, 7)),
-    "contradicts": lambda r: replace(r, actual=np.where(np.arange(len(r)) == 1, -20.0, r.actual).astype(np.float32)),
+Change = Callable[[Rows, int], None]
+
+
+def entry(value: float, k: int = 0) -> Change:
+    def change(rows: Rows, row: int) -> None:
+        rows.logprobs[row, k] = value
+
+    return change
+
+
+def actual(value: float) -> Change:
+    def change(rows: Rows, row: int) -> None:
+        rows.actual[row] = value
+
+    return change
+
+
+def tail(shift: float) -> Change:
+    def change(rows: Rows, row: int) -> None:
+        rows.tail[row] += shift
+
+    return change
+
+
+def mass_with_its_tail(rows: Rows, row: int) -> None:
+    rows.logprobs[row] = np.minimum(rows.logprobs[row] + 0.5, 0)
+    rows.tail[row] = 1 - np.exp(rows.logprobs[row].astype(np.float16).astype(float)).sum()
+
+
+def unsort(rows: Rows, row: int) -> None:
+    rows.logprobs[row] = rows.logprobs[row, ::-1].copy()
+
+
+def outside(rows: Rows, row: int) -> None:
+    rows.ids[row, -1] = VOCAB_SIZE
+
+
+def twice(rows: Rows, row: int) -> None:
+    rows.ids[row, -1] = rows.ids[row, 0]
+
+
+def unlist(rows: Rows, row: int) -> None:
+    rows.ids[row] = np.setdiff1d(np.arange(VOCAB_SIZE - 1), rows.ids[row])[: rows.ids.shape[1]]
+    rows.actual[row] = np.log(np.clip(1.5 * rows.tail[row] + 0.01, 0.01, 1.0))
+
+
+FAULTS: dict[str, tuple[str, Change]] = {
+    "nan": ("not finite", entry(np.nan)),
+    "infinite": ("not finite", entry(-np.inf, -1)),
+    "nan actual": ("not finite", actual(np.nan)),
+    "infinite tail": ("not finite", tail(np.inf)),
+    "positive": ("positive", entry(0.5)),
+    "positive actual": ("positive", actual(0.5)),
+    "unsorted": ("descending", unsort),
+    "outside": ("outside the vocabulary of 300", outside),
+    "twice": ("listed twice", twice),
+    "mass beyond 1, the tail below 0": ("tail below 0", mass_with_its_tail),
+    "tail too large": ("sum to 1", tail(0.01)),
+    "tail too small": ("sum to 1", tail(-0.01)),
+    "contradicted": ("contradicts", actual(-20.0)),
+    "unlisted and likely": ("likelier than the whole tail", unlist),
 }
-
-
-def _at_one(values: np.ndarray, row: object) -> np.ndarray:
-    changed = values.copy()
-    changed[1] = row
-    return changed
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_rows_no_model_can_mean_are_refused_with_their_position(fault: str) -> None:
-    ids = list(range(10, 16))
-    request = ScoreRequest(sequences=[ids], starts=[1], top_k=VOCAB_SIZE)
-    rows = random_rows(np.array(ids), VOCAB_SIZE, VOCAB_SIZE, seed=0, start=1)
-    read_stream(stream([rows], [0], VOCAB_SIZE), request, CARD)
-    with pytest.raises(InvalidRows, match=f"sequence 0, position 2: .*{fault}"):
-        read_stream(stream([FAULTS[fault](rows)], [0], VOCAB_SIZE), request, CARD)
+    name, change = FAULTS[fault]
+    request, (rows,) = question([[9, 10, 11, 12]], 64)
+    assert 11 in rows.ids[1]
+    read_stream(stream([rows], [0], 64), request, CARD)
+    check_rows(rows, request, 0, CARD)
+    change(rows, 1)
+    with pytest.raises(InvalidRows, match=f"sequence 0, position 2: .*{name}"):
+        read_stream(stream([rows], [0], 64), request, CARD)
+    with pytest.raises(InvalidRows, match=f"sequence 0, position 2: .*{name}"):
+        check_rows(rows, request, 0, CARD)
+
+
+def outcome(read: Callable[[], Rows]) -> Rows | str:
+    try:
+        return read()
+    except InvalidRows as error:
+        return str(error)
+
+
+@given(
+    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=2, max_size=30),
+    st.integers(1, VOCAB_SIZE),
+    st.lists(st.tuples(st.sampled_from(sorted(FAULTS)), st.integers(0, 28)), max_size=3),
+    st.integers(0, 1000),
+)
+def test_rows_are_read_and_refused_as_plain_numpy_does(sequence, top_k, faults, seed) -> None:  # type: ignore[no-untyped-def]
+    rows = random_rows(np.array(sequence), VOCAB_SIZE, top_k, seed, start=1)
+    for fault, row in faults:
+        if fault != "unlisted and likely" or top_k < VOCAB_SIZE // 2:
+            FAULTS[fault][1](rows, row % len(rows))
+    request = ScoreRequest(sequences=[sequence], starts=[1], top_k=top_k)
+    sent = stream([rows], [0], top_k)
+    with np.errstate(over="ignore"):
+        halved = replace(rows, logprobs=rows.logprobs.astype(np.float16).astype(np.float32))
+    expected = outcome(lambda: read_slowly(halved, np.array(sequence[1:], dtype=np.uint32), VOCAB_SIZE))
+    received = outcome(lambda: read_stream(sent, request, CARD)[0])
+    if isinstance(expected, str) or isinstance(received, str):
+        assert received == expected
+        return
+    np.testing.assert_allclose(received.logprobs, expected.logprobs, rtol=3e-7, atol=1e-7)
+    for name in ("ids", "actual", "tail"):
+        np.testing.assert_array_equal(getattr(received, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("name", ["ids", "logprobs", "actual", "tail", "a whole list of ids"])
+def test_a_missing_value_is_refused_by_name_and_never_0(name: str) -> None:
+    request, (rows,) = question([[1, 2, 3, 4]], 4)
+    columns = {
+        "ids": rows.ids.tolist(),
+        "logprobs": rows.logprobs.astype(np.float16).tolist(),
+        "actual": rows.actual.tolist(),
+        "tail": rows.tail.tolist(),
+    }
+    if name == "a whole list of ids":
+        columns["ids"][1] = None
+    elif name in ("ids", "logprobs"):
+        columns[name][1][3] = None
+    else:
+        columns[name][1] = None
+    sent_schema = schema(4, CARD.fingerprint)
+    arrays = [pa.array(columns[field.name], type=field.type) for field in sent_schema]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, sent_schema) as writer:
+        batch = pa.record_batch(arrays, schema=sent_schema)
+        writer.write_batch(batch, custom_metadata={"index": "0", "start": "1"})
+    with pytest.raises(InvalidRows, match=f"sequence 0, position 2: {name.split()[-1]} has a missing value"):
+        read_stream(sink.getvalue().to_pybytes(), request, CARD)
+
+
+def test_a_batch_that_claims_more_rows_than_it_holds_is_refused() -> None:
+    held, claimed = 1235, 98765
+    request, rows = question([[7] * held], 1)
+    longer = request.model_copy(update={"sequences": [[7] * claimed]})
+    data = stream(rows, [0], 1).replace(struct.pack("<q", held - 1), struct.pack("<q", claimed - 1))
+    with pytest.raises(ProtocolError, match="sequence 0: a batch that contradicts itself"):
+        read_stream(data, longer, CARD)
 
 
 def test_an_unlisted_token_cannot_be_likelier_than_the_tail() -> None:

