@@ -1,0 +1,263 @@
+"""Teachers on a real local Ray Serve: two models, two replicas each, through the proxy and by handle."""
+
+import asyncio
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+
+import teachers.errors as errors
+from teachers.client import Client, TeacherClient
+from teachers.engine import EngineOptions
+from teachers.engines.transformers import TransformersEngine
+from teachers.pool import TeacherAddress, TeacherPool
+from teachers.protocol import ScoreRequest
+from teachers.rows import Rows, as_received
+from teachers.serve_options import ServeOptions
+from tests.serve import free_port
+from tests.test_processes import TUTELAGE, wait_for
+
+if importlib.util.find_spec("ray") is None:
+    if os.environ.get("CI"):
+        raise ImportError("ray is not installed, and CI is set")
+    pytest.skip("ray is not installed: pip install 'tutelage[ray]'", allow_module_level=True)
+
+with warnings.catch_warnings():
+    warnings.filterwarnings(
+        "ignore", "Using extra keyword arguments on `Field`", DeprecationWarning
+    )  # in Ray's schemas
+    import ray
+    from ray import serve
+    from ray.serve.schema import ServeDeploySchema
+
+from teachers.handle import HandleClient
+from teachers.serve import application, bind
+from tests.ray_engines import events, watched
+
+ROOT = Path(__file__).parents[2]
+START_S = 120.0
+FLOAT32 = EngineOptions(dtype="float32")
+TOP_K = 16
+
+
+def tiny_options(folder: Path, replicas: int) -> ServeOptions:
+    return ServeOptions(model=str(folder), options=FLOAT32, replicas=replicas, cpus=0.1)
+
+
+@pytest.fixture(scope="module")
+def address(tiny_byte_level: Path, tiny_sentencepiece: Path) -> Iterator[str]:
+    """The address of a Serve with two tiny teachers of two replicas each; no process outlives it."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    port = free_port()
+    ray.init("local", num_cpus=8, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        folders = {"byte_level": tiny_byte_level, "sentencepiece": tiny_sentencepiece}
+        serve.run_many([serve.RunTarget(application(tiny_options(f, 2)), n, f"/{n}") for n, f in folders.items()])
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive
+
+
+def replicas_of(name: str, above: int | None = None) -> list[int]:
+    """The processes of an application's replicas, below this process or another."""
+    title = f"ray::ServeReplica:{name}:teacher"
+    return [p.pid for p in psutil.Process(above).children(recursive=True) if title in "".join(p.cmdline())]
+
+
+def clients(address: str, name: str, key: str | None = None) -> list[Client]:
+    return [TeacherClient(name, f"{address}/{name}", key), HandleClient(name, f"serve://{name}", key)]
+
+
+def each_way(address: str, name: str, do: Callable[[Client], Awaitable[None]], key: str | None = None) -> None:
+    """The same over HTTP and by handle."""
+
+    async def run() -> None:
+        for client in clients(address, name, key):
+            try:
+                await do(client)
+            finally:
+                await client.aclose()
+
+    asyncio.run(run())
+
+
+def questions(count: int, vocab_size: int) -> list[list[int]]:
+    rng = np.random.default_rng(count)
+    return [rng.integers(0, vocab_size, size=rng.integers(2, 200)).tolist() for _ in range(count)]
+
+
+def answers(folder: Path, sequences: Sequence[list[int]]) -> list[Rows]:
+    """What an engine in this process says, as a client would receive it."""
+
+    async def run(engine: TransformersEngine) -> list[Rows]:
+        rows = await asyncio.gather(*(engine.score(s, 1, TOP_K) for s in sequences))
+        return [as_received(r, s, engine.card) for r, s in zip(rows, sequences, strict=True)]
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as Ray has it for less than two cpus; more add in another order
+    engine = TransformersEngine(folder, FLOAT32)
+    try:
+        return asyncio.run(run(engine))
+    finally:
+        engine.close()
+        torch.set_num_threads(num_threads)
+
+
+def assert_equal(received: Sequence[Rows], expected: Sequence[Rows]) -> None:
+    for ours, theirs in zip(received, expected, strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
+        np.testing.assert_array_equal(ours.actual, theirs.actual)
+        np.testing.assert_array_equal(ours.tail, theirs.tail)
+
+
+def test_two_teachers_under_one_address_answer_like_local_engines(
+    address: str, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    async def ask(name: str, sequences: Sequence[list[int]]) -> list[Rows]:
+        async with TeacherPool([TeacherAddress(name, (f"{address}/{name}",))]) as pool:
+            await pool.connect(name)
+            return await asyncio.gather(*(pool.score(name, s, 1, TOP_K) for s in sequences))
+
+    for folder in (tiny_byte_level, tiny_sentencepiece):
+        sequences = questions(30, 300)
+        assert_equal(asyncio.run(ask(folder.name, sequences)), answers(folder, sequences))
+
+
+def test_by_handle_and_by_proxy_a_teacher_is_the_same(address: str, tiny_byte_level: Path) -> None:
+    sequences = questions(12, 300)
+    expected = answers(tiny_byte_level, sequences)
+
+    async def ask(client: Client) -> None:
+        card = await client.card()
+        await client.alive(10.0)
+        await client.check(card, 10.0)
+        files = await client.tokenizer_files(card)
+        assert files["tokenizer.json"] == (tiny_byte_level / "tokenizer.json").read_bytes()
+        request = ScoreRequest(sequences=sequences, starts=[1] * len(sequences), top_k=TOP_K)
+        assert_equal(await client.score(request, card, 30.0), expected)
+        with pytest.raises(errors.Rejected, match="teacher byte_level at .* top_k is 900"):
+            await client.score(ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=900), card, 30.0)
+
+    each_way(address, "byte_level", ask)
+
+
+def test_what_is_not_served_is_an_error_of_ours(address: str) -> None:
+    async def ask(client: Client) -> None:
+        with pytest.raises((errors.NotFound, errors.Unavailable), match="teacher nobody at"):
+            await client.card()
+
+    each_way(address, "nobody", ask)
+    for url in ("serve://", "http://one", "serve://a/b"):
+        with pytest.raises(errors.TeacherError, match="expected serve://APPLICATION"):
+            HandleClient("one", url)
+
+
+def test_a_replica_killed_among_many_questions_costs_no_sample(address: str, tiny_sentencepiece: Path) -> None:
+    name, sequences = tiny_sentencepiece.name, questions(400, 300)
+    killed: list[int] = []
+
+    async def ask() -> list[Rows]:
+        done = 0
+
+        async def one(sequence: list[int]) -> Rows:
+            nonlocal done
+            rows = await pool.score(name, sequence, 1, TOP_K)
+            done += 1
+            if done == 60:
+                killed.extend(replicas_of(name)[:1])
+                os.kill(killed[0], signal.SIGKILL)
+            return rows
+
+        async with TeacherPool([TeacherAddress(name, (f"{address}/{name}",), concurrency=16)]) as pool:
+            await pool.connect(name)
+            return await asyncio.gather(*map(one, sequences))
+
+    assert len(replicas_of(name)) == 2
+    assert_equal(asyncio.run(ask()), answers(tiny_sentencepiece, sequences))
+    assert len(killed) == 1
+    assert not psutil.pid_exists(killed[0])
+
+
+@pytest.fixture
+def slow(address: str, tiny_byte_level: Path, tmp_path: Path) -> Iterator[Path]:
+    """A teacher 'slow' of one replica that takes 5 s for an answer; the folder of its notes."""
+    options = ServeOptions(
+        model=str(tiny_byte_level), cpus=0.1, max_ongoing_requests=1, max_queued_requests=2, retry_after_s=7,
+        health_check_period_s=0.2, graceful_shutdown_timeout_s=1, key_file=str(tmp_path / "key"),
+    )  # fmt: skip
+    (tmp_path / "key").write_text("right", encoding="utf-8")
+    serve.run(bind(options, watched(tmp_path, delay_s=5.0)), name="slow", route_prefix="/slow")
+    yield tmp_path
+    serve.delete("slow")
+
+
+def test_a_served_teacher_refuses_frees_and_replaces(address: str, slow: Path) -> None:
+    """One start of an application for all that needs a slow engine."""
+    each_way(address, "slow", no_key_is_refused)
+    each_way(address, "slow", lambda c: a_full_queue_is_overloaded(c, slow), key="right")
+    each_way(address, "slow", lambda c: a_client_that_leaves_has_its_work_dropped(c, slow), key="right")
+    (sick,) = set(events(slow, "opened"))
+    (slow / str(sick)).touch()
+    wait_for(lambda: len(events(slow, "opened")) == 2, 60, "a replica in place of the sick one")
+    wait_for(lambda: not psutil.pid_exists(sick), 60, "the end of the sick replica")
+    assert events(slow, "closed") == [sick]
+
+
+async def no_key_is_refused(client: Client) -> None:
+    with pytest.raises(errors.Unauthorized, match="teacher slow at"):
+        await client.card()
+    await client.alive(10.0)
+
+
+async def a_full_queue_is_overloaded(client: Client, notes: Path) -> None:
+    card = await client.card()
+    began, refused = time.monotonic(), 0
+    request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
+    jobs = [asyncio.create_task(client.score(request, card, 60.0)) for _ in range(8)]
+    try:
+        for job in asyncio.as_completed(jobs):
+            with pytest.raises(errors.Overloaded, match="teacher slow at") as caught:
+                await job
+            assert caught.value.retry_after_s == 7.0
+            refused += 1
+            if refused == 5:  # one is worked on, two wait
+                break
+        assert time.monotonic() - began < 4
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+
+async def a_client_that_leaves_has_its_work_dropped(client: Client, notes: Path) -> None:
+    card = await client.card()
+    before = len(events(notes, "dropped"))
+    asked = len(events(notes, "asked"))
+    request = ScoreRequest(sequences=[[1, 2], [3, 4, 5]], starts=[1, 1], top_k=4)
+    with pytest.raises(errors.Unavailable, match="no complete answer within 0.5 s"):
+        await client.score(request, card, 0.5)
+    for _ in range(100):
+        if len(events(notes, "dropped")) == before + 2:
+            break
+        await asyncio.sleep(0.02)
+    assert len(events(notes, "asked")) == asked + 2
+    assert len(events(notes, "dropped")) == before + 2
