@@ -86,12 +86,11 @@ def bind(options: ServeOptions, opening: Opening) -> serve.Application:
     return deployment.bind(options, opening)
 
 
-def serve_teachers(
-    teachers: Mapping[str, ServeOptions], host: str, port: int, address: str | None, say: Callable[[str], None]
-) -> None:
+def serve_teachers(teachers: Mapping[str, ServeOptions], host: str, port: int, address: str | None) -> None:
     """Run them until interrupted on the Ray cluster at `address`, or on one of their own that only loopback reaches.
 
-    Whatever else a cluster serves stays as it is. Raises TeacherError if a teacher cannot be started.
+    Whatever else a cluster serves stays as it is; where Serve runs already, so do its host and port, and Ray's own log
+    says so. Raises TeacherError if a teacher cannot be started.
     """
     try:
         if address is None:
@@ -101,8 +100,6 @@ def serve_teachers(
         serve.start(http_options={"host": host, "port": port})
         try:
             serve.run_many([serve.RunTarget(application(o), name, route_prefix(name)) for name, o in teachers.items()])
-            for name in teachers:
-                say(f"teacher {name} on http://{host}:{port}{route_prefix(name)}")
             while True:
                 signal.pause()
         finally:

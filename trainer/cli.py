@@ -126,7 +126,7 @@ def serve(
         _quiet()
         from teachers.serve import serve_teachers
 
-        serve_teachers(teachers, host, port, address, lambda line: typer.echo(line, err=True))
+        serve_teachers(teachers, host, port, address)
 
 
 @app.command()

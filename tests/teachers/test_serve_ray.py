@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -44,7 +44,7 @@ with warnings.catch_warnings():
     from ray.serve.schema import ServeDeploySchema
 
 from teachers.handle import HandleClient
-from teachers.serve import application, bind
+from teachers.serve import bind
 from tests.ray_engines import events, watched
 
 ROOT = Path(__file__).parents[2]
@@ -53,33 +53,105 @@ FLOAT32 = EngineOptions(dtype="float32")
 TOP_K = 16
 
 
-def tiny_options(folder: Path, replicas: int) -> ServeOptions:
-    return ServeOptions(model=str(folder), options=FLOAT32, replicas=replicas, cpus=0.1)
+RUN_FILE = """
+[student]
+model = "byte_level"
+[data]
+files = ["none.txt"]
+[output]
+dir = "none"
+{teachers}
+"""
+TEACHER = """
+[[teachers]]
+name = "{name}"
+urls = ["http://127.0.0.1:{port}/{name}"]
+[teachers.serve]
+model = "{name}"
+cpus = 0.1
+replicas = {replicas}
+options = {{ dtype = "float32" }}
+"""
+
+
+def run_file(folder: Path, names: Sequence[str], port: int, replicas: int) -> Path:
+    path = folder / "run.toml"
+    teachers = "".join(TEACHER.format(name=name, port=port, replicas=replicas) for name in names)
+    path.write_text(RUN_FILE.format(teachers=teachers), encoding="utf-8")
+    return path
+
+
+def printed(run: Path, port: int) -> str:
+    """The configuration that `tutelage serve --print` makes of a run file."""
+    command = [*TUTELAGE, "serve", str(run), "--port", str(port), "--print"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@contextmanager
+def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that ends by itself when interrupted, and leaves none behind."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    below: list[psutil.Process] = []
+    try:
+        yield process
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        _, alive = psutil.wait_procs(below, timeout=20)
+        assert not alive
+    finally:
+        for left in [*below, process]:
+            left.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
-def address(tiny_byte_level: Path, tiny_sentencepiece: Path) -> Iterator[str]:
-    """The address of a Serve with two tiny teachers of two replicas each; no process outlives it."""
+def cluster(tiny_byte_level: Path, tiny_sentencepiece: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a small Ray of its own, where the tiny models are names in the cache; no process outlives it."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "models").mkdir()
+    for folder in (tiny_byte_level, tiny_sentencepiece):
+        (cache / "models" / folder.name).symlink_to(folder)
     before = {process.pid for process in psutil.Process().children(recursive=True)}
-    port = free_port()
-    ray.init("local", num_cpus=8, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUTELAGE_CACHE", str(cache))
+        ray.init("local", num_cpus=8, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        folders = {"byte_level": tiny_byte_level, "sentencepiece": tiny_sentencepiece}
-        serve.run_many([serve.RunTarget(application(tiny_options(f, 2)), n, f"/{n}") for n, f in folders.items()])
-        yield f"http://127.0.0.1:{port}"
+        yield ray.get_runtime_context().gcs_address
     finally:
-        serve.shutdown()
         ray.shutdown()
     left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
     _, alive = psutil.wait_procs(left, timeout=20)
     assert not alive
 
 
-def replicas_of(name: str, above: int | None = None) -> list[int]:
-    """The processes of an application's replicas, below this process or another."""
-    title = f"ray::ServeReplica:{name}:teacher"
-    return [p.pid for p in psutil.Process(above).children(recursive=True) if title in "".join(p.cmdline())]
+@pytest.fixture(scope="module")
+def address(
+    cluster: str, tiny_byte_level: Path, tiny_sentencepiece: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The address of what `serve run` makes of two tiny teachers of two replicas each."""
+    folder, port, names = tmp_path_factory.mktemp("serve"), free_port(), [tiny_byte_level.name, tiny_sentencepiece.name]
+    (folder / "serve.yaml").write_text(printed(run_file(folder, names, port, replicas=2), port), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(folder / "serve.yaml")]
+    with started(command, os.environ | {"RAY_ADDRESS": cluster}) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: all(is_ready(process, f"{url}/{name}") for name in names), START_S, "both teachers")
+        wait_for(lambda: all(len(replicas_of(name)) == 2 for name in names), START_S, "two replicas each")
+        yield url
+
+
+def is_ready(process: "subprocess.Popen[bytes]", url: str) -> bool:
+    assert process.poll() is None
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def replicas_of(name: str) -> list[int]:
+    """The processes of an application's replicas, by the title that Ray gives them."""
+    below = psutil.Process().children(recursive=True)
+    return [p.pid for p in below if f"ray::ServeReplica:{name}:teacher" in "".join(p.cmdline())]
 
 
 def clients(address: str, name: str, key: str | None = None) -> list[Client]:
@@ -199,27 +271,47 @@ def test_a_replica_killed_among_many_questions_costs_no_sample(address: str, tin
 
 @pytest.fixture
 def slow(address: str, tiny_byte_level: Path, tmp_path: Path) -> Iterator[Path]:
-    """A teacher 'slow' of one replica that takes 5 s for an answer; the folder of its notes."""
-    options = ServeOptions(
-        model=str(tiny_byte_level), cpus=0.1, max_ongoing_requests=1, max_queued_requests=2, retry_after_s=7,
-        health_check_period_s=0.2, graceful_shutdown_timeout_s=1, key_file=str(tmp_path / "key"),
-    )  # fmt: skip
+    """A teacher 'slow' of one replica that takes 3 s for an answer, with a key; the folder of its notes."""
     (tmp_path / "key").write_text("right", encoding="utf-8")
-    serve.run(bind(options, watched(tmp_path, delay_s=5.0)), name="slow", route_prefix="/slow")
+    options = ServeOptions(
+        model=str(tiny_byte_level),
+        cpus=0.1,
+        max_ongoing_requests=1,
+        max_queued_requests=2,
+        retry_after_s=7,
+        health_check_period_s=0.2,
+        key_file=str(tmp_path / "key"),
+    )
+    serve.run(bind(options, watched(tmp_path, delay_s=3.0)), name="slow", route_prefix="/slow")
     yield tmp_path
     serve.delete("slow")
 
 
-def test_a_served_teacher_refuses_frees_and_replaces(address: str, slow: Path) -> None:
-    """One start of an application for all that needs a slow engine."""
+def test_keys_queue_cancelling_health_and_drain_of_one_slow_teacher(address: str, slow: Path) -> None:
+    """All that needs a slow engine, with one start of it."""
     each_way(address, "slow", no_key_is_refused)
-    each_way(address, "slow", lambda c: a_full_queue_is_overloaded(c, slow), key="right")
+    each_way(address, "slow", a_full_queue_is_overloaded, key="right")
     each_way(address, "slow", lambda c: a_client_that_leaves_has_its_work_dropped(c, slow), key="right")
     (sick,) = set(events(slow, "opened"))
     (slow / str(sick)).touch()
     wait_for(lambda: len(events(slow, "opened")) == 2, 60, "a replica in place of the sick one")
     wait_for(lambda: not psutil.pid_exists(sick), 60, "the end of the sick replica")
-    assert events(slow, "closed") == [sick]
+    asyncio.run(a_replica_that_is_taken_away_finishes_its_answer(address, slow))
+    assert events(slow, "closed") == events(slow, "opened")
+
+
+async def a_replica_that_is_taken_away_finishes_its_answer(address: str, notes: Path) -> None:
+    client = TeacherClient("slow", f"{address}/slow", "right")
+    request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
+    asked = len(events(notes, "asked"))
+    try:
+        answer = asyncio.create_task(client.score(request, await client.card(), 30.0))
+        while len(events(notes, "asked")) == asked:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(serve.delete, "slow")
+        assert len(await answer) == 1
+    finally:
+        await client.aclose()
 
 
 async def no_key_is_refused(client: Client) -> None:
@@ -228,7 +320,7 @@ async def no_key_is_refused(client: Client) -> None:
     await client.alive(10.0)
 
 
-async def a_full_queue_is_overloaded(client: Client, notes: Path) -> None:
+async def a_full_queue_is_overloaded(client: Client) -> None:
     card = await client.card()
     began, refused = time.monotonic(), 0
     request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
@@ -241,7 +333,7 @@ async def a_full_queue_is_overloaded(client: Client, notes: Path) -> None:
             refused += 1
             if refused == 5:  # one is worked on, two wait
                 break
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 2.5
     finally:
         for job in jobs:
             job.cancel()
@@ -261,3 +353,26 @@ async def a_client_that_leaves_has_its_work_dropped(client: Client, notes: Path)
         await asyncio.sleep(0.02)
     assert len(events(notes, "asked")) == asked + 2
     assert len(events(notes, "dropped")) == before + 2
+
+
+def test_tutelage_serve_joins_a_cluster_and_takes_away_only_its_own(
+    cluster: str, address: str, tmp_path: Path, tiny_byte_level: Path
+) -> None:
+    port = int(address.rpartition(":")[2])
+    run = run_file(tmp_path, ["third"], port, replicas=1)
+    run.write_text(run.read_text(encoding="utf-8").replace('model = "third"', f'model = "{tiny_byte_level}"'), "utf-8")
+    command = [*TUTELAGE, "serve", str(run), "--port", str(port), "--address", cluster]
+    with started(command, os.environ) as process:
+        wait_for(lambda: is_ready(process, f"{address}/third"), START_S, "the third teacher")
+    assert process.returncode == 130
+    assert httpx.get(f"{address}/third/ready").status_code == 404
+    assert httpx.get(f"{address}/{tiny_byte_level.name}/ready").status_code == 200
+
+
+def test_the_yaml_of_the_demo_is_what_its_recipe_prints() -> None:
+    written = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text(encoding="utf-8"))
+    assert written == yaml.safe_load(printed(ROOT / "recipes" / "ray.toml", 8000))
+    applications = ServeDeploySchema.model_validate(written).applications
+    assert [a.route_prefix for a in applications] == ["/smollm2", "/gemma"]
+    for served in applications:
+        ServeOptions.model_validate(served.args)
