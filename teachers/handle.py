@@ -47,11 +47,12 @@ class _Handle:
             try:
                 reply: Reply = await response
                 return reply
+            except asyncio.CancelledError:
+                response.cancel()  # in the replica too
+                raise
             except (RayError, RayServeException):
                 self._ask = None  # Serve may have been started anew
                 raise
-            finally:
-                response.cancel()  # of an answer that is here, this is nothing
 
 
 def _find(application: str) -> Any:
@@ -63,13 +64,14 @@ def _find(application: str) -> Any:
 
 @contextmanager
 def _ray_errors() -> Iterator[None]:
-    """Ray's errors as ours; the replica's own name is in their text."""
+    """Ray's errors as ours."""
     try:
         yield
     except BackPressureError as error:
         raise Overloaded(str(error), error.retry_after_s) from error
     except (RayError, RayServeException) as error:
-        raise Unavailable(f"Ray: {type(error).__name__}: {str(error).strip().splitlines()[-1]}") from error
+        last_line = str(error).strip().rpartition("\n")[2]  # before it comes the replica's traceback
+        raise Unavailable(f"Ray: {type(error).__name__}: {last_line}") from error
     except ConnectionError as error:
         raise Unavailable(f"there is no Ray cluster here: {error}") from error
     except asyncio.CancelledError as error:

@@ -87,21 +87,21 @@ def bind(options: ServeOptions, opening: Opening) -> serve.Application:
 
 
 def serve_teachers(teachers: Mapping[str, ServeOptions], host: str, port: int, address: str | None) -> None:
-    """Run them until interrupted on the Ray cluster at `address`, or on one of their own that only loopback reaches.
+    """Run them until interrupted on the Ray cluster at `address`, or on a local one of their own.
 
     Whatever else a cluster serves stays as it is; where Serve runs already, so do its host and port, and Ray's own log
     says so. Raises TeacherError if a teacher cannot be started.
     """
     try:
-        if address is None:
-            ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1")
-        else:
-            ray.init(address)
+        ray.init(address or "local", include_dashboard=False)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own aborts what takes longer than 3 s
         serve.start(http_options={"host": host, "port": port})
         try:
             serve.run_many([serve.RunTarget(application(o), name, route_prefix(name)) for name, o in teachers.items()])
             while True:
                 signal.pause()
+        except RuntimeError as error:  # Ray says which; why is the last line of the replica's own message
+            raise TeacherError(f"{error} {' '.join(map(_reason, teachers))}".strip()) from error
         finally:
             for name in teachers:
                 serve.delete(name)
@@ -109,6 +109,14 @@ def serve_teachers(teachers: Mapping[str, ServeOptions], host: str, port: int, a
         raise TeacherError(f"Ray Serve: {error}") from error
     finally:
         ray.shutdown()
+
+
+def _reason(name: str) -> str:
+    """The last line with an error in what Ray keeps of an application's replicas; empty if there is none."""
+    found = serve.status().applications.get(name)
+    messages = [d.message for d in found.deployments.values()] if found else []
+    lines = [line for message in messages for line in message.splitlines() if "Error: " in line]
+    return lines[-1] if lines else ""
 
 
 def _engine_options(options: ServeOptions) -> EngineOptions:

@@ -124,6 +124,8 @@ def serve(
             typer.echo(yaml.safe_dump(serve_config(teachers, host, port), sort_keys=False), nl=False)
             return
         _quiet()
+        if address is None:  # Ray listens on all interfaces and runs what it is sent; read when it is imported
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
         from teachers.serve import serve_teachers
 
         serve_teachers(teachers, host, port, address)

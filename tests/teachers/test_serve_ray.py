@@ -243,6 +243,38 @@ def test_what_is_not_served_is_an_error_of_ours(address: str) -> None:
             HandleClient("one", url)
 
 
+RAY_ERRORS = [
+    kind
+    for kind in {**vars(ray.exceptions), **vars(ray.serve.exceptions)}.values()
+    if isinstance(kind, type) and issubclass(kind, (ray.exceptions.RayError, ray.serve.exceptions.RayServeException))
+]
+
+
+@pytest.mark.parametrize("kind", [*RAY_ERRORS, asyncio.CancelledError], ids=lambda kind: kind.__name__)
+def test_every_error_of_ray_is_an_error_of_ours(kind: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(kind):  # type: ignore[valid-type, misc]
+        def __init__(self) -> None:
+            BaseException.__init__(self, "from Ray")
+
+        __str__ = BaseException.__str__
+        retry_after_s = 3.0
+
+    def fail(_: str) -> None:
+        raise Failing
+
+    async def ask() -> None:
+        client = HandleClient("gemma", "serve://gemma")
+        try:
+            await client.card()
+        finally:
+            await client.aclose()
+
+    monkeypatch.setattr("teachers.handle._find", fail)
+    with pytest.raises(errors.Unavailable, match="teacher gemma at serve://gemma: ") as caught:
+        asyncio.run(ask())
+    assert isinstance(caught.value, errors.Overloaded) == (kind is ray.serve.exceptions.BackPressureError)
+
+
 def test_a_replica_killed_among_many_questions_costs_no_sample(address: str, tiny_sentencepiece: Path) -> None:
     name, sequences = tiny_sentencepiece.name, questions(400, 300)
     killed: list[int] = []
