@@ -4,12 +4,10 @@ import asyncio
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -45,64 +43,13 @@ with warnings.catch_warnings():
 
 from teachers.handle import HandleClient
 from teachers.serve import bind
+from tests.ray_commands import is_ready, printed, run_file, started
 from tests.ray_engines import events, watched
 
 ROOT = Path(__file__).parents[2]
 START_S = 120.0
 FLOAT32 = EngineOptions(dtype="float32")
 TOP_K = 16
-
-
-RUN_FILE = """
-[student]
-model = "byte_level"
-[data]
-files = ["none.txt"]
-[output]
-dir = "none"
-{teachers}
-"""
-TEACHER = """
-[[teachers]]
-name = "{name}"
-urls = ["http://127.0.0.1:{port}/{name}"]
-[teachers.serve]
-model = "{name}"
-cpus = 0.1
-replicas = {replicas}
-options = {{ dtype = "float32" }}
-"""
-
-
-def run_file(folder: Path, names: Sequence[str], port: int, replicas: int) -> Path:
-    path = folder / "run.toml"
-    teachers = "".join(TEACHER.format(name=name, port=port, replicas=replicas) for name in names)
-    path.write_text(RUN_FILE.format(teachers=teachers), encoding="utf-8")
-    return path
-
-
-def printed(run: Path, port: int) -> str:
-    """The configuration that `tutelage serve --print` makes of a run file."""
-    command = [*TUTELAGE, "serve", str(run), "--port", str(port), "--print"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@contextmanager
-def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that ends by itself when interrupted, and leaves none behind."""
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    below: list[psutil.Process] = []
-    try:
-        yield process
-        below = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-        _, alive = psutil.wait_procs(below, timeout=20)
-        assert not alive
-    finally:
-        for left in [*below, process]:
-            left.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +85,6 @@ def address(
         wait_for(lambda: all(is_ready(process, f"{url}/{name}") for name in names), START_S, "both teachers")
         wait_for(lambda: all(len(replicas_of(name)) == 2 for name in names), START_S, "two replicas each")
         yield url
-
-
-def is_ready(process: "subprocess.Popen[bytes]", url: str) -> bool:
-    assert process.poll() is None
-    try:
-        return httpx.get(f"{url}/ready").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def replicas_of(name: str) -> list[int]:
