@@ -1,7 +1,8 @@
 """Where a teacher is: a list of replicas, a file that may change while a run goes on, and DNS names.
 
 `http://host:8101` is one replica. `dns+http://host:8101` is one for every address that the name has at the moment.
-In a file there is one such line per replica; blank lines and lines that begin with # are left out.
+`serve://NAME` is a Ray Serve application, asked by handle from inside its cluster. In a file there is one such line per
+replica; blank lines and lines that begin with # are left out.
 """
 
 import asyncio

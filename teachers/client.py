@@ -23,7 +23,7 @@ from teachers.protocol import (
 )
 from teachers.rows import Rows, read_stream
 from teachers.stock import StockClient
-from teachers.transport import Transport
+from teachers.transport import Carrier, Transport
 
 log = logging.getLogger("tutelage.client")
 CARD_TIMEOUT_S = 30.0
@@ -69,8 +69,15 @@ class Client(Protocol):
 class TeacherClient:
     """A server that speaks our own contract. A Client."""
 
-    def __init__(self, name: str, url: str, key: str | None = None, ca_file: Path | None = None) -> None:
-        self._http = Transport(name, url, key, ca_file)
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        key: str | None = None,
+        ca_file: Path | None = None,
+        carrier: Carrier | None = None,
+    ) -> None:
+        self._http = Transport(name, url, key, ca_file, carrier)
 
     @property
     def url(self) -> str:

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from teachers.address import TeacherAddress, find_replicas
-from teachers.errors import FingerprintMismatch, Overloaded, TeacherError, TeacherLost, Unavailable
+from teachers.errors import (
+    FingerprintMismatch,
+    Overloaded,
+    ProtocolError,
+    TeacherError,
+    TeacherLost,
+    Unauthorized,
+    Unavailable,
+)
 from teachers.pacing import backoff_s
 from teachers.protocol import Card
 from teachers.replica import TRY_OUT_S, Finder, Replica, first_error
@@ -227,7 +235,7 @@ class Roster:
     def _failed_again(self, error: TeacherError) -> None:
         """A trial failed: the end for `stop` if none serves, and for a single replica that is there and no use."""
         self._silent(error)
-        alone_and_no_use = len(self._replicas) == 1 and not isinstance(error, Unavailable)
+        alone_and_no_use = len(self._replicas) == 1 and isinstance(error, (ProtocolError, Unauthorized))
         if not self.serving and (self._address.on_loss == "stop" or alone_and_no_use):
             self._lose(error)
 

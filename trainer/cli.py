@@ -97,6 +97,40 @@ def teach(
 
 
 @app.command()
+def serve(
+    run: RunFile,
+    sets: Overrides = [],
+    host: Annotated[str, typer.Option(help="Address that Ray's proxies listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port that they listen on.", min=1, max=65535)] = 8000,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster: HOST:PORT or auto; else a local one.", envvar="RAY_ADDRESS")
+    ] = None,
+    only_print: Annotated[
+        bool, typer.Option("--print", help="Print what `serve run` takes, and start nothing.")
+    ] = False,
+) -> None:
+    """Serve the teachers of a run file on Ray Serve."""
+    with _one_sentence_errors():
+        from trainer.config import load_config
+        from trainer.serving import served_teachers
+
+        teachers = served_teachers(load_config(run, sets))
+        if only_print:
+            import yaml
+
+            from teachers.serve_options import serve_config
+
+            typer.echo(yaml.safe_dump(serve_config(teachers, host, port), sort_keys=False), nl=False)
+            return
+        _quiet()
+        if address is None:  # Ray listens on all interfaces and runs what it is sent; read when it is imported
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        from teachers.serve import serve_teachers
+
+        serve_teachers(teachers, host, port, address)
+
+
+@app.command()
 def train(
     run: RunFile,
     sets: Overrides = [],

@@ -1,7 +1,6 @@
 """The run file: TOML in, frozen models out. Every key is here with its meaning; an unknown one is refused."""
 
 import difflib
-import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from teachers.models import cache_dir as cache_dir
+from teachers.serve_options import ServeOptions
 from trainer.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -118,6 +119,8 @@ class TeacherConfig(Section):
     `stop` ends the run as soon as no replica is left."""
     concurrency: Positive = 32
     """Most questions under way at once, per replica; how many pay is found out while the run goes on."""
+    serve: ServeOptions | None = None
+    """[teachers.serve] how `tutelage serve` runs it on Ray Serve; its address is then http://HOST:PORT/NAME."""
 
     @model_validator(mode="after")
     def _check(self) -> "TeacherConfig":
@@ -313,11 +316,6 @@ def _known_keys(path: tuple[int | str, ...]) -> list[str]:
             annotation = model.model_fields[part].annotation
             model = next((a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation)
     return list(model.model_fields)
-
-
-def cache_dir() -> Path:
-    """$TUTELAGE_CACHE, by default ~/.cache/tutelage."""
-    return Path(os.environ.get("TUTELAGE_CACHE") or "~/.cache/tutelage").expanduser()
 
 
 def tables_dir() -> Path:

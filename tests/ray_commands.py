@@ -1,0 +1,71 @@
+"""Run files with teachers on Ray Serve, and the commands that start them, as processes."""
+
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.test_processes import TUTELAGE
+
+RUN_FILE = """
+[student]
+model = "byte_level"
+[data]
+files = ["none.txt"]
+[output]
+dir = "none"
+{teachers}
+"""
+TEACHER = """
+[[teachers]]
+name = "{name}"
+urls = ["http://127.0.0.1:{port}/{name}"]
+[teachers.serve]
+model = "{name}"
+cpus = 0.1
+replicas = {replicas}
+options = {{ dtype = "float32" }}
+"""
+
+
+def run_file(folder: Path, names: Sequence[str], port: int, replicas: int) -> Path:
+    path = folder / "run.toml"
+    teachers = "".join(TEACHER.format(name=name, port=port, replicas=replicas) for name in names)
+    path.write_text(RUN_FILE.format(teachers=teachers), encoding="utf-8")
+    return path
+
+
+def printed(run: Path, port: int) -> str:
+    """The configuration that `tutelage serve --print` makes of a run file."""
+    command = [*TUTELAGE, "serve", str(run), "--port", str(port), "--print"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@contextmanager
+def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that ends by itself when interrupted, and leaves none behind."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    below: list[psutil.Process] = []
+    try:
+        yield process
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        _, alive = psutil.wait_procs(below, timeout=20)
+        assert not alive
+    finally:
+        for left in [*below, process]:
+            left.kill()
+        process.wait()
+
+
+def is_ready(process: "subprocess.Popen[bytes]", url: str) -> bool:
+    assert process.poll() is None
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,350 @@
+"""Teachers on a real local Ray Serve: two models, two replicas each, through the proxy and by handle."""
+
+import asyncio
+import importlib.util
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+
+import teachers.errors as errors
+from teachers.address import TeacherAddress
+from teachers.client import Client, TeacherClient
+from teachers.engine import EngineOptions
+from teachers.engines.transformers import TransformersEngine
+from teachers.pool import TeacherPool
+from teachers.protocol import ScoreRequest
+from teachers.rows import Rows, as_received
+from teachers.serve_options import ServeOptions
+from tests.serve import free_port
+from tests.test_processes import TUTELAGE, wait_for
+
+if importlib.util.find_spec("ray") is None:
+    if os.environ.get("CI"):
+        raise ImportError("ray is not installed, and CI is set")
+    pytest.skip("ray is not installed: pip install 'tutelage[ray]'", allow_module_level=True)
+
+with warnings.catch_warnings():
+    warnings.filterwarnings(
+        "ignore", "Using extra keyword arguments on `Field`", DeprecationWarning
+    )  # in Ray's schemas
+    import ray
+    from ray import serve
+    from ray.serve.schema import ServeDeploySchema
+
+from teachers.handle import HandleClient
+from teachers.serve import bind
+from tests.ray_commands import is_ready, printed, run_file, started
+from tests.ray_engines import events, watched
+
+ROOT = Path(__file__).parents[2]
+START_S = 120.0
+FLOAT32 = EngineOptions(dtype="float32")
+TOP_K = 16
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_byte_level: Path, tiny_sentencepiece: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a small Ray of its own, where the tiny models are names in the cache; no process outlives it."""
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "models").mkdir()
+    for folder in (tiny_byte_level, tiny_sentencepiece):
+        (cache / "models" / folder.name).symlink_to(folder)
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUTELAGE_CACHE", str(cache))
+        ray.init("local", num_cpus=8, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+    left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive
+
+
+@pytest.fixture(scope="module")
+def address(
+    cluster: str, tiny_byte_level: Path, tiny_sentencepiece: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The address of what `serve run` makes of two tiny teachers of two replicas each."""
+    folder, port, names = tmp_path_factory.mktemp("serve"), free_port(), [tiny_byte_level.name, tiny_sentencepiece.name]
+    (folder / "serve.yaml").write_text(printed(run_file(folder, names, port, replicas=2), port), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("serve")), "run", str(folder / "serve.yaml")]
+    with started(command, os.environ | {"RAY_ADDRESS": cluster}) as process:
+        url = f"http://127.0.0.1:{port}"
+        wait_for(lambda: all(is_ready(process, f"{url}/{name}") for name in names), START_S, "both teachers")
+        wait_for(lambda: all(len(replicas_of(name)) == 2 for name in names), START_S, "two replicas each")
+        yield url
+
+
+def replicas_of(name: str) -> list[int]:
+    """The processes of an application's replicas, by the title that Ray gives them."""
+    below = psutil.Process().children(recursive=True)
+    return [p.pid for p in below if f"ray::ServeReplica:{name}:teacher" in "".join(p.cmdline())]
+
+
+def clients(address: str, name: str, key: str | None = None) -> list[Client]:
+    return [TeacherClient(name, f"{address}/{name}", key), HandleClient(name, f"serve://{name}", key)]
+
+
+def each_way(address: str, name: str, do: Callable[[Client], Awaitable[None]], key: str | None = None) -> None:
+    """The same over HTTP and by handle."""
+
+    async def run() -> None:
+        for client in clients(address, name, key):
+            try:
+                await do(client)
+            finally:
+                await client.aclose()
+
+    asyncio.run(run())
+
+
+def questions(count: int, vocab_size: int) -> list[list[int]]:
+    rng = np.random.default_rng(count)
+    return [rng.integers(0, vocab_size, size=rng.integers(2, 200)).tolist() for _ in range(count)]
+
+
+def answers(folder: Path, sequences: Sequence[list[int]]) -> list[Rows]:
+    """What an engine in this process says, as a client would receive it."""
+
+    async def run(engine: TransformersEngine) -> list[Rows]:
+        rows = await asyncio.gather(*(engine.score(s, 1, TOP_K) for s in sequences))
+        return [as_received(r, s, engine.card) for r, s in zip(rows, sequences, strict=True)]
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as Ray has it for less than two cpus; more add in another order
+    engine = TransformersEngine(folder, FLOAT32)
+    try:
+        return asyncio.run(run(engine))
+    finally:
+        engine.close()
+        torch.set_num_threads(num_threads)
+
+
+def assert_equal(received: Sequence[Rows], expected: Sequence[Rows]) -> None:
+    for ours, theirs in zip(received, expected, strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_array_equal(ours.logprobs, theirs.logprobs)
+        np.testing.assert_array_equal(ours.actual, theirs.actual)
+        np.testing.assert_array_equal(ours.tail, theirs.tail)
+
+
+def test_two_teachers_under_one_address_answer_like_local_engines(
+    address: str, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    async def ask(name: str, sequences: Sequence[list[int]]) -> list[Rows]:
+        async with TeacherPool([TeacherAddress(name, (f"{address}/{name}",))]) as pool:
+            await pool.connect(name)
+            return await asyncio.gather(*(pool.score(name, s, 1, TOP_K) for s in sequences))
+
+    for folder in (tiny_byte_level, tiny_sentencepiece):
+        sequences = questions(30, 300)
+        assert_equal(asyncio.run(ask(folder.name, sequences)), answers(folder, sequences))
+
+
+def test_by_handle_and_by_proxy_a_teacher_is_the_same(address: str, tiny_byte_level: Path) -> None:
+    sequences = questions(12, 300)
+    expected = answers(tiny_byte_level, sequences)
+
+    async def ask(client: Client) -> None:
+        card = await client.card()
+        await client.alive(10.0)
+        await client.check(card, 10.0)
+        files = await client.tokenizer_files(card)
+        assert files["tokenizer.json"] == (tiny_byte_level / "tokenizer.json").read_bytes()
+        request = ScoreRequest(sequences=sequences, starts=[1] * len(sequences), top_k=TOP_K)
+        assert_equal(await client.score(request, card, 30.0), expected)
+        with pytest.raises(errors.Rejected, match="teacher byte_level at .* top_k is 900"):
+            await client.score(ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=900), card, 30.0)
+
+    each_way(address, "byte_level", ask)
+
+
+def test_what_is_not_served_is_an_error_of_ours(address: str) -> None:
+    async def ask(client: Client) -> None:
+        with pytest.raises((errors.NotFound, errors.Unavailable), match="teacher nobody at"):
+            await client.card()
+
+    each_way(address, "nobody", ask)
+    for url in ("serve://", "http://one", "serve://a/b"):
+        with pytest.raises(errors.TeacherError, match="expected serve://APPLICATION"):
+            HandleClient("one", url)
+
+
+RAY_ERRORS = [
+    kind
+    for kind in {**vars(ray.exceptions), **vars(ray.serve.exceptions)}.values()
+    if isinstance(kind, type) and issubclass(kind, (ray.exceptions.RayError, ray.serve.exceptions.RayServeException))
+]
+
+
+@pytest.mark.parametrize("kind", [*RAY_ERRORS, asyncio.CancelledError], ids=lambda kind: kind.__name__)
+def test_every_error_of_ray_is_an_error_of_ours(kind: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(kind):  # type: ignore[valid-type, misc]
+        def __init__(self) -> None:
+            BaseException.__init__(self, "from Ray")
+
+        __str__ = BaseException.__str__
+        retry_after_s = 3.0
+
+    def fail(_: str) -> None:
+        raise Failing
+
+    async def ask() -> None:
+        client = HandleClient("gemma", "serve://gemma")
+        try:
+            await client.card()
+        finally:
+            await client.aclose()
+
+    monkeypatch.setattr("teachers.handle._find", fail)
+    with pytest.raises(errors.Unavailable, match="teacher gemma at serve://gemma: ") as caught:
+        asyncio.run(ask())
+    assert isinstance(caught.value, errors.Overloaded) == (kind is ray.serve.exceptions.BackPressureError)
+
+
+def test_a_replica_killed_among_many_questions_costs_no_sample(address: str, tiny_sentencepiece: Path) -> None:
+    name, sequences = tiny_sentencepiece.name, questions(400, 300)
+    killed: list[int] = []
+
+    async def ask() -> list[Rows]:
+        done = 0
+
+        async def one(sequence: list[int]) -> Rows:
+            nonlocal done
+            rows = await pool.score(name, sequence, 1, TOP_K)
+            done += 1
+            if done == 60:
+                killed.extend(replicas_of(name)[:1])
+                os.kill(killed[0], signal.SIGKILL)
+            return rows
+
+        async with TeacherPool([TeacherAddress(name, (f"{address}/{name}",), concurrency=16)]) as pool:
+            await pool.connect(name)
+            return await asyncio.gather(*map(one, sequences))
+
+    assert len(replicas_of(name)) == 2
+    assert_equal(asyncio.run(ask()), answers(tiny_sentencepiece, sequences))
+    assert len(killed) == 1
+    assert not psutil.pid_exists(killed[0])
+
+
+@pytest.fixture
+def slow(address: str, tiny_byte_level: Path, tmp_path: Path) -> Iterator[Path]:
+    """A teacher 'slow' of one replica that takes 3 s for an answer, with a key; the folder of its notes."""
+    (tmp_path / "key").write_text("right", encoding="utf-8")
+    options = ServeOptions(
+        model=str(tiny_byte_level),
+        cpus=0.1,
+        max_ongoing_requests=1,
+        max_queued_requests=2,
+        retry_after_s=7,
+        health_check_period_s=0.2,
+        key_file=str(tmp_path / "key"),
+    )
+    serve.run(bind(options, watched(tmp_path, delay_s=3.0)), name="slow", route_prefix="/slow")
+    yield tmp_path
+    serve.delete("slow")
+
+
+def test_keys_queue_cancelling_health_and_drain_of_one_slow_teacher(address: str, slow: Path) -> None:
+    """All that needs a slow engine, with one start of it."""
+    each_way(address, "slow", no_key_is_refused)
+    each_way(address, "slow", a_full_queue_is_overloaded, key="right")
+    each_way(address, "slow", lambda c: a_client_that_leaves_has_its_work_dropped(c, slow), key="right")
+    (sick,) = set(events(slow, "opened"))
+    (slow / str(sick)).touch()
+    wait_for(lambda: len(events(slow, "opened")) == 2, 60, "a replica in place of the sick one")
+    wait_for(lambda: not psutil.pid_exists(sick), 60, "the end of the sick replica")
+    asyncio.run(a_replica_that_is_taken_away_finishes_its_answer(address, slow))
+    assert events(slow, "closed") == events(slow, "opened")
+
+
+async def a_replica_that_is_taken_away_finishes_its_answer(address: str, notes: Path) -> None:
+    client = TeacherClient("slow", f"{address}/slow", "right")
+    request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
+    asked = len(events(notes, "asked"))
+    try:
+        answer = asyncio.create_task(client.score(request, await client.card(), 30.0))
+        while len(events(notes, "asked")) == asked:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(serve.delete, "slow")
+        assert len(await answer) == 1
+    finally:
+        await client.aclose()
+
+
+async def no_key_is_refused(client: Client) -> None:
+    with pytest.raises(errors.Unauthorized, match="teacher slow at"):
+        await client.card()
+    await client.alive(10.0)
+
+
+async def a_full_queue_is_overloaded(client: Client) -> None:
+    card = await client.card()
+    began, refused = time.monotonic(), 0
+    request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
+    jobs = [asyncio.create_task(client.score(request, card, 60.0)) for _ in range(8)]
+    try:
+        for job in asyncio.as_completed(jobs):
+            with pytest.raises(errors.Overloaded, match="teacher slow at") as caught:
+                await job
+            assert caught.value.retry_after_s == 7.0
+            refused += 1
+            if refused == 5:  # one is worked on, two wait
+                break
+        assert time.monotonic() - began < 2.5
+    finally:
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+
+
+async def a_client_that_leaves_has_its_work_dropped(client: Client, notes: Path) -> None:
+    card = await client.card()
+    before = len(events(notes, "dropped"))
+    asked = len(events(notes, "asked"))
+    request = ScoreRequest(sequences=[[1, 2], [3, 4, 5]], starts=[1, 1], top_k=4)
+    with pytest.raises(errors.Unavailable, match="no complete answer within 0.5 s"):
+        await client.score(request, card, 0.5)
+    for _ in range(100):
+        if len(events(notes, "dropped")) == before + 2:
+            break
+        await asyncio.sleep(0.02)
+    assert len(events(notes, "asked")) == asked + 2
+    assert len(events(notes, "dropped")) == before + 2
+
+
+def test_tutelage_serve_joins_a_cluster_and_takes_away_only_its_own(
+    cluster: str, address: str, tmp_path: Path, tiny_byte_level: Path
+) -> None:
+    port = int(address.rpartition(":")[2])
+    run = run_file(tmp_path, ["third"], port, replicas=1)
+    run.write_text(run.read_text(encoding="utf-8").replace('model = "third"', f'model = "{tiny_byte_level}"'), "utf-8")
+    command = [*TUTELAGE, "serve", str(run), "--port", str(port), "--address", cluster]
+    with started(command, os.environ) as process:
+        wait_for(lambda: is_ready(process, f"{address}/third"), START_S, "the third teacher")
+    assert process.returncode == 130
+    assert httpx.get(f"{address}/third/ready").status_code == 404
+    assert httpx.get(f"{address}/{tiny_byte_level.name}/ready").status_code == 200
+
+
+def test_the_yaml_of_the_demo_is_what_its_recipe_prints() -> None:
+    written = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text(encoding="utf-8"))
+    assert written == yaml.safe_load(printed(ROOT / "recipes" / "ray.toml", 8000))
+    applications = ServeDeploySchema.model_validate(written).applications
+    assert [a.route_prefix for a in applications] == ["/smollm2", "/gemma"]
+    for served in applications:
+        ServeOptions.model_validate(served.args)
