@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import uvicorn
 
 from alignment import Vocabulary
-from teachers.app import build_app
+from teachers.app import key_guard
 from teachers.engine import Engine
+from teachers.keys import Keys
 from teachers.protocol import Card
 from teachers.rows import Rows
-from teachers.service import Limits
+from teachers.service import Limits, Service
+from teachers.serving import TeacherServer
 from tests.rows import random_rows
 
 
@@ -77,10 +78,7 @@ def serving(engine: Engine, key: str | None = None, limits: Limits = Limits(), p
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
-    config = uvicorn.Config(
-        build_app(engine, key, limits), log_level="critical", lifespan="off", timeout_graceful_shutdown=1
-    )
-    server = uvicorn.Server(config)
+    server = TeacherServer(Service(engine, limits), key_guard(Keys([key])) if key else None)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     try:
