@@ -5,7 +5,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from teachers.protocol import (
     ScoreRequest,
     TokenizerFile,
 )
-from teachers.service import Refusal, Service
+from teachers.service import Chunks, Refusal, Service
 
 Guard = Callable[[Request], Awaitable[None]]
 ID_HEADER = "tutelage-request"  # the id under which the request log knows a request
@@ -142,9 +142,9 @@ def _route(service: Service) -> type[APIRoute]:
 class _Rows(StreamingResponse):
     """An answer's chunks. A client that takes nothing for a while loses it, and its work ends."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], exchange: Exchange, stall_s: float) -> None:
+    def __init__(self, chunks: Chunks, exchange: Exchange, stall_s: float) -> None:
         super().__init__(chunks, media_type=ARROW_STREAM)
-        self._exchange, self._stall_s = exchange, stall_s
+        self._chunks, self._exchange, self._stall_s = chunks, exchange, stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_soon(message: Any) -> None:
@@ -156,7 +156,8 @@ class _Rows(StreamingResponse):
         except TimeoutError:
             self._exchange.aborted("stalled")
         finally:
-            self._exchange.aborted("client_gone")  # heard only if nothing else has ended it
+            await self._chunks.aclose()
+            self._exchange.aborted("client_gone")  # heard only if it left before the first chunk
 
 
 def _parse(body: bytes) -> ScoreRequest:

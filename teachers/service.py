@@ -6,7 +6,7 @@ No HTTP here: app.py puts it on FastAPI, plugin.py into a vLLM server, serve.py 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ log = logging.getLogger("tutelage.teacher")
 CHECK_TIMEOUT_S = 20.0
 PROGRESS_S = 15.0  # an engine that began or answered something within this time is alive, however much waits
 Task = asyncio.Task[tuple[int, Rows]]
+Chunks = AsyncGenerator[bytes, None]
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Service:
 
     def answer(
         self, question: ScoreRequest, timeout_s: float | None = None, exchange: Exchange | None = None
-    ) -> AsyncIterator[bytes]:
+    ) -> Chunks:
         """Admit the question or raise Refusal; then the chunks of one Arrow stream. One cut short has no end mark.
 
         Without an exchange, the service itself says how the question ended.
@@ -204,7 +205,7 @@ class Service:
         self.meters.tokens_scored.inc(len(rows))
         return index, rows
 
-    async def _chunks(self, question: ScoreRequest, tasks: list[Task], exchange: Exchange) -> AsyncIterator[bytes]:
+    async def _chunks(self, question: ScoreRequest, tasks: list[Task], exchange: Exchange) -> Chunks:
         self._streams += 1
         writer = StreamWriter(question.top_k, self.engine.card.fingerprint)
         try:

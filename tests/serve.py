@@ -75,17 +75,25 @@ class FormulaEngine:
 @contextmanager
 def serving(engine: Engine, key: str | None = None, limits: Limits = Limits(), port: int = 0) -> Iterator[str]:
     """The address of a server that lives as long as the block."""
+    server = TeacherServer(Service(engine, limits), key_guard(Keys([key])) if key else None)
+    with running(server, port) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def running(server: TeacherServer, port: int = 0) -> Iterator[int]:
+    """The port of a server in a thread; the server may end before the block does."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
-    server = TeacherServer(Service(engine, limits), key_guard(Keys([key])) if key else None)
+    port = sock.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
             threading.Event().wait(0.005)
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        yield port
     finally:
         server.should_exit = True
         thread.join(timeout=10)
