@@ -8,22 +8,24 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_ARRIVAL_S = 30.0  # head and body together; a body alone has less, and is answered with 408
-MAX_STALL_S = 40.0  # of an answer that is not taken; the application gives up earlier
+LOOK_S = 40.0  # what lies untaken from one look to the next is given up; the application does so earlier
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """Closes what sends or takes too slowly, or sends a head without end."""
+    """Ends what sends or takes too slowly, or sends a head without end."""
 
     _arrival: asyncio.TimerHandle | None = None
-    _stall: asyncio.TimerHandle | None = None
+    _next_look: asyncio.TimerHandle | None = None
     _head_bytes: int | None = None  # of a head that is being read, after the first piece of it
+    _times_taken = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect()
+        self._look((0, 0))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._arrival, self._stall):
+        for timer in (self._arrival, self._next_look):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
@@ -50,18 +52,16 @@ class BoundedConnection(HttpToolsProtocol):
         if self._arrival is not None:
             self._arrival.cancel()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stall = self.loop.call_later(MAX_STALL_S, self.transport.abort)
-
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stall is not None:
-            self._stall.cancel()
+        self._times_taken += 1
 
-    def timeout_keep_alive_handler(self) -> None:
-        super().timeout_keep_alive_handler()
-        self._stall = self.loop.call_later(MAX_STALL_S, self.transport.abort)  # close() waits for what is untaken
+    def _look(self, before: tuple[int, int]) -> None:
+        """End a connection whose other side takes nothing, closed as it may be: closing waits for what is untaken."""
+        now = (self.transport.get_write_buffer_size(), self._times_taken)
+        if now[0] and now == before:
+            self.transport.abort()
+        self._next_look = self.loop.call_later(LOOK_S, self._look, now)
 
     def _expect(self) -> None:
         if self._arrival is not None:
