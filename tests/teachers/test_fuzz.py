@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from teachers.protocol import ARROW_STREAM, PROBLEM, Problem
@@ -30,7 +32,7 @@ BEARER = {"Authorization": f"Bearer {KEY}"}
 QUESTION = {"sequences": [[5, 6, 7, 8]], "starts": [1], "top_k": 4}
 MAX_BODY_BYTES = 32 * 1024
 REFUSED = {400, 401, 404, 405, 408, 413, 415, 422, 503}
-NUM_REQUESTS, MAX_GROWTH_MB = 4000, 2.0  # seen: 0.3 MB, and 10 MB with 1,000 bytes kept of every request
+NUM_REQUESTS, MAX_GROWTH_MB = 3000, 2.0  # seen over 4,000: 0.3 MB; 10 MB with 1,000 bytes kept of each
 TIMEOUT_S = 15.0
 # Loading a model leaves glibc tens of freed megabytes that stay resident: a leak would fill those first, unseen (40 MB
 # showed as 0.1). With fixed thresholds they go back, and what is resident is what is used.
@@ -94,7 +96,7 @@ def same_answer_afterwards(teacher: str, right: bytes) -> Iterator[None]:
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_every_answer_is_one_that_the_document_promises(teacher: str, mode: GenerationMode) -> None:
     document = schemathesis.openapi.from_url(f"{teacher}/openapi.json")
-    operations = [found.ok() for found in document.get_all_operations()]
+    operations = [found.ok() for found in document.get_all_operations() if isinstance(found, Ok)]
     assert len(operations) == 7
     for operation in operations:
         if mode is GenerationMode.NEGATIVE and not operation.path.startswith("/v1"):
@@ -102,7 +104,7 @@ def test_every_answer_is_one_that_the_document_promises(teacher: str, mode: Gene
 
         @settings(max_examples=20, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
-        def ask(case: schemathesis.Case) -> None:
+        def ask(case: schemathesis.Case[Any]) -> None:
             # JSON Schema cannot say that there is one start for each sequence, and where it may be
             case.call_and_validate(headers=BEARER, timeout=TIMEOUT_S, excluded_checks=[positive_data_acceptance])
 
