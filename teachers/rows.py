@@ -66,7 +66,7 @@ class StreamWriter:
         batch = pa.record_batch(
             [
                 _fixed(rows.ids.astype(np.uint32, copy=False)),
-                _fixed(rows.logprobs.astype(np.float16)),
+                _fixed(rows.logprobs.astype(np.float16, copy=False)),
                 pa.array(rows.actual, type=pa.float32()),
                 pa.array(rows.tail, type=pa.float32()),
             ],

@@ -16,13 +16,14 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from teachers.app import build_app
+from teachers.app import build_app, key_guard
 from teachers.engine import Engine, EngineKind, EngineOptions
 from teachers.engines import open_engine
 from teachers.errors import TeacherError
-from teachers.keys import key_from_environment, key_from_file
+from teachers.keys import Keys, keys_from_environment
 from teachers.models import model_folder
 from teachers.serve_options import ServeOptions, route_prefix
+from teachers.service import Service
 from teachers.transport import Headers, Reply, ask_app
 
 CONSTRUCTIONS = 3  # a model that cannot be loaded is not there at the twentieth try either
@@ -36,9 +37,10 @@ class Replica:
     _engine: Engine | None = None
 
     async def __init__(self, options: ServeOptions, opening: Opening = open_engine) -> None:  # type: ignore[misc]
-        key = _key(options)
+        keys = _keys(options)
         self._engine = await opening(options.engine, model_folder(options.model), _engine_options(options))
-        self._app = build_app(self._engine, key, options.limits)
+        service = Service(self._engine, options.limits)
+        self._app = build_app(service, key_guard(keys) if keys else None)
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Ray asks for it after __init__
         return self._app
@@ -127,7 +129,7 @@ def _engine_options(options: ServeOptions) -> EngineOptions:
     return replace(options.options, vllm_args=arguments)
 
 
-def _key(options: ServeOptions) -> str | None:
+def _keys(options: ServeOptions) -> Keys | None:
     if options.key_file is not None:
-        return key_from_file(Path(options.key_file))
-    return key_from_environment(options.key_env) if options.key_env else None
+        return Keys.of_file(Path(options.key_file))
+    return Keys(keys_from_environment(options.key_env)) if options.key_env else None

@@ -22,6 +22,7 @@ import uvicorn
 
 from teachers.app import build_app
 from teachers.rows import Rows
+from teachers.service import Service
 from teachers.serving import stop_with_parent
 from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port
@@ -64,7 +65,7 @@ class FaultyEngine(FormulaEngine):
 
 def faulty_app(engine: FaultyEngine) -> Any:
     """The real application, with a route that sets the fault and with what only a broken network does."""
-    app = build_app(engine)
+    app = build_app(Service(engine))
 
     @app.post("/fault/{fault}")
     async def set_fault(fault: Fault) -> None:

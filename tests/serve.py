@@ -12,11 +12,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from alignment import Vocabulary
-from teachers.app import build_app
+from teachers.app import key_guard
 from teachers.engine import Engine
+from teachers.keys import Keys
+from teachers.limits import Limits
 from teachers.protocol import Card
 from teachers.rows import Rows
-from teachers.service import Limits
+from teachers.service import Service
+from teachers.serving import TeacherServer
 from tests.rows import random_rows
 
 
@@ -75,25 +78,33 @@ class FormulaEngine:
 @contextmanager
 def serving(engine: Engine, key: str | None = None, limits: Limits = Limits(), port: int = 0) -> Iterator[str]:
     """The address of a teacher that lives as long as the block."""
-    with serving_app(build_app(engine, key, limits), port) as url:
-        yield url
+    server = TeacherServer(Service(engine, limits), key_guard(Keys([key])) if key else None)
+    with running(server, port) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager
-def serving_app(app: FastAPI, port: int = 0) -> Iterator[str]:
-    """The address of a server that lives as long as the block."""
+def serving_app(app: FastAPI) -> Iterator[str]:
+    """The address of any application that lives as long as the block."""
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+    with running(uvicorn.Server(config)) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def running(server: uvicorn.Server, port: int = 0) -> Iterator[int]:
+    """The port of a server in a thread; the server may end before the block does."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
-    config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    port = sock.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive()
             threading.Event().wait(0.005)
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        yield port
     finally:
         server.should_exit = True
         thread.join(timeout=10)

@@ -81,19 +81,31 @@ def teach(
     max_tokens: Annotated[int | None, typer.Option(help="Longest sequence to take.")] = None,
     max_top_k: Annotated[int, typer.Option(help="Largest K to answer.")] = 128,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in one forward pass; 0: one sequence each.")] = 0,
-    key_file: Annotated[Path | None, typer.Option(help="File with the bearer key to ask for.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="File with the bearer keys to take, one a line.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM); then HTTPS only.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert (PEM).")] = None,
+    max_sequences: Annotated[int, typer.Option(help="Most sequences in a request.", min=1)] = 64,
+    max_request_tokens: Annotated[int, typer.Option(help="Most tokens in a request.", min=2)] = 1 << 16,
+    max_queued_tokens: Annotated[int, typer.Option(help="Most tokens that wait at once.", min=2)] = 1 << 19,
+    max_body_bytes: Annotated[int, typer.Option(help="Longest request body.", min=1)] = 1 << 20,
+    max_seconds: Annotated[float, typer.Option(help="Longest work on a request.", min=0.001)] = 600.0,
+    drain_s: Annotated[float, typer.Option(help="Time for what is under way when told to stop.", min=0)] = 10.0,
+    request_log: Annotated[bool, typer.Option(help="One line for each request, without texts.")] = False,
     stop_with_parent: Annotated[bool, typer.Option(help="End when standard input closes.")] = False,
 ) -> None:
     """Serve a model as a teacher."""
     with _one_sentence_errors():
         from teachers.engine import EngineOptions
+        from teachers.limits import Limits
         from teachers.teach import TeachOptions, teach_model
         from trainer.config import find_model
 
         _quiet()
         engine = EngineOptions(dtype, device, bos, max_tokens, max_top_k, batch_tokens)
-        options = TeachOptions(host, port, "transformers", engine, key_file)
-        teach_model(find_model(model), options, stop_with_parent, lambda line: typer.echo(line, err=True))
+        limits = Limits(max_sequences, max_request_tokens, max_queued_tokens, max_body_bytes, max_seconds=max_seconds)
+        serving = (tls_cert, tls_key, drain_s, request_log, stop_with_parent)
+        options = TeachOptions(host, port, "transformers", engine, key_file, limits, *serving)
+        teach_model(find_model(model), options, lambda line: typer.echo(line, err=True))
 
 
 @app.command()

@@ -16,8 +16,8 @@ import pytest
 import teachers.errors as errors
 from teachers.client import TeacherClient
 from teachers.keys import key_from_file
+from teachers.limits import Limits
 from teachers.protocol import TIMEOUT_HEADER, ScoreRequest
-from teachers.service import Limits
 from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port, saying, serving
 
@@ -207,7 +207,7 @@ def test_an_engine_that_does_not_answer_is_not_ready(tiny_byte_level: Path) -> N
             call(url, lambda c: c.ready())
 
 
-@pytest.mark.parametrize("content", ["schlüssel", "two\nlines", "a b"])
+@pytest.mark.parametrize("content", ["schlüssel", "first\nschlüssel", "a b", "a\x00b"])
 def test_a_key_that_no_header_can_carry_is_refused_where_it_is_read(tmp_path: Path, content: str) -> None:
     (tmp_path / "key").write_text(content, encoding="utf-8")
     with pytest.raises(errors.TeacherError, match="printable ASCII"):
