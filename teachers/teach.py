@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ def teach_model(folder: Path, options: TeachOptions, stop_with_parent: bool, say
         key: str | None = key_from_file(options.key_file)
     else:
         key = key_from_environment(KEY_VARIABLE) if KEY_VARIABLE in os.environ else None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exit closes the engine on its way
     if stop_with_parent:
         serving.stop_with_parent()
     sock = serving.listen_on(options.host, options.port)
