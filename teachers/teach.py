@@ -3,6 +3,8 @@
 import ipaddress
 import logging
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,7 @@ def teach_model(folder: Path, options: TeachOptions, say: Callable[[str], None])
         say(f"warning: {options.host} can be reached by others, and this teacher asks for no key: give it --key-file")
     if options.request_log:
         logging.getLogger("tutelage.requests").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exit closes the engine on its way
     if options.stop_with_parent:
         serving.stop_with_parent()
     sock = serving.listen_on(options.host, options.port)

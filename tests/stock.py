@@ -4,14 +4,8 @@ The shapes were copied from vllm.entrypoints; tests/teachers/test_stock.py holds
 """
 
 import asyncio
-import os
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from tokenizers import Tokenizer
 
 from teachers.rows import Rows
-from tests.serve import FormulaEngine, free_port, serving_app
+from tests.serve import FormulaEngine, serving_app
 
 
 class StockServer:
@@ -123,34 +117,3 @@ def completion(choices: list[dict[str, Any]]) -> dict[str, Any]:
         "usage": usage | {"completion_tokens_details": None},
         **nothing,
     }
-
-
-@contextmanager
-def vllm_server(folder: Path, log: Path, *args: str) -> Iterator[str]:
-    """The address of a real one on the CPU, once it is up; ended with the block."""
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={folder}", "--host=127.0.0.1"]
-    command += [f"--port={port}", "--dtype=bfloat16", "--enforce-eager", "--no-enable-prefix-caching", *args]
-    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}
-    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, env=os.environ | cpu | quiet, stdout=out, stderr=subprocess.STDOUT)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(400):
-            assert process.poll() is None, log.read_text(encoding="utf-8")[-4000:]
-            if _answers(f"{url}/health"):
-                break
-            time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False

@@ -73,8 +73,8 @@ def tiny_vocabulary(kind: Kind) -> Vocabulary:
     return Vocabulary.parse(tokenizer_json(kind).encode(), json.dumps(tokenizer_config(kind)).encode(), name=kind)
 
 
-def save_tiny_model(folder: Path, *, kind: Kind, seed: int) -> Path:
-    """A 2-layer Llama with tied embeddings and its tokenizer, as a Hugging Face directory."""
+def save_tiny_model(folder: Path, *, kind: Kind, seed: int, head_dim: int = 8) -> Path:
+    """A 2-layer Llama with tied embeddings and its tokenizer, as a Hugging Face directory. vLLM wants heads of 32."""
     vocabulary = tiny_vocabulary(kind)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -84,6 +84,7 @@ def save_tiny_model(folder: Path, *, kind: Kind, seed: int) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=512,
         bos_token_id=vocabulary.roles["bos"],
         eos_token_id=vocabulary.roles["eos"],

@@ -53,6 +53,18 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, allow_nan=False))
 
 
+def _json_object(text: str, option: str) -> dict[str, Any]:
+    from trainer.errors import UserError
+
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{option}: expected a JSON object, received {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f'{option}: expected a JSON object like {{"enforce_eager": true}}, received {text!r}')
+    return value
+
+
 @app.command()
 def demo(
     prepare: Annotated[bool, typer.Option("--prepare", help="Only make the models and the text.")] = False,
@@ -81,6 +93,9 @@ def teach(
     max_tokens: Annotated[int | None, typer.Option(help="Longest sequence to take.")] = None,
     max_top_k: Annotated[int, typer.Option(help="Largest K to answer.")] = 128,
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens in one forward pass; 0: one sequence each.")] = 0,
+    engine: Annotated[Literal["transformers", "vllm"], typer.Option(help="What runs the model.")] = "transformers",
+    tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model (vllm).", min=1)] = 1,
+    vllm_args: Annotated[str, typer.Option(help="More of vLLM's own engine arguments.", metavar="JSON")] = "{}",
     key_file: Annotated[Path | None, typer.Option(help="File with the bearer keys to take, one a line.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM); then HTTPS only.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert (PEM).")] = None,
@@ -101,10 +116,11 @@ def teach(
         from trainer.config import find_model
 
         _quiet()
-        engine = EngineOptions(dtype, device, bos, max_tokens, max_top_k, batch_tokens)
+        further = _json_object(vllm_args, "--vllm-args")
+        how = EngineOptions(dtype, device, bos, max_tokens, max_top_k, batch_tokens, tensor_parallel, further)
         limits = Limits(max_sequences, max_request_tokens, max_queued_tokens, max_body_bytes, max_seconds=max_seconds)
         serving = (tls_cert, tls_key, drain_s, request_log, stop_with_parent)
-        options = TeachOptions(host, port, "transformers", engine, key_file, limits, *serving)
+        options = TeachOptions(host, port, engine, how, key_file, limits, *serving)
         teach_model(find_model(model), options, lambda line: typer.echo(line, err=True))
 
 

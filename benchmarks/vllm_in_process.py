@@ -1,0 +1,52 @@
+"""The engine that benchmarks/wire.py holds our route against: vLLM in process, flat logprobs or none, no HTTP, no rows.
+
+`python -m benchmarks.vllm_in_process MODEL` says "ready", then answers every line {"sequences", "top_k"} with seconds.
+A file of its own: vLLM's processes import what started them, and fail on one that has imported numba.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from uuid import uuid4
+
+from vllm.inputs import tokens_input
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from teachers.engine import EngineOptions
+from teachers.engines.vllm import engine_args
+
+
+async def ask(engine: AsyncLLM, sequence: list[int], top_k: int | None) -> None:
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=top_k,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    async for output in engine.generate(tokens_input(sequence), params, uuid4().hex):
+        assert top_k is None or len(output.prompt_logprobs) == len(sequence)
+
+
+async def main(model: Path) -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM logs to standard output
+    engine = AsyncLLM.from_engine_args(
+        engine_args(model, EngineOptions(max_tokens=1023, vllm_args={"enforce_eager": True}))
+    )
+    answers.write("ready\n")
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        question = json.loads(line)
+        began = time.perf_counter()
+        await asyncio.gather(*(ask(engine, sequence, question["top_k"]) for sequence in question["sequences"]))
+        answers.write(f"{time.perf_counter() - began}\n")
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1])))

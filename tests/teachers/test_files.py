@@ -1,0 +1,53 @@
+"""What a model directory says of itself."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from teachers.engines.files import fingerprint, name_of, sha256, tokenizer_files
+from teachers.errors import TeacherError
+
+
+def hub_cache(root: Path, content: bytes, blob: str) -> Path:
+    """A snapshot as a hub's cache keeps it: files are links to blobs that are named for their content."""
+    folder = root / "models--owner--some-model" / "snapshots" / "4f2a"
+    blobs = root / "models--owner--some-model" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / blob).write_bytes(content)
+    (folder / "model.safetensors").symlink_to(Path("../../blobs") / blob)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_a_snapshot_has_the_hubs_name_and_revision(tmp_path: Path) -> None:
+    assert name_of(hub_cache(tmp_path, b"", "0" * 64)) == ("owner/some-model", "4f2a")
+    assert name_of(tmp_path / "plain") == ("plain", None)
+
+
+def test_a_large_file_in_a_hubs_cache_is_not_read_again(tmp_path: Path) -> None:
+    folder = hub_cache(tmp_path, b"never read", "ab" * 32)
+    assert sha256(folder / "model.safetensors") == "ab" * 32
+
+
+def test_a_small_file_in_a_hubs_cache_is_read_since_its_name_is_no_sha256(tmp_path: Path) -> None:
+    folder = hub_cache(tmp_path, b"small", "ab" * 20)
+    assert sha256(folder / "model.safetensors") == hashlib.sha256(b"small").hexdigest()
+
+
+def test_one_model_has_one_fingerprint_in_a_directory_and_in_a_hubs_cache(tmp_path: Path) -> None:
+    cached = hub_cache(tmp_path, b"weights", hashlib.sha256(b"weights").hexdigest())
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (plain / name).write_bytes((cached / name).read_bytes())
+    assert fingerprint(cached, "t", "bfloat16") == fingerprint(plain, "t", "bfloat16")
+    assert fingerprint(plain, "t", "float32") != fingerprint(plain, "t", "bfloat16")
+    (plain / "config.json").write_text("{ }")
+    assert fingerprint(cached, "t", "bfloat16") != fingerprint(plain, "t", "bfloat16")
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="no model directory"):
+        tokenizer_files(hub_cache(tmp_path, b"", "0" * 64))

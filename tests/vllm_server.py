@@ -1,0 +1,75 @@
+"""Real vLLM on loopback, in processes of its own: a stock server with our plugin, and what `tutelage teach` starts."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+
+from tests.serve import free_port
+
+KEY = "a-key-for-tests"
+START_S = 240.0
+ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": str(min(os.cpu_count() or 1, 8)),
+}
+
+
+@contextmanager
+def stock_server(model: Path, max_top_k: int, max_tokens: int, batch_tokens: int = 2048) -> Iterator[str]:
+    """The address of an unmodified vLLM OpenAI server that was told to load our plugin and to ask for KEY."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model", str(model), "--served-model-name", model.name, "--dtype", "bfloat16", "--enforce-eager"]
+    command += ["--max-logprobs", str(max_top_k), "--max-model-len", str(max_tokens + 1)]
+    command += ["--max-num-batched-tokens", str(batch_tokens), "--no-enable-prefix-caching"]
+    with started(command, port, VLLM_PLUGINS="tutelage", VLLM_API_KEY=KEY):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def started(command: Sequence[str], port: int, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process once its /ready answers; it and all its children are ended with the block."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, env=os.environ | ENV | env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + START_S
+            while not _ready(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    said.seek(0)
+                    raise AssertionError(f"did not get ready: {said.read()[-4000:].decode(errors='replace')}")
+                time.sleep(0.2)
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=30).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one."""
+    children = [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(n for child in children for n in descendants(child))]
