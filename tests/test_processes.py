@@ -169,7 +169,7 @@ def test_a_demo_that_is_ended_takes_its_teachers_along(tiny_cache: Path, tmp_pat
         demo.await_teachers()
         time.sleep(0.5)
         demo.process.send_signal(how)
-        demo.process.communicate(timeout=60)
+        demo.process.communicate(timeout=120)  # a loop that is being compiled is waited for
     finally:
         demo.process.kill()
         demo.process.communicate()

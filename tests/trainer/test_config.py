@@ -54,6 +54,8 @@ def test_it_is_frozen(tmp_path: Path) -> None:
             "[[teachers]]\nname = 'two'\nurl = 'http://x'",
             "unknown key 'teachers.1.url'; the nearest known one is 'urls'",
         ),
+        ("[[teachers]]\nname = 'two'", "teachers.1: urls: expected at least one address, or a urls_file"),
+        ("[[teachers]]\nname = 'two'\nurls = ['http://x']\non_loss = 'go'", "on_loss: .*'wait', 'drop' or 'stop'"),
         ("[train\n", "is not TOML"),
     ],
 )
