@@ -119,7 +119,7 @@ class Fleet:
             await asyncio.gather(*attempts, return_exceptions=True)
 
     def _second(self, first: Replica) -> Replica | None:
-        second = self._roster.free(besides=first)
+        second = self._roster.other(first)
         if second is None or not self._stragglers.may_ask_twice():
             return None
         self._counts["hedged"] += 1

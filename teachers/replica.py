@@ -42,9 +42,9 @@ class Replica:
             self._client = await self._find(self.url)
         return self._client
 
-    def takes(self, now: float) -> bool:
-        """Whether it may be asked one more question."""
-        return self.serving and now >= self.paused_until and self.num_held < self.pace.limit
+    def takes(self, now: float, beyond: int = 0) -> bool:
+        """Whether it may be asked one more question, or so many beyond what it sustains."""
+        return self.serving and now >= self.paused_until and self.num_held < self.pace.limit + beyond
 
     def hold(self, tokens: int) -> None:
         """Keep a place for a question; `release` gives it back."""

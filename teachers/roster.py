@@ -94,11 +94,17 @@ class Roster:
 
     # --- for whoever wants to ask ---
 
-    def free(self, besides: Replica | None = None) -> Replica | None:
+    def free(self) -> Replica | None:
         """The replica with the fewest tokens under way among those that take one more question."""
         now = asyncio.get_running_loop().time()
-        free = [r for r in self._replicas.values() if r.takes(now) and r is not besides]
+        free = [r for r in self._replicas.values() if r.takes(now)]
         return min(free, key=lambda r: r.held_tokens, default=None)
+
+    def other(self, first: Replica) -> Replica | None:
+        """The same for a question that is late at `first`: one beyond what another sustains, before all that wait."""
+        now = asyncio.get_running_loop().time()
+        others = [r for r in self._replicas.values() if r.takes(now, beyond=1) and r is not first]
+        return min(others, key=lambda r: r.held_tokens, default=None)
 
     async def wait(self) -> Replica:
         """The next free replica. Raises what the teacher was lost by."""

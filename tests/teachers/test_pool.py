@@ -142,7 +142,7 @@ def test_a_teacher_that_comes_back_with_other_weights_is_refused(tiny_byte_level
 def test_replicas_that_differ_are_refused(tiny_byte_level: Path) -> None:
     engines = FormulaEngine(tiny_byte_level), FormulaEngine(tiny_byte_level, fingerprint="0" * 64)
     with serving(engines[0]) as one, serving(engines[1]) as two:
-        with pytest.raises(FingerprintMismatch, match="expected fingerprint f+, received 0+"):
+        with pytest.raises(FingerprintMismatch, match="expected fingerprint (f+, received 0+|0+, received f+)"):
             asyncio.run(ask_many([TeacherAddress("t", (one, two))], 1))
 
 
