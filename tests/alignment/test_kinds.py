@@ -99,10 +99,10 @@ def test_what_a_teacher_only_knows_as_unknown_gets_nothing_of_its_probability(te
 
 @pytest.mark.parametrize("pair", [("wordpiece", "byte_level"), ("wordpiece", "sentencepiece")], ids="-".join)
 def test_lower_case_of_a_normalizer_costs_the_rest_of_a_capital_word_only(pair: tuple[str, str]) -> None:
-    *_, student, target = aligned("the HARBOUR office", PAIRS[pair])
+    _, teacher, student, target = aligned("the HARBOUR office", PAIRS[pair])
     word = (student.starts >= 3) & (student.ends <= 11)
     assert target.valid[~word].all()
-    boundaries = {3, 8}  # " harb", "our"
+    boundaries = {3, *(int(start) for start in teacher.starts if 4 < start < 11)}  # ties train "harb" or "harbo"
     assert [bool(v) for v in target.valid[word]] == [int(start) in boundaries for start in student.starts[word]]
 
 
