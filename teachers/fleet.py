@@ -68,10 +68,11 @@ class Fleet:
         trusted, and the last Unavailable if the teacher is lost or only this question fails again and again.
         """
         self._stragglers.asked()
-        failures, distrusted = 0, False
+        failures = 0
+        distrusted: Replica | None = None
         while True:
             async with self._turn:
-                replica = await self._roster.wait()
+                replica = await self._roster.wait(distrusted)
                 replica.hold(len(request.sequences[0]))
             try:
                 rows = await self._first_of(replica, request)
@@ -84,9 +85,9 @@ class Fleet:
             except DISTRUSTED as error:
                 self._counts["rejected"] += 1
                 log.error("%s (sample %s): the answer is rejected", error, sample)
-                if distrusted:
+                if distrusted is not None:
                     raise
-                distrusted = True
+                distrusted = replica
             else:
                 self._counts["questions"] += 1
                 self._counts["tokens"] += len(rows)

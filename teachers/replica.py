@@ -75,10 +75,11 @@ class Replica:
         await (await self.client()).alive(ALIVE_S)
 
     async def try_out(self, card: Card) -> None:
-        """Return if it is the teacher of this card and answers the smallest question. Raises TeacherError."""
+        """Return if it is the teacher of this card and answers a small question with sense. Raises TeacherError."""
         client = await self.client()
         await client.check(card, TRY_OUT_S)
-        request = ScoreRequest(sequences=[[card.bos_id or 0, 0]], starts=[1], top_k=1)
+        sequence = [card.bos_id or 0, *range(min(7, card.vocab_size))]
+        request = ScoreRequest(sequences=[sequence], starts=[1], top_k=min(16, card.max_top_k))
         await client.score(request, card, TRY_OUT_S)
 
     def give_up(self) -> None:

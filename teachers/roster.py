@@ -94,10 +94,10 @@ class Roster:
 
     # --- for whoever wants to ask ---
 
-    def free(self) -> Replica | None:
+    def free(self, besides: Replica | None = None) -> Replica | None:
         """The replica with the fewest tokens under way among those that take one more question."""
         now = asyncio.get_running_loop().time()
-        free = [r for r in self._replicas.values() if r.takes(now)]
+        free = [r for r in self._replicas.values() if r.takes(now) and r is not besides]
         return min(free, key=lambda r: r.held_tokens, default=None)
 
     def other(self, first: Replica) -> Replica | None:
@@ -106,12 +106,12 @@ class Roster:
         others = [r for r in self._replicas.values() if r.takes(now, beyond=1) and r is not first]
         return min(others, key=lambda r: r.held_tokens, default=None)
 
-    async def wait(self) -> Replica:
-        """The next free replica. Raises what the teacher was lost by."""
+    async def wait(self, distrusted: Replica | None = None) -> Replica:
+        """The next free replica, a distrusted one only if no other serves. Raises what the teacher was lost by."""
         while True:
             if self._lost is not None:
                 raise copy(self._lost)  # each question adds its own words to it
-            if replica := self.free():
+            if replica := self.free(distrusted if any(r is not distrusted for r in self.serving) else None):
                 return replica
             self._changed.clear()
             try:

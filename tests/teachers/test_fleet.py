@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,21 @@ def test_nonsense_from_two_replicas_in_a_row_is_raised_with_teacher_and_replica(
 
     with pytest.raises(InvalidRows, match=r"teacher t at http://.*sequence 0, position 1: a value that is not finite"):
         asyncio.run(run())
+
+
+def test_a_rejected_question_goes_elsewhere_although_its_replica_is_back_first(tiny_byte_level: Path) -> None:
+    """Nonsense about long texts only, so that the replica passes its trials, and the other one is slow and full."""
+    bad, good = FormulaEngine(tiny_byte_level), FormulaEngine(tiny_byte_level, delay_s=0.6)
+    bad.alter = lambda rows: replace(rows, logprobs=rows.logprobs[:, ::-1]) if len(rows) > 10 else rows  # type: ignore[method-assign]
+
+    async def run(urls: tuple[str, ...]) -> int:
+        async with TeacherPool([TeacherAddress("t", urls, concurrency=1)]) as pool:
+            await pool.connect("t")
+            await asyncio.gather(*(pool.score("t", list(range(20)), 1, TOP_K) for _ in range(6)))
+            return pool.stats()["t"].rejected
+
+    with serving(bad) as one, serving(good) as two:
+        assert asyncio.run(run((one, two))) >= 2
 
 
 def test_a_rejected_answer_is_logged_with_its_sample(
