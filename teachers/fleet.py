@@ -8,7 +8,7 @@ answer that cannot be trusted is asked for once more. Which replicas there are t
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from teachers.address import TeacherAddress
 from teachers.errors import FingerprintMismatch, NotFound, Overloaded, ProtocolError, Unauthorized, Unavailable
@@ -38,6 +38,19 @@ class FleetStats:
     at_once: int = 0
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What is asked, what messages call it, and the replicas whose answers to it were rejected."""
+
+    request: ScoreRequest
+    sample: str
+    rejected_by: list[Replica] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.request.sequences[0])
+
+
 class Fleet:
     """All replicas of one teacher. Made and closed inside one event loop; `report` hears if it is lost or back."""
 
@@ -64,49 +77,44 @@ class Fleet:
     async def score(self, request: ScoreRequest, sample: str = "") -> Rows:
         """Rows for one sequence. `sample` is what messages call it.
 
-        Raises TeacherLost if the teacher is dropped, Rejected at once, ProtocolError if two answers in a row cannot be
-        trusted, and the last Unavailable if the teacher is lost or only this question fails again and again.
+        Raises TeacherLost if the teacher is dropped, Rejected at once, ProtocolError if a second answer cannot be
+        trusted either, and the last Unavailable if the teacher is lost or only this question fails again and again.
         """
         self._stragglers.asked()
-        failures = 0
-        distrusted: Replica | None = None
+        question, failures = _Question(request, sample), 0
         while True:
             async with self._turn:
-                replica = await self._roster.wait(distrusted)
-                replica.hold(len(request.sequences[0]))
+                replica = await self._roster.wait(question.rejected_by)
+                replica.hold(question.tokens)
             try:
-                rows = await self._first_of(replica, request)
+                rows = await self._first_of(replica, question)
             except (Overloaded, FingerprintMismatch):
                 pass  # not the question's fault, and seen to where it happened
             except Unavailable:
                 failures += 1
                 if failures == MOST_FAILURES:
                     raise
-            except DISTRUSTED as error:
-                self._counts["rejected"] += 1
-                log.error("%s (sample %s): the answer is rejected", error, sample)
-                if distrusted is not None:
+            except DISTRUSTED:
+                if len(question.rejected_by) > 1:
                     raise
-                distrusted = replica
             else:
                 self._counts["questions"] += 1
                 self._counts["tokens"] += len(rows)
                 return rows
             self._counts["asked_again"] += 1
 
-    async def _first_of(self, replica: Replica, request: ScoreRequest) -> Rows:
+    async def _first_of(self, replica: Replica, question: _Question) -> Rows:
         """The first answer: of this replica, or, if that is a straggler, of a second one."""
-        tokens = len(request.sequences[0])
-        first = self._launch(replica, request)
+        first = self._launch(replica, question)
         attempts = {first}
         try:
-            usual_s = self._stragglers.patience_s(tokens)
+            usual_s = self._stragglers.patience_s(question.tokens)
             done, _ = await asyncio.wait(attempts, timeout=usual_s or SUSPECT_S)
             if not done:
                 self._roster.suspect(replica)
                 if usual_s and (second := self._second(replica)):
-                    second.hold(tokens)
-                    attempts.add(self._launch(second, request))
+                    second.hold(question.tokens)
+                    attempts.add(self._launch(second, question))
             while True:
                 done, attempts = await asyncio.wait(attempts, return_when=asyncio.FIRST_COMPLETED)
                 answered = [task for task in done if task.exception() is None]
@@ -120,29 +128,29 @@ class Fleet:
             await asyncio.gather(*attempts, return_exceptions=True)
 
     def _second(self, first: Replica) -> Replica | None:
-        second = self._roster.other(first)
+        second = self._roster.free(besides=[first], beyond=1)
         if second is None or not self._stragglers.may_ask_twice():
             return None
         self._counts["hedged"] += 1
         return second
 
-    def _launch(self, replica: Replica, request: ScoreRequest) -> asyncio.Task[Rows]:
+    def _launch(self, replica: Replica, question: _Question) -> asyncio.Task[Rows]:
         """Ask one replica. Its place is held already, and given back whatever comes of it."""
 
         def leave(_: object) -> None:
-            replica.release(len(request.sequences[0]))
+            replica.release(question.tokens)
             self._roster.changed()
 
-        attempt = asyncio.create_task(self._attempt(replica, request))
+        attempt = asyncio.create_task(self._attempt(replica, question))
         attempt.add_done_callback(leave)
         return attempt
 
-    async def _attempt(self, replica: Replica, request: ScoreRequest) -> Rows:
+    async def _attempt(self, replica: Replica, question: _Question) -> Rows:
         """One replica's answer, and the consequences for that replica."""
-        loop, tokens = asyncio.get_running_loop(), len(request.sequences[0])
+        loop = asyncio.get_running_loop()
         began, under_way = loop.time(), replica.num_held
         try:
-            rows = await replica.score(request, self._roster.card, self._timeout_s)
+            rows = await replica.score(question.request, self._roster.card, self._timeout_s)
         except Overloaded as error:
             replica.pace.complained()
             self._roster.overloaded(replica, error)
@@ -150,11 +158,17 @@ class Fleet:
         except FingerprintMismatch as error:
             self._roster.refuse(replica, error)
             raise
-        except (Unavailable, *DISTRUSTED) as error:
+        except Unavailable as error:
             replica.pace.complained()
             self._roster.rest(replica, error)
             raise
-        replica.pace.answered(loop.time() - began, tokens, under_way)
-        self._stragglers.answered(loop.time() - began, tokens)
+        except DISTRUSTED as error:
+            log.error("%s (sample %s): the answer is rejected", error, question.sample)
+            self._counts["rejected"] += 1
+            question.rejected_by.append(replica)
+            self._roster.rest(replica, error)
+            raise
+        replica.pace.answered(loop.time() - began, question.tokens, under_way)
+        self._stragglers.answered(loop.time() - began, question.tokens)
         self._roster.answered(replica)
         return rows

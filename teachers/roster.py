@@ -6,7 +6,7 @@ than it was is refused. Only when nothing has come from any of them for `patienc
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -94,24 +94,22 @@ class Roster:
 
     # --- for whoever wants to ask ---
 
-    def free(self, besides: Replica | None = None) -> Replica | None:
-        """The replica with the fewest tokens under way among those that take one more question."""
+    def free(self, besides: Collection[Replica] = (), beyond: int = 0) -> Replica | None:
+        """The replica with the fewest tokens under way among those that take one more question.
+
+        With `beyond`, as many more than each sustains: for a question that is late elsewhere, before all that wait.
+        """
         now = asyncio.get_running_loop().time()
-        free = [r for r in self._replicas.values() if r.takes(now) and r is not besides]
+        free = [r for r in self._replicas.values() if r.takes(now, beyond) and r not in besides]
         return min(free, key=lambda r: r.held_tokens, default=None)
 
-    def other(self, first: Replica) -> Replica | None:
-        """The same for a question that is late at `first`: one beyond what another sustains, before all that wait."""
-        now = asyncio.get_running_loop().time()
-        others = [r for r in self._replicas.values() if r.takes(now, beyond=1) and r is not first]
-        return min(others, key=lambda r: r.held_tokens, default=None)
-
-    async def wait(self, distrusted: Replica | None = None) -> Replica:
+    async def wait(self, distrusted: Collection[Replica] = ()) -> Replica:
         """The next free replica, a distrusted one only if no other serves. Raises what the teacher was lost by."""
         while True:
             if self._lost is not None:
                 raise copy(self._lost)  # each question adds its own words to it
-            if replica := self.free(distrusted if any(r is not distrusted for r in self.serving) else None):
+            others_serve = any(replica not in distrusted for replica in self.serving)
+            if replica := self.free(besides=distrusted if others_serve else ()):
                 return replica
             self._changed.clear()
             try:
@@ -175,7 +173,8 @@ class Roster:
         replica.serving = True
 
     async def _recover(self, replica: Replica) -> None:
-        while replica.url in self._replicas:
+        """Try it out until it is itself again, or is not listed any more."""
+        while self._replicas.get(replica.url) is replica:
             await asyncio.sleep(backoff_s(replica.failures))
             try:
                 await replica.try_out(self.card)
@@ -187,6 +186,7 @@ class Roster:
                 self._serve(replica)
                 return
             replica.failures += 1
+        await replica.finish()
 
     def _serve(self, replica: Replica) -> None:
         log.warning("teacher %s at %s answers again", self._address.name, replica.url)
@@ -204,6 +204,8 @@ class Roster:
         except Unavailable as error:
             self.rest(replica, error)
             replica.give_up()
+        except TeacherError:
+            pass  # whatever it says, it lives
         finally:
             replica.suspected = False
 
@@ -218,7 +220,9 @@ class Roster:
                 continue
             for url in [url for url in self._replicas if url not in urls]:
                 log.warning("teacher %s at %s is not listed any more", self._address.name, url)
-                self._start(self._replicas.pop(url).finish())
+                gone = self._replicas.pop(url)
+                if not gone.resting:  # else its trials end and close it
+                    self._start(gone.finish())
             for url in [url for url in urls if url not in self._replicas]:
                 log.warning("teacher %s at %s is new", self._address.name, url)
                 replica = self._replicas[url] = Replica(url, self._find, self._address.concurrency)
