@@ -1,7 +1,7 @@
 """The engine that benchmarks/wire.py holds our route against: vLLM in process, flat logprobs or none, no HTTP, no rows.
 
 `python -m benchmarks.vllm_in_process MODEL` says "ready", then answers every line {"sequences", "top_k"} with seconds.
-A file of its own: vLLM's processes import what started them, and fail on one that has imported numba.
+A file of its own, with late imports: vLLM's processes import what started them, and fail on one that imports numba.
 """
 
 import asyncio
@@ -15,9 +15,6 @@ from uuid import uuid4
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
-
-from teachers.engine import EngineOptions
-from teachers.engines.vllm import engine_args
 
 
 async def ask(engine: AsyncLLM, sequence: list[int], top_k: int | None) -> None:
@@ -36,6 +33,9 @@ async def ask(engine: AsyncLLM, sequence: list[int], top_k: int | None) -> None:
 async def main(model: Path) -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM logs to standard output
+    from teachers.engine import EngineOptions
+    from teachers.engines.vllm import engine_args
+
     engine = AsyncLLM.from_engine_args(
         engine_args(model, EngineOptions(max_tokens=1023, vllm_args={"enforce_eager": True}))
     )
