@@ -157,12 +157,30 @@ class FusionConfig(Section):
 
 
 class LossConfig(Section):
-    """[loss] ce_weight · cross-entropy + (1 − ce_weight) · forward KL."""
+    """[loss] λ · cross-entropy + (1 − λ) · divergence from the fused target."""
 
     ce_weight: Share = 0.9
     """λ: 1 trains on the text alone, 0 on the teachers alone."""
+    final_ce_weight: Share | None = None
+    """λ at the end of the run, where `schedule` moves; `ce_weight` if absent."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How λ moves from `ce_weight` to `final_ce_weight` over the run's steps."""
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jensen_shannon", "skew_kl", "skew_reverse_kl", "total_variation"
+    ] = "forward_kl"
+    """forward_kl: KL(target ‖ student), be wherever the teachers are; reverse_kl: be nowhere else; the others lie
+    between and are bounded. All take the tail as one bucket on both sides."""
+    mix: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share in the mixtures of jensen_shannon (of the target; 0.5 if absent) and of skew_* (of the own side; 0.1)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of target and student in the divergence. Over top-k the target's tail is taken as spread evenly over all tokens
+    that are not listed: above 1 that makes it too heavy, so keep near 1 unless the listed mass is high."""
     chunk_tokens: Positive = 256
     """Positions whose logits exist at once."""
+
+    @property
+    def last_ce_weight(self) -> float:
+        return self.ce_weight if self.final_ce_weight is None else self.final_ce_weight
 
 
 class OptimConfig(Section):
@@ -250,8 +268,10 @@ class RunConfig(Section):
             raise ValueError("data.teacher_column: fusion by router needs the column that names the teacher")
         if self.data.messages_column is not None and self.data.close_documents:
             raise ValueError("data.close_documents: a chat ends as its template says; leave it out")
-        if not self.teachers and self.loss.ce_weight != 1:
+        if not self.teachers and min(self.loss.ce_weight, self.loss.last_ce_weight) < 1:
             raise ValueError("loss.ce_weight: without teachers there is only the text to learn from; set it to 1")
+        if self.loss.final_ce_weight is not None and self.loss.schedule == "constant":
+            raise ValueError("loss.final_ce_weight: give a loss.schedule, linear or cosine, that moves there")
         if self.train.batch_samples % self.train.accumulate:
             raise ValueError("train.accumulate: must divide train.batch_samples")
         return self

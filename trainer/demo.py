@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from teachers.client import TeacherClient
 from teachers.errors import Unauthorized, Unavailable
 from trainer.bundled import BUNDLES, prepare
-from trainer.config import RunConfig, TeacherConfig, load_config
+from trainer.config import LossConfig, RunConfig, TeacherConfig, load_config
 from trainer.console import console, show_preview, show_table, watching
 from trainer.errors import UserError
 from trainer.loop import RunResult, train
@@ -60,7 +60,7 @@ def run_demo(overrides: Sequence[str], silent: bool) -> DemoResult:
         if not silent:
             show_preview(seen)
         student = _train(config, out / "fused", "student with teachers", silent)
-    plain = config.model_copy(update={"teachers": [], "loss": config.loss.model_copy(update={"ce_weight": 1.0})})
+    plain = config.model_copy(update={"teachers": [], "loss": LossConfig(ce_weight=1.0)})
     twin = _train(plain, out / "twin", "twin without teachers", silent)
     return DemoResult(seen, student, twin, round(time.monotonic() - began, 1))
 

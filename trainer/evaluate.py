@@ -7,7 +7,8 @@ import torch
 
 from alignment.report import bits_per_byte
 from alignment.spans import Tokens
-from trainer.losses import Labels, chunked_loss, labels_from
+from trainer.labels import labels_from
+from trainer.losses import Objective, head_loss
 from trainer.reading import Reading
 from trainer.student import Student
 
@@ -27,11 +28,11 @@ class Evaluation:
 
 def token_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tensor:
     """[T − first_position] nats that the student pays for each predicted token of one sample."""
-    labels: Labels = labels_from([tokens.ids[student.first_position :]], [None])
+    labels = labels_from([tokens.ids[student.first_position :]], [None])
     with torch.no_grad(), student.precision():
         hidden = student.hidden([tokens])
-        ce_T, _ = chunked_loss(student.head, hidden, labels.to(student.device), 1.0, chunk_tokens)
-    return ce_T.cpu()
+        loss = head_loss(student.head, hidden, labels.to(student.device), Objective(chunk_tokens=chunk_tokens))
+    return loss.ce_T.cpu()
 
 
 def evaluate(student: Student, samples: Sequence[Reading], chunk_tokens: int) -> Evaluation:

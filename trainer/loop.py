@@ -29,7 +29,7 @@ from trainer.fuser import Fuser, check_routes
 from trainer.metrics import Listener, Metrics
 from trainer.pipeline import Batch, TargetStream, labels_of
 from trainer.reading import Reader, readable
-from trainer.step import StepResult, learning_rate, make_optimizer, train_step
+from trainer.step import StepResult, make_optimizer, plan_step, train_step
 from trainer.student import Student, load_student, reader_of
 
 
@@ -81,11 +81,16 @@ def train(
             run.measure(metrics, done)
             for batch in noted(chain(first, batches), stream, metrics):
                 began = time.monotonic()
-                lr = learning_rate(done, num_steps, config.optim)
-                result = train_step(student, optimizer, batch.lessons, lr, config)
+                plan = plan_step(config, done, num_steps)
+                result = train_step(student, optimizer, batch.lessons, plan)
                 done += 1
                 step_s = time.monotonic() - began
-                metrics.emit("step", step=done, **step_values(config, student, batch, result, step_s))
+                metrics.emit(
+                    "step",
+                    step=done,
+                    ce_weight=plan.objective.ce_weight,
+                    **step_values(config, student, batch, result, step_s),
+                )
                 if done == end or _due(done, config.eval.every_steps):
                     run.measure(metrics, done)
                 if done == end or _due(done, config.output.checkpoint_every_steps):
@@ -214,7 +219,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
             "fleet": batch.fleets.get(teacher.name, {}),
         }
     return values | {
-        "forward_kl": result.forward_kl,
+        "divergence": result.divergence,
         "coverage": valid / sum(len(t) for t in targets),
         "mass": sum(float(t.mass.sum()) for t in targets) / max(valid, 1),
         "vanished": sum(lesson.vanished for lesson in batch.lessons),

@@ -1,121 +1,226 @@
-"""Losses from logits and targets, reduced by sum; the step divides once by the global number of tokens.
+"""Head and loss in one: from hidden states to the loss and its gradients, a chunk of positions at a time.
 
-A target lists K tokens and a tail. The student's probability outside the listed tokens is the same one bucket,
-so the optimum is the teacher's own distribution with its own tail: a truncated loss leaks the tail's mass, and a
-renormalised one makes the student overconfident.
+Logits exist for one chunk only. Its gradients are computed with its loss, in one pass over the vocabulary whatever the
+divergence, and only multiplied in the backward pass: three products with the head's weight, as cross-entropy alone
+takes. Losses are sums; the step divides once by the global number of tokens.
+
+A target lists K tokens and a tail. The student's probability outside the listed tokens is the same one bucket, so the
+optimum is the teacher's own distribution with its own tail: a truncated loss leaks the tail's mass, and a renormalised
+one makes the student overconfident. With r = softmax over what is not listed, q the student, g the derivatives of the
+divergence by log q of each bucket and G their sum, the derivative by logit j is g_j − G q_j where j is listed and
+r_j (g_tail − G q_tail) where not: everything that is as long as the vocabulary is one softmax, scaled.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from alignment.target import Target
+from trainer.divergences import NOTHING_NATS, Divergence, forward_kl, tempered
+from trainer.labels import Labels
 
-NOTHING_NATS = (
-    1e4  # a listed token outside its own listing: e^−10000, finite so that a row listing all V has a gradient
-)
-
-# torch legend: T positions of a batch, K listed tokens, V vocabulary, D width
+# torch legend: T positions of a batch, C of a chunk, K listed tokens, B buckets (K and the tail), V vocabulary, D width
 
 
 @dataclass(frozen=True, eq=False)
-class Labels:
-    """What T positions should predict.
+class Head:
+    """What turns hidden states into logits: scale · (hidden · weightᵀ + bias), softly capped at ± cap."""
 
-    tokens_T  int64, the text
-    ids_TK    int64 listed by the target; short rows repeat their first id with probability 0
-    probs_TK  float32
-    tail_T    float32; a position without a target has no mass at all and adds nothing to the divergence
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden_CD: Tensor) -> Tensor:
+        """[C, V] in float32, or in float64 where that is what comes."""
+        logits_CV = hidden_CD @ self.weight_VD.T
+        logits_CV = logits_CV.to(_wide(logits_CV))
+        if self.bias_V is not None:
+            logits_CV += self.bias_V
+        if self.scale != 1:
+            logits_CV *= self.scale
+        return logits_CV.div_(self.cap).tanh_().mul_(self.cap) if self.cap else logits_CV
+
+    def through(self, slope_CV: Tensor, logits_CV: Tensor | None) -> Tensor:
+        """Derivatives by the logits, in place, to those before scale and cap; the capped logits are needed for that."""
+        if self.cap and logits_CV is not None:
+            slope_CV *= 1 - (logits_CV / self.cap) ** 2
+        return slope_CV.mul_(self.scale) if self.scale != 1 else slope_CV
+
+
+@dataclass(frozen=True)
+class Objective:
+    """ce_weight · cross-entropy + (1 − ce_weight) · temperature² · divergence of the tempered distributions."""
+
+    ce_weight: float = 1.0
+    divergence: Divergence = forward_kl
+    temperature: float = 1.0
+    chunk_tokens: int = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """total is the sum over T positions, with its gradient; the others are nats of each, without weights or gradient.
+
+    The divergence is not computed where it has no weight, and then 0.
     """
 
-    tokens_T: Tensor
-    ids_TK: Tensor
-    probs_TK: Tensor
-    tail_T: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens_T)
-
-    def to(self, device: str) -> "Labels":
-        return Labels(*(t.to(device) for t in (self.tokens_T, self.ids_TK, self.probs_TK, self.tail_T)))
-
-    def split(self, size: int) -> list["Labels"]:
-        columns = (self.tokens_T, self.ids_TK, self.probs_TK, self.tail_T)
-        return [Labels(*parts) for parts in zip(*(c.split(size) for c in columns), strict=True)]
+    total: Tensor
+    ce_T: Tensor
+    divergence_T: Tensor
 
 
-def labels_from(tokens: Sequence[np.ndarray], targets: Sequence[Target | None]) -> Labels:
-    """Dense labels of several samples, one after another; None where a sample has no target."""
-    wide = max([1, *(int(np.diff(t.offsets).max(initial=0)) for t in targets if t is not None)])
-    parts = [_dense(len(t), target, wide) for t, target in zip(tokens, targets, strict=True)]
-    ids, probs, tail = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
-    return Labels(torch.from_numpy(np.concatenate(tokens)), ids, probs, tail)
+def head_loss(head: Head, hidden_TD: Tensor, labels: Labels, objective: Objective) -> Loss:
+    """The loss of T positions, with gradients for the hidden states and for the head where it is trained.
 
-
-def _dense(length: int, target: Target | None, wide: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    ids = np.zeros((length, wide), dtype=np.int64)
-    probs = np.zeros((length, wide), dtype=np.float32)
-    if target is None:
-        return ids, probs, np.zeros(length, dtype=np.float32)
-    if len(target) != length:
-        raise ValueError(f"expected a target for {length} positions, received {len(target)}")
-    counts, rows = np.diff(target.offsets), target.rows
-    some = counts > 0
-    ids[some] = target.ids[target.offsets[:-1][some]][:, None]
-    column = np.arange(len(rows)) - target.offsets[rows]
-    ids[rows, column] = target.ids
-    probs[rows, column] = target.probs
-    return ids, probs, target.tail
-
-
-def _wide(logits_TV: Tensor) -> Tensor:
-    """Losses are computed in float32, or in float64 where that is what comes."""
-    return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
-
-
-def cross_entropy(logits_TV: Tensor, labels: Labels) -> Tensor:
-    """[T] nats of the text."""
-    return functional.cross_entropy(_wide(logits_TV), labels.tokens_T, reduction="none")
-
-
-def forward_kl(logits_TV: Tensor, labels: Labels) -> Tensor:
-    """[T] nats: KL(target ‖ student) over the listed tokens and one bucket for everything else."""
-    logits_TV = _wide(logits_TV)
-    log_z_T = logits_TV.logsumexp(-1)
-    listed_TK = logits_TV.gather(1, labels.ids_TK) - log_z_T[:, None]
-    nothing_TK = (log_z_T[:, None] - NOTHING_NATS).detach().expand_as(listed_TK)
-    rest_T = logits_TV.scatter(1, labels.ids_TK, nothing_TK).logsumexp(-1) - log_z_T
-    entropy_T = torch.special.entr(labels.probs_TK).sum(-1) + torch.special.entr(labels.tail_T)
-    kl_T: Tensor = -(labels.probs_TK * listed_TK).sum(-1) - labels.tail_T * rest_T - entropy_T
-    return kl_T
-
-
-def fusion_loss(logits_TV: Tensor, labels: Labels, ce_weight: float) -> tuple[Tensor, Tensor]:
-    """[T] cross-entropy and [T] forward KL; the latter is not computed where it has no weight."""
-    ce_T = cross_entropy(logits_TV, labels)
-    kl_T = forward_kl(logits_TV, labels) if ce_weight < 1 else torch.zeros_like(ce_T)
-    return ce_T, kl_T
-
-
-def chunked_loss(
-    head: torch.nn.Module, hidden_TD: Tensor, labels: Labels, ce_weight: float, chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """[T] cross-entropy and [T] forward KL from hidden states; logits exist for `chunk_tokens` positions at once.
-
-    Each chunk's logits are computed again in the backward pass instead of being kept.
+    Products are computed in the type of autocast, else of the weight; softmax and sums in float32 or wider.
     """
+    if len(hidden_TD) != len(labels):
+        raise ValueError(f"expected as many labels as hidden states, received {len(labels)} and {len(hidden_TD)}")
+    return Loss(*_HeadLoss.apply(hidden_TD, head.weight_VD, head.bias_V, _Job(head, labels, objective)))
 
-    def one(hidden_CD: Tensor, chunk: Labels) -> tuple[Tensor, Tensor]:
-        return fusion_loss(head(hidden_CD), chunk, ce_weight)
 
-    parts = [
-        checkpoint(one, hidden_CD, chunk, use_reentrant=False)
-        for hidden_CD, chunk in zip(hidden_TD.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-    ]
-    ce_T, kl_T = (torch.cat(column) for column in zip(*parts, strict=True))
-    return ce_T, kl_T
+@dataclass(frozen=True, eq=False)
+class _Job:
+    head: Head
+    labels: Labels
+    objective: Objective
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Gradients are made in the forward pass, for a sum; the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
+        kind, size = hidden_TD.device.type, job.objective.chunk_tokens
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
+        head = replace(job.head, weight_VD=weight_VD.to(dtype))
+        gradients = _Gradients([hidden_TD, weight_VD, bias_V], ctx.needs_input_grad)
+        parts = []
+        with torch.autocast(kind, enabled=False):
+            for n, (hidden_CD, chunk) in enumerate(zip(hidden_TD.split(size), job.labels.split(size), strict=True)):
+                hidden_CD = hidden_CD.to(dtype)
+                ce_C, divergence_C, slope_CV = _chunk(head, hidden_CD, chunk, job.objective)
+                gradients.add(n * size, hidden_CD, slope_CV, head.weight_VD)
+                parts.append((ce_C, divergence_C))
+        ctx.gradients = gradients.finished()
+        ce_T, divergence_T = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(ce_T, divergence_T)
+        return weighted(ce_T, divergence_T, job.objective).sum(), ce_T, divergence_T
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place, so they serve once
+        if gradients is None:
+            raise RuntimeError("head_loss: its gradients were used already; compute the loss again")
+        return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), None
+
+
+class _Gradients:
+    """Of hidden states, weight and bias, gathered chunk by chunk in float32 or wider; None for what is not trained."""
+
+    def __init__(self, given: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
+        self._given = given
+        hidden, weight, bias = (x if x is not None and n else None for x, n in zip(given, needed, strict=False))
+        self._hidden_TD = None if hidden is None else torch.empty_like(hidden)
+        self._weight_VD = None if weight is None else torch.zeros_like(weight, dtype=_wide(weight))
+        self._bias_V = None if bias is None else torch.zeros_like(bias, dtype=_wide(bias))
+
+    def add(self, begin: int, hidden_CD: Tensor, slope_CV: Tensor, weight_VD: Tensor) -> None:
+        if self._bias_V is not None:
+            self._bias_V += slope_CV.sum(0)
+        slope_CV = slope_CV.to(weight_VD.dtype)
+        if self._hidden_TD is not None:
+            self._hidden_TD[begin : begin + len(slope_CV)] = slope_CV @ weight_VD
+        if self._weight_VD is not None:
+            self._weight_VD += slope_CV.T @ hidden_CD
+
+    def finished(self) -> list[Tensor | None]:
+        made = (self._hidden_TD, self._weight_VD, self._bias_V)
+        pairs = zip(made, self._given, strict=True)
+        return [None if m is None or given is None else m.to(given.dtype) for m, given in pairs]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def weighted(ce_T: Tensor, divergence_T: Tensor, objective: Objective) -> Tensor:
+    """[T] nats: each position's part of the loss."""
+    weight = objective.ce_weight
+    if weight == 1:
+        return ce_T
+    return weight * ce_T + (1 - weight) * objective.temperature**2 * divergence_T
+
+
+def _chunk(head: Head, hidden_CD: Tensor, labels: Labels, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """[C] cross-entropy, [C] divergence, and [C, V] the derivatives of their weighted sum by logits before the cap."""
+    logits_CV = head.logits(hidden_CD)
+    kept_CV = logits_CV.clone() if head.cap else None
+    if objective.ce_weight == 1:
+        ce_C, slope_CV = _text(logits_CV, labels)
+        divergence_C = torch.zeros_like(ce_C)
+    elif objective.temperature == 1:
+        ce_C, divergence_C, slope_CV = _buckets(logits_CV, labels, objective)
+    else:
+        text_CV = logits_CV.clone()
+        tempered = logits_CV.div_(objective.temperature)
+        _, divergence_C, slope_CV = _buckets(tempered, labels, objective, text_weight=0.0)
+        ce_C, text_slope_CV = _text(text_CV, labels)
+        slope_CV = slope_CV.mul_(1 / objective.temperature).add_(text_slope_CV, alpha=objective.ce_weight)
+    return ce_C, divergence_C, head.through(slope_CV, kept_CV)
+
+
+def _text(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """[C] cross-entropy and [C, V] its derivatives, in the place of the logits."""
+    tokens_C1 = labels.tokens_T[:, None]
+    label_C1 = logits_CV.gather(1, tokens_C1)
+    log_z_C1, q_CV = _softmax(logits_CV)
+    minus_one = torch.full_like(label_C1, -1)
+    return (log_z_C1 - label_C1).squeeze(1), q_CV.scatter_add_(1, tokens_C1, minus_one)
+
+
+def _buckets(
+    logits_CV: Tensor, labels: Labels, objective: Objective, text_weight: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[C] cross-entropy, [C] divergence, and [C, V] the derivatives of their weighted sum, in the place of the logits.
+
+    text_weight is what the cross-entropy's derivatives are taken with, ce_weight if absent.
+    """
+    text_weight = objective.ce_weight if text_weight is None else text_weight
+    tokens_C1 = labels.tokens_T[:, None]
+    label_C1 = logits_CV.gather(1, tokens_C1)
+    listed_CK = logits_CV.gather(1, labels.ids_TK).masked_fill_(~labels.listed_TK, -torch.inf)
+    nothing = torch.finfo(logits_CV.dtype).min
+    log_rest_C1, rest_CV = _softmax(logits_CV.scatter_(1, labels.ids_TK, nothing))
+    log_z_C1 = torch.logaddexp(log_rest_C1, listed_CK.logsumexp(1, keepdim=True))
+    log_q_CB = (torch.cat([listed_CK, log_rest_C1], 1) - log_z_C1).clamp_(min=-NOTHING_NATS)
+
+    divergence_C, g_CB = _small(labels, log_q_CB, objective, logits_CV.shape[1])
+    q_CB = log_q_CB.exp()
+    slope_CB = g_CB + q_CB * (text_weight - g_CB.sum(1, keepdim=True))  # g_j − G q_j, and the text's own q_j
+    rest_CV *= slope_CB[:, -1:]
+    rest_CV.scatter_add_(1, labels.ids_TK, slope_CB[:, :-1] * labels.listed_TK)
+    rest_CV.scatter_add_(1, tokens_C1, torch.full_like(label_C1, -text_weight))
+    return (log_z_C1 - label_C1).squeeze(1), divergence_C, rest_CV
+
+
+def _small(labels: Labels, log_q_CB: Tensor, objective: Objective, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """[C] divergence over the buckets, and [C, B] the derivatives of its part of the loss; nothing without a target."""
+    p_CB = torch.cat([labels.probs_TK, labels.tail_T[:, None]], 1).to(log_q_CB.dtype)
+    has_target_C = p_CB.sum(1) > 0
+    p_CB = tempered(p_CB, objective.temperature, vocab_size - labels.listed_TK.sum(1))
+    with torch.enable_grad():
+        leaf_CB = log_q_CB.detach().requires_grad_()
+        divergence_C = objective.divergence(p_CB, leaf_CB) * has_target_C
+        (g_CB,) = torch.autograd.grad(divergence_C.sum(), leaf_CB)
+    return divergence_C.detach(), g_CB * ((1 - objective.ce_weight) * objective.temperature**2)
+
+
+def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """[C, 1] logsumexp, and the softmax in the place of the logits; the largest entry tells the sum."""
+    top_C1, at_C1 = logits_CV.max(1, keepdim=True)
+    torch.softmax(logits_CV, 1, out=logits_CV)
+    return top_C1 - logits_CV.gather(1, at_C1).log(), logits_CV

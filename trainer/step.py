@@ -7,21 +7,56 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trainer.config import OptimConfig, RunConfig
+from trainer.config import LossConfig, OptimConfig, RunConfig
+from trainer.divergences import divergence
 from trainer.errors import DataError, NonFiniteLoss
 from trainer.fuser import Lesson
-from trainer.losses import chunked_loss, labels_from
+from trainer.labels import labels_from
+from trainer.losses import Objective, head_loss, weighted
 from trainer.pipeline import labels_of, supervised_from
+from trainer.priors import scheduled
 from trainer.student import Student
 
 
 @dataclass(frozen=True)
+class StepPlan:
+    """What the run file says for one step."""
+
+    lr: float
+    objective: Objective
+    accumulate: int
+    clip_norm: float
+    teachers: tuple[str, ...]
+
+
+def plan_step(config: RunConfig, step: int, num_steps: int) -> StepPlan:
+    """`step` counts from 0."""
+    return StepPlan(
+        learning_rate(step, num_steps, config.optim),
+        objective_at(config.loss, step / max(num_steps - 1, 1)),
+        config.train.accumulate,
+        config.optim.clip_norm,
+        tuple(teacher.name for teacher in config.teachers),
+    )
+
+
+def objective_at(loss: LossConfig, progress: float) -> Objective:
+    """The loss at a progress of 0 to 1 through the run."""
+    first, last = loss.ce_weight, loss.last_ce_weight
+    ce_weight = scheduled([first, 1 - first], [last, 1 - last], loss.schedule, min(progress, 1.0))[0]
+    return Objective(float(ce_weight), divergence(loss.divergence, loss.mix), loss.temperature, loss.chunk_tokens)
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """Means over the batch's predicted tokens, in nats; the gradient's norm before clipping."""
+    """Means over the batch's predicted tokens, in nats; the gradient's norm before clipping.
+
+    divergence is None where it has no weight, for then it is not computed.
+    """
 
     loss: float
     cross_entropy: float
-    forward_kl: float
+    divergence: float | None
     num_tokens: int
     grad_norm: float
     lr: float
@@ -45,42 +80,41 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def train_step(
-    student: Student, optimizer: torch.optim.Optimizer, lessons: Sequence[Lesson], lr: float, config: RunConfig
+    student: Student, optimizer: torch.optim.Optimizer, lessons: Sequence[Lesson], plan: StepPlan
 ) -> StepResult:
     """Move the student once. Raises NonFiniteLoss, naming sample and teachers, before the optimizer is touched."""
     num_tokens = sum(int(supervised_from(lesson, student.first_position).sum()) for lesson in lessons)
     if num_tokens == 0:
         names = ", ".join(lesson.sample.name for lesson in lessons)
         raise DataError(f"there is nothing to learn from in the samples {names}: nothing was updated")
-    size = max(len(lessons) // config.train.accumulate, 1)
+    size = max(len(lessons) // plan.accumulate, 1)
     sums = torch.zeros(3, dtype=torch.float64)
     for begin in range(0, len(lessons), size):
-        sums += _backward(student, lessons[begin : begin + size], num_tokens, config)
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.optim.clip_norm)
+        sums += _backward(student, lessons[begin : begin + size], num_tokens, plan)
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), plan.clip_norm)
     if not bool(torch.isfinite(norm)):
         names = ", ".join(lesson.sample.name for lesson in lessons)
         raise NonFiniteLoss(f"the gradient's norm is {float(norm)} for the samples {names}; nothing was updated")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = plan.lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    loss, ce, kl = (sums / num_tokens).tolist()
-    return StepResult(loss, ce, kl, num_tokens, float(norm), lr)
+    loss, ce, apart = (sums / num_tokens).tolist()
+    return StepResult(loss, ce, apart if plan.objective.ce_weight < 1 else None, num_tokens, float(norm), plan.lr)
 
 
-def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, config: RunConfig) -> torch.Tensor:
-    """Gradients of one part; returns the sums of loss, cross-entropy and forward KL."""
-    weight = config.loss.ce_weight
+def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, plan: StepPlan) -> torch.Tensor:
+    """Gradients of one part; returns the sums of loss, cross-entropy and divergence."""
     columns = [labels_of(lesson, student.first_position) for lesson in lessons]
     labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns]).to(student.device)
     with student.precision():
         hidden_TD = student.hidden([lesson.tokens for lesson in lessons])
         hidden_TD = _supervised(hidden_TD, lessons, student.first_position)
-        ce_T, kl_T = chunked_loss(student.head, hidden_TD, labels, weight, config.loss.chunk_tokens)
-    loss_T = weight * ce_T + (1 - weight) * kl_T
-    _check_finite(loss_T, lessons, student.first_position, config)
-    (loss_T.sum() / num_tokens).backward()
-    return torch.stack([loss_T.sum(), ce_T.sum(), kl_T.sum()]).detach().double().cpu()
+        loss = head_loss(student.head, hidden_TD, labels, plan.objective)
+    loss_T = weighted(loss.ce_T, loss.divergence_T, plan.objective)
+    _check_finite(loss_T, lessons, student.first_position, plan)
+    (loss.total / num_tokens).backward()
+    return torch.stack([loss_T.double().sum(), loss.ce_T.double().sum(), loss.divergence_T.double().sum()]).cpu()
 
 
 def _supervised(hidden_TD: torch.Tensor, lessons: Sequence[Lesson], first_position: int) -> torch.Tensor:
@@ -89,15 +123,15 @@ def _supervised(hidden_TD: torch.Tensor, lessons: Sequence[Lesson], first_positi
     return hidden_TD if wanted.all() else hidden_TD[torch.from_numpy(wanted).to(hidden_TD.device)]
 
 
-def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int, config: RunConfig) -> None:
+def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int, plan: StepPlan) -> None:
     if bool(torch.isfinite(loss_T).all()):
         return
     positions = [np.flatnonzero(supervised_from(lesson, first_position)) + first_position for lesson in lessons]
-    for lesson, at, part in zip(lessons, positions, loss_T.detach().split([len(p) for p in positions]), strict=True):
+    for lesson, at, part in zip(lessons, positions, loss_T.split([len(p) for p in positions]), strict=True):
         bad = torch.isfinite(part).logical_not().nonzero()
         if len(bad):
             raise NonFiniteLoss(
                 f"the loss of sample {lesson.sample.name} at token {int(at[int(bad[0])])} is "
-                f"{float(part[bad[0]])} (teachers: {', '.join(t.name for t in config.teachers) or 'none'}); "
+                f"{float(part[bad[0]])} (teachers: {', '.join(plan.teachers) or 'none'}); "
                 "nothing was updated"
             )

@@ -20,23 +20,36 @@ from alignment import Vocabulary
 from alignment.spans import Tokens
 from trainer.config import RunConfig, StudentConfig, find_model
 from trainer.errors import ConfigError
+from trainer.losses import Head
 from trainer.reading import Reader, chat_template
 
 NEWLINE = "\n"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
-class Head(nn.Module):
-    """The model's own output projection and soft cap."""
+def head_of(model: Any) -> Head:
+    """The model's own output projection, with what its family does to logits."""
+    projection, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+    return Head(projection.weight, getattr(projection, "bias", None), scale, cap)
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.projection = model.get_output_embeddings()
-        self.cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
-    def forward(self, hidden_TD: Tensor) -> Tensor:
-        logits: Tensor = self.projection(hidden_TD)
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+def check_head(model: Any) -> None:
+    """Raise ConfigError where trunk and head are not all that makes its logits: it would train as another model."""
+    ids = torch.arange(min(8, model.get_input_embeddings().num_embeddings), device=model.device)[None]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected_TV = model(input_ids=ids, use_cache=False).logits[0]
+        got_TV = head_of(model).logits(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0])
+    model.train(was_training)
+    worst = float((expected_TV - got_TV).abs().max())
+    if worst > 1e-3 * max(1.0, float(expected_TV.abs().max())):
+        raise ConfigError(
+            f"student.model: {type(model).__name__} makes its logits in a way that is not known here: they differ by "
+            f"{worst:.3g} from hidden states through its output projection"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +74,7 @@ class Student:
 
     @property
     def head(self) -> Head:
-        return Head(self.model)
+        return head_of(self.model)
 
     def precision(self) -> AbstractContextManager[Any]:
         kind = self.device.partition(":")[0]
@@ -130,6 +143,7 @@ def load_student(config: StudentConfig) -> Student:
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"student.model: cannot load {folder} on {config.device}: {reason}") from error
+    check_head(model)
     if config.train_layers is not None:
         train_upper_layers(model, config.train_layers)
     return Student(model, vocabulary, folder, config.device, config.precision == "bf16")

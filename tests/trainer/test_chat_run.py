@@ -95,7 +95,7 @@ def test_the_student_as_its_own_teacher_has_zero_divergence_on_chats(tmp_path: P
         raw["fusion"]["top_k"] = 512
         train(RunConfig.model_validate(raw), stop_at=1)
     (step,) = [e for e in read_metrics(tmp_path / "out" / "metrics.jsonl") if e["event"] == "step"]
-    assert abs(step["forward_kl"]) < 1e-3
+    assert abs(step["divergence"]) < 1e-3
     assert step["coverage"] == 1
 
 

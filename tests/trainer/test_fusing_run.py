@@ -22,7 +22,7 @@ from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.priors import RunningBpb
 from trainer.reading import Reader
-from trainer.step import make_optimizer, train_step
+from trainer.step import make_optimizer, plan_step, train_step
 from trainer.student import load_student
 
 LINES = TEXT.splitlines(keepends=True)
@@ -127,7 +127,7 @@ def test_a_batch_with_nothing_to_learn_from_moves_nothing(tmp_path: Path, tiny_b
     lesson = Lesson(Sample(0, "s"), replace(reading, supervised_T=np.zeros(len(reading), dtype=bool)))
     before = [p.detach().clone() for p in student.parameters()]
     with pytest.raises(DataError, match="nothing to learn from in the samples s"):
-        train_step(student, make_optimizer(student, config.optim), [lesson], 1e-3, config)
+        train_step(student, make_optimizer(student, config.optim), [lesson], plan_step(config, 0, 1))
     assert all(bool((a == b).all()) for a, b in zip(before, student.parameters(), strict=True))
 
 

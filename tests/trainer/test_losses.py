@@ -1,13 +1,21 @@
-"""Losses: their optimum, their gradients, their chunks."""
+"""Head and loss in one: against autograd over dense float64 logits, and where free logits come to rest."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from alignment.target import Target, target_from_entries
-from trainer.losses import Labels, chunked_loss, cross_entropy, forward_kl, labels_from
+from trainer.divergences import NAMES, NOTHING_NATS, divergence, tempered
+from trainer.labels import Labels, labels_from
+from trainer.losses import Head, Loss, Objective, head_loss, weighted
 
 VOCAB_SIZE = 40
+WIDTH = 8
 
 
 def target_with_mass(mass: float, top_k: int, positions: int = 3, seed: int = 0) -> Target:
@@ -18,96 +26,252 @@ def target_with_mass(mass: float, top_k: int, positions: int = 3, seed: int = 0)
     return target_from_entries(rows, ids.ravel().astype(np.int32), probs.ravel(), np.ones(positions, dtype=bool))
 
 
-def labels_for(target: Target | None, positions: int = 3) -> Labels:
-    return labels_from([np.arange(positions)], [target])
+def some_labels() -> Labels:
+    """Short rows and long ones, a full one, an empty tail, no target at all; labels listed and not."""
+    targets = [target_with_mass(0.7, 5), target_with_mass(0.9, 9), None, target_with_mass(1.0, VOCAB_SIZE, seed=3)]
+    tokens = [np.array([int(t.ids[0]) if t is not None else 0, 1, 2]) for t in targets]
+    return labels_from(tokens, targets)
 
 
-@pytest.mark.parametrize("mass", [0.5, 0.7, 0.9, 0.99])
-def test_free_logits_land_on_the_teacher_with_its_tail(mass: float) -> None:
-    target = target_with_mass(mass, 6)
-    labels = labels_for(target)
-    logits = torch.zeros(3, VOCAB_SIZE, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=400, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+def some_head(seed: int = 0, dtype: torch.dtype = torch.float64, **given: float) -> Head:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(VOCAB_SIZE, WIDTH, generator=generator, dtype=dtype).requires_grad_()
+    return Head(weight, torch.randn(VOCAB_SIZE, generator=generator, dtype=dtype).requires_grad_(), **given)
 
-    def closure() -> torch.Tensor:
+
+def some_hidden(positions: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(positions, WIDTH, generator=torch.Generator().manual_seed(9), dtype=dtype).requires_grad_()
+
+
+def dense(head: Head, hidden: torch.Tensor, labels: Labels, objective: Objective) -> torch.Tensor:
+    """[T] the same loss, written out over all logits, for autograd."""
+    logits = (hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V)) * head.scale
+    logits = head.cap * torch.tanh(logits / head.cap) if head.cap else logits
+    ce = torch.nn.functional.cross_entropy(logits, labels.tokens_T, reduction="none")
+    log_q = (logits / objective.temperature).log_softmax(-1)
+    inside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels.ids_TK, True)
+    tail = log_q.masked_fill(inside, -NOTHING_NATS).logsumexp(-1, keepdim=True).clamp(min=-NOTHING_NATS)
+    listed = log_q.gather(1, labels.ids_TK).masked_fill(~labels.listed_TK, -NOTHING_NATS)
+    p = torch.cat([labels.probs_TK, labels.tail_T[:, None]], 1).to(logits.dtype)
+    has_target = p.sum(1) > 0
+    p = tempered(p, objective.temperature, VOCAB_SIZE - labels.listed_TK.sum(1))
+    apart = objective.divergence(p, torch.cat([listed, tail], 1)) * has_target
+    return objective.ce_weight * ce + (1 - objective.ce_weight) * objective.temperature**2 * apart
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradients_are_those_of_dense_logits(
+    name: str, ce_weight: float, temperature: float, chunk: int
+) -> None:
+    labels, head = some_labels(), some_head()
+    hidden = some_hidden(len(labels))
+    objective = Objective(ce_weight, divergence(name), temperature, chunk)
+    got = head_loss(head, hidden, labels, objective)
+    expected = dense(head, hidden, labels, objective)
+    torch.testing.assert_close(weighted(got.ce_T, got.divergence_T, objective), expected, atol=1e-7, rtol=1e-6)
+    assert head.bias_V is not None
+    inputs = [hidden, head.weight_VD, head.bias_V]
+    for one, two in zip(
+        torch.autograd.grad(got.total / 7, inputs), torch.autograd.grad(expected.sum() / 7, inputs), strict=True
+    ):
+        torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_go_through_scale_and_soft_cap(name: str) -> None:
+    labels, head = some_labels(), some_head(scale=0.4, cap=3.0)
+    hidden = some_hidden(len(labels))
+    objective = Objective(0.3, divergence(name))
+    inputs = [hidden, head.weight_VD]
+    got = torch.autograd.grad(head_loss(head, hidden, labels, objective).total, inputs)
+    expected = torch.autograd.grad(dense(head, hidden, labels, objective).sum(), inputs)
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-6)
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    hidden = some_hidden(12)
+    total = head_loss(some_head(), hidden, some_labels(), Objective(0.5)).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used already"):
+        total.backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_is_near_float64_however_sure_the_student_is(name: str) -> None:
+    """A tail of the student of 1e-12 and less: 1 − Σq would be noise."""
+    labels, head = some_labels(), some_head()
+    objective = Objective(0.3, divergence(name))
+    for loudness in (1.0, 10.0, 40.0):
+        hidden = some_hidden(len(labels)).detach() * loudness
+        wide = hidden.requires_grad_()
+        narrow = hidden.detach().float().requires_grad_()
+        small = Head(head.weight_VD.detach().float(), None)
+        one = head_loss(small, narrow, labels, objective)
+        two = head_loss(Head(head.weight_VD.detach()), wide, labels, objective)
+        torch.testing.assert_close(one.divergence_T.double(), two.divergence_T, atol=1e-4, rtol=1e-5)
+        (slope_1,), (slope_2,) = torch.autograd.grad(one.total, narrow), torch.autograd.grad(two.total, wide)
+        torch.testing.assert_close(slope_1.double(), slope_2, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_free_logits_come_to_rest_on_the_teacher_with_its_tail(name: str) -> None:
+    targets = [target_with_mass(mass, 6) for mass in (0.5, 0.7, 0.9, 0.99)]
+    labels = labels_from([np.arange(3)] * 4, targets)
+    probs = at_rest(lambda logits: head_loss(FREE, logits, labels, Objective(0.0, divergence(name))).total, labels)
+    for target, student in zip(targets, np.split(probs, 4), strict=True):
+        np.testing.assert_allclose(student[target.rows, target.ids], target.probs, atol=2e-3)
+        listed = np.zeros((3, VOCAB_SIZE), dtype=bool)
+        listed[target.rows, target.ids] = True
+        np.testing.assert_allclose(np.where(listed, 0, student).sum(1), target.tail, atol=2e-3)
+
+
+FREE = Head(torch.eye(VOCAB_SIZE, dtype=torch.float64))  # hidden states are the logits
+
+
+def at_rest(loss: Callable[[torch.Tensor], torch.Tensor], labels: Labels) -> np.ndarray:
+    """Probabilities at the end of a student that is free at every position and begins even."""
+    logits = torch.zeros(len(labels), VOCAB_SIZE, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
+    for _ in range(600):
         optimizer.zero_grad()
-        loss = forward_kl(logits, labels).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    probs = logits.detach().softmax(-1).numpy()
-    np.testing.assert_allclose(probs[target.rows, target.ids], target.probs, atol=1e-4)
-    listed = np.zeros((3, VOCAB_SIZE), dtype=bool)
-    listed[target.rows, target.ids] = True
-    np.testing.assert_allclose(np.where(listed, 0, probs).sum(1), 1 - mass, atol=1e-4)
-    assert float(forward_kl(logits.detach(), labels).abs().max()) < 1e-6
+        loss(logits).backward()
+        optimizer.step()
+        schedule.step()
+    probs: np.ndarray = logits.detach().softmax(-1).numpy()
+    return probs
 
 
-def test_forward_kl_is_the_textbook_sum_in_float64() -> None:
-    target = target_with_mass(0.8, 5)
-    logits = torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    got = forward_kl(logits, labels_for(target)).double().numpy()
-    student = logits.double().softmax(-1).numpy()
-    for i in range(3):
-        own = slice(target.offsets[i], target.offsets[i + 1])
-        p, q = target.probs[own].astype(float), student[i, target.ids[own]]
-        rest_p, rest_q = 1 - p.sum(), 1 - q.sum()
-        assert got[i] == pytest.approx((p * np.log(p / q)).sum() + rest_p * np.log(rest_p / rest_q), abs=1e-5)
+def listed_shares(logits: torch.Tensor, labels: Labels) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, K] teacher's probabilities and student's log-probabilities of the listed tokens: what a top-k loss sees."""
+    return labels.probs_TK.double(), logits.log_softmax(-1).gather(1, labels.ids_TK)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    labels = labels_for(target_with_mass(0.8, 5))
-    wide = Labels(labels.tokens_T, labels.ids_TK, labels.probs_TK.double(), labels.tail_T.double())
-    logits = torch.randn(3, VOCAB_SIZE, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: forward_kl(x, wide), (logits,))
+def truncated_forward(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+    p, log_q = listed_shares(logits, labels)
+    return (p * (p.log() - log_q)).sum()
 
 
-def test_a_target_that_lists_the_whole_vocabulary_has_finite_gradients() -> None:
-    target = target_with_mass(1.0, VOCAB_SIZE)
-    logits = torch.zeros(3, VOCAB_SIZE, requires_grad=True)
-    loss = forward_kl(logits, labels_for(target)).sum()
-    loss.backward()
-    assert logits.grad is not None
-    assert torch.isfinite(loss)
-    assert torch.isfinite(logits.grad).all()
+def truncated_reverse(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+    p, log_q = listed_shares(logits, labels)
+    return (log_q.exp() * (log_q - p.log())).sum()
 
 
-def test_a_position_without_a_target_adds_nothing() -> None:
-    logits = torch.randn(3, VOCAB_SIZE, requires_grad=True)
-    loss = forward_kl(logits, labels_for(None)).sum()
-    loss.backward()
-    assert logits.grad is not None
-    assert float(loss.detach()) == 0
-    assert not logits.grad.any()
+def renormalised_teacher(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+    p, log_q = listed_shares(logits, labels)
+    p = p / p.sum(1, keepdim=True)
+    return (p * (p.log() - log_q)).sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_chunks_change_neither_loss_nor_gradient(chunk: int) -> None:
-    labels = labels_for(target_with_mass(0.7, 5, positions=5), positions=5)
-    head = torch.nn.Linear(8, VOCAB_SIZE, bias=False)
-    hidden = torch.randn(5, 8, requires_grad=True)
+def renormalised_both(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+    p, log_q = listed_shares(logits, labels)
+    p = p / p.sum(1, keepdim=True)
+    return (p * (p.log() - log_q.log_softmax(-1))).sum()
 
-    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
-        return list(torch.autograd.grad(loss, [hidden, head.weight]))
 
-    ce, kl = chunked_loss(head, hidden, labels, 0.3, chunk)
-    logits = head(hidden)
-    expected = 0.3 * cross_entropy(logits, labels).sum() + 0.7 * forward_kl(logits, labels).sum()
-    got = 0.3 * ce.sum() + 0.7 * kl.sum()
-    torch.testing.assert_close(got, expected)
-    for one, two in zip(gradients(got), gradients(expected), strict=True):
-        torch.testing.assert_close(one, two)
+PEERS = {
+    "truncated forward KL": truncated_forward,
+    "truncated reverse KL": truncated_reverse,
+    "forward KL, teacher renormalised": renormalised_teacher,
+    "forward KL, both renormalised": renormalised_both,
+}
+
+
+def fixed_points() -> list[str]:
+    """The table of docs/losses.md: a Zipf-like teacher over 40 tokens that lists 8 of them, mass 0.7."""
+    target = target_from_entries(
+        np.zeros(8, dtype=np.int64),
+        np.arange(8, dtype=np.int32),
+        0.7 / np.arange(1, 9) / (1 / np.arange(1, 9)).sum(),
+        np.ones(1, dtype=bool),
+    )
+    labels = labels_from([np.zeros(1, dtype=np.int64)], [target])
+    ours = {f"{name}, tail as a bucket": Objective(0.0, divergence(name)) for name in NAMES}
+    losses = {name: partial(_ours, objective=objective) for name, objective in ours.items()} | PEERS
+    rows = [f"| the teacher | {target.probs[0]:.2f} | {target.mass[0]:.2f} | {target.tail[0]:.2f} |"]
+    for name, loss in losses.items():
+        (q,) = at_rest(partial(loss, labels=labels), labels)
+        rows.append(f"| {name} | {q[0]:.2f} | {q[:8].sum():.2f} | {q[8:].sum():.2f} |")
+    return rows
+
+
+def _ours(logits: torch.Tensor, labels: Labels, objective: Objective) -> torch.Tensor:
+    return head_loss(FREE, logits, labels, objective).total
+
+
+def test_the_fixed_points_are_those_of_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
+    for row in fixed_points():
+        assert row in text
+
+
+def test_a_position_without_a_target_adds_no_divergence_and_no_gradient() -> None:
+    labels = labels_from([np.arange(3)], [None])
+    for name in NAMES:
+        hidden = some_hidden(3)
+        loss = head_loss(some_head(), hidden, labels, Objective(0.0, divergence(name)))
+        loss.total.backward()
+        assert hidden.grad is not None
+        assert not loss.divergence_T.any()
+        assert not hidden.grad.any()
 
 
 def test_short_rows_are_padded_without_effect() -> None:
     short, wide = target_with_mass(0.6, 2), target_with_mass(0.9, 9)
-    logits = torch.randn(6, VOCAB_SIZE)
-    together = forward_kl(logits, labels_from([np.arange(3), np.arange(3)], [short, wide]))
-    alone = forward_kl(logits[:3], labels_for(short))
-    torch.testing.assert_close(together[:3], alone)
+    hidden, head = some_hidden(6), some_head()
+    objective = Objective(0.5, divergence("reverse_kl"))
+    together = head_loss(head, hidden, labels_from([np.arange(3), np.arange(3)], [short, wide]), objective)
+    alone = head_loss(head, hidden[:3], labels_from([np.arange(3)], [short]), objective)
+    torch.testing.assert_close(together.divergence_T[:3], alone.divergence_T)
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_frozen_trunk_none_either() -> None:
+    labels, head = some_labels(), some_head()
+    hidden = some_hidden(len(labels))
+    head_loss(Head(head.weight_VD.detach()), hidden, labels, Objective(0.5)).total.backward()
+    assert hidden.grad is not None
+    head_loss(head, hidden.detach(), labels, Objective(0.5)).total.backward()
+    assert head.weight_VD.grad is not None
+    with torch.no_grad():
+        assert not head_loss(head, hidden, labels, Objective(0.5)).total.requires_grad
+
+
+def test_bf16_autocast_stays_near_float32() -> None:
+    labels, head = some_labels(), some_head(dtype=torch.float32)
+    hidden = some_hidden(len(labels), torch.float32)
+    objective = Objective(0.3)
+
+    def run() -> tuple[Loss, list[torch.Tensor]]:
+        loss = head_loss(head, hidden, labels, objective)
+        return loss, list(torch.autograd.grad(loss.total, [hidden, head.weight_VD]))
+
+    exact, exact_slopes = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough, rough_slopes = run()
+    assert rough.total.dtype == torch.float32
+    torch.testing.assert_close(rough.total, exact.total, rtol=0.02, atol=0.1)
+    for one, two in zip(rough_slopes, exact_slopes, strict=True):
+        assert one.dtype == two.dtype
+        assert float((one - two).norm() / two.norm()) < 0.02
+
+
+def test_hidden_states_and_labels_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="as many labels as hidden states, received 12 and 5"):
+        head_loss(some_head(), some_hidden(5), some_labels(), Objective())
 
 
 def test_a_target_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a target for 4 positions, received 3"):
         labels_from([np.arange(4)], [target_with_mass(0.5, 2)])
+
+
+def test_every_id_of_a_row_counts_once() -> None:
+    labels = some_labels()
+    for ids, listed in itertools.islice(zip(labels.ids_TK, labels.listed_TK, strict=True), 12):
+        chosen = ids[listed].tolist()
+        assert len(chosen) == len(set(chosen))
+        assert set(ids.tolist()) == set(chosen)
