@@ -126,6 +126,7 @@ def test_doctor_finds_a_healthy_run_healthy(tmp_path: Path, tiny_byte_level: Pat
         result = call("doctor", path, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["ok"]
+    assert "corpus.jsonl: 10 documents, " in result.stdout
 
 
 def test_doctor_names_everything_that_is_wrong_at_once(tmp_path: Path, tiny_byte_level: Path) -> None:
@@ -151,7 +152,7 @@ def test_doctor_names_everything_that_is_wrong_at_once(tmp_path: Path, tiny_byte
         ("student.train_layers=9", "the model has 2 layers"),
         ("data.window_tokens=600", "the student takes 512"),
         ("train.batch_samples=64", "do not fill one batch"),
-        ("data.files=['/nowhere']", "/nowhere is neither a file"),
+        ("data.sources.0.files=['/nowhere']", "/nowhere is neither a file"),
     ],
 )
 def test_doctor_refuses_what_train_would(tmp_path: Path, tiny_byte_level: Path, override: str, says: str) -> None:
@@ -194,9 +195,9 @@ def test_doctor_sees_a_teacher_that_wants_bos_and_is_not_given_it(tmp_path: Path
         ("student.device='nonsense'", "student.model: cannot load"),
         ("student.train_layers=9", "student.train_layers is 9, but the model has 2 layers"),
         ("data.window_tokens=513", "data.window_tokens is 513, the student takes 512"),
-        ("data.files=['/nowhere/text.txt']", "/nowhere/text.txt is neither a file"),
-        ("data.files=['EMPTY']", "is empty: give a text of at least one byte"),
-        ("data.files=['LATIN']", "is not UTF-8: byte 0xe9 at 3"),
+        ("data.sources.0.files=['/nowhere/text.txt']", "/nowhere/text.txt is neither a file"),
+        ("data.sources.0.files=['EMPTY']", "is empty: give a text of at least one byte"),
+        ("data.sources.0.files=['LATIN']", "is not UTF-8: byte 0xe9 at 3"),
     ],
 )
 def test_train_refuses_in_one_sentence(tmp_path: Path, tiny_byte_level: Path, override: str, says: str) -> None:
