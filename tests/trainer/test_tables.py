@@ -1,6 +1,7 @@
 """Documents in rows: Parquet files, folders that `save_to_disk` wrote, and what is said where there is neither."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,11 +130,9 @@ def test_a_dataset_that_cannot_be_reached_is_one_clear_sentence(tmp_path: Path) 
     )
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TUTELAGE_CACHE": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=_environment() | environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
     )
-    assert done.stdout.startswith(
-        "data.sources: cannot load the dataset nobody/nothing-of-that-name (no folder of that"
-    )
+    assert done.stdout.startswith("data.sources: cannot load the dataset nobody/nothing-of-that-name (no folder"), done
     assert done.stdout.count("\n") == 1
 
 
@@ -154,9 +153,3 @@ def test_a_run_goes_on_where_lines_have_become_rows(
     raw["data"]["sources"] = [{"dataset": save(tmp_path / "d", ROWS)}]
     train(RunConfig.model_validate(raw), resume=True)
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "straight"), abs=1e-6)
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
