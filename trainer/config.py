@@ -224,7 +224,7 @@ class TrainConfig(Section):
     """[train] batches, order and the queue in front of the step."""
 
     epochs: Positive = 1
-    """Times every sample is seen."""
+    """Times every sample is seen, of sources of weight 1."""
     steps: Positive | None = None
     """Stop after this many steps even if epochs remain; the learning rate decays over the shorter of both."""
     batch_samples: Positive = 8

@@ -140,20 +140,23 @@ def load_corpus(data: DataConfig, evaluation: EvalConfig, vocabulary: Vocabulary
     held_out = _draw([u[held] for u, held in zip(usable, is_held, strict=True)], evaluation.max_samples, seed)
     train = _draw([u[~held] for u, held in zip(usable, is_held, strict=True)], data.max_samples, seed)
     order = weighted([len(chosen) for chosen in train], [source.weight for source in data.sources], seed)
-    sources = tuple(_counts(index, draws) for index, draws in zip(indexes, order.draws, strict=True))
-    for source in sources:
-        if not source.epoch_samples:
+    counts = tuple(_counts(index, draws) for index, draws in zip(indexes, order.draws, strict=True))
+    for held in counts:
+        if not held.epoch_samples:
             raise DataError(
-                f"{source.name}: no window of at least two tokens to train on, with its weight, data.max_samples and "
+                f"{held.name}: no window of at least two tokens to train on, with its weight, data.max_samples and "
                 "eval.held_out_documents"
             )
-    fingerprint = hashlib.sha256(f"{data.close_documents}".encode())
-    for index, chosen in zip(indexes, train, strict=True):
-        fingerprint.update(f"{index.summary.fingerprint} {len(chosen)}".encode() + chosen.tobytes())
     closes = data.close_documents
-    return Corpus(
-        Samples(indexes, train, closes), Samples(indexes, held_out, closes), order, sources, fingerprint.hexdigest()
-    )
+    samples = (Samples(indexes, train, closes), Samples(indexes, held_out, closes))
+    return Corpus(*samples, order, counts, _fingerprint(indexes, train, closes))
+
+
+def _fingerprint(indexes: Sequence[Index], chosen: Sequence[NDArray[np.int64]], closes: bool) -> str:
+    digest = hashlib.sha256(f"{closes}".encode())
+    for index, windows in zip(indexes, chosen, strict=True):
+        digest.update(f"{index.summary.fingerprint} {len(windows)}".encode() + windows.tobytes())
+    return digest.hexdigest()
 
 
 def _opened(source: SourceConfig) -> list[Documents]:

@@ -43,12 +43,11 @@ class Index:
 
     def content(self, window: int) -> bytes:
         """The bytes of a window. Raises DataError, naming it, if they are not those that were cut."""
-        at = self.windows[window]
-        document = self.documents[at["document"]]
-        part = self.parts[document["part"]]
-        span = (int(document["place"]), int(document["length"]), int(at["begin"]), int(at["end"]))
+        at, document = self.windows[window], self._document(window)
         try:
-            content = part.read(*span)
+            content = self._part(window).read(
+                int(document["place"]), int(document["length"]), int(at["begin"]), int(at["end"])
+            )
         except (BrokenError, IndexError) as error:
             raise DataError(f"sample {self.name(window)} has changed since it was indexed: {error}") from error
         if zlib.crc32(content) != at["crc"]:
@@ -56,26 +55,30 @@ class Index:
         return content
 
     def name(self, window: int) -> str:
-        at = self.windows[window]
-        document = self.documents[at["document"]]
-        number = f":{document['number']}" if document["number"] else ""
-        nth = "" if self.source.messages_column else f"#{at['nth']}"
-        return f"{self.parts[document['part']].name}{number}{nth}"
+        number = int(self._document(window)["number"])
+        document = f"{self._part(window).name}:{number}" if number else self._part(window).name
+        return document if self.source.messages_column else f"{document}#{self.windows[window]['nth']}"
 
     def domain(self, window: int) -> str:
-        document = self.documents[self.windows[window]["document"]]
-        if document["domain"] >= 0:
-            return self.summary.domains[document["domain"]]
-        return self.source.name or self.parts[document["part"]].name
+        number = int(self._document(window)["domain"])
+        return self.summary.domains[number] if number >= 0 else self.source.name or self._part(window).name
 
     def teacher(self, window: int) -> str | None:
-        number = self.documents[self.windows[window]["document"]]["teacher"]
+        number = int(self._document(window)["teacher"])
         return self.summary.teachers[number] if number >= 0 else None
+
+    def _document(self, window: int) -> np.void:
+        found: np.void = self.documents[self.windows[window]["document"]]
+        return found
+
+    def _part(self, window: int) -> Documents:
+        return self.parts[int(self._document(window)["part"])]
 
     def ends_document(self, window: int | NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether windows are the last of their documents, of the shape that is asked for."""
         document, last = self.windows["document"], len(self.windows) - 1
-        return np.equal(window, last) | (document[np.minimum(window + 1, last)] != document[window])
+        ends: NDArray[np.bool_] = np.equal(window, last) | (document[np.minimum(window + 1, last)] != document[window])
+        return ends
 
 
 def index_source(

@@ -48,7 +48,7 @@ def epoch_order(order: Order, epoch: int) -> NDArray[np.int64]:
     """[epoch_samples] every sample index of an epoch."""
     firsts = np.cumsum([0, *order.counts])
     drawn = [firsts[source] + _drawn(order, source, epoch) for source in range(len(order.counts))]
-    indices = np.concatenate(drawn)
+    indices: NDArray[np.int64] = np.concatenate(drawn)
     np.random.default_rng([order.seed, ORDER, epoch]).shuffle(indices)
     indices.flags.writeable = False
     return indices

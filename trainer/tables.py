@@ -4,10 +4,12 @@ It keeps rows in Arrow files that are mapped into memory, so any row is there wi
 yet (Parquet, a dataset of the hub) it writes once into its cache. Code that comes with a dataset is never run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as parquet
 
 from trainer.columns import content_of
 from trainer.config import SourceConfig, cache_dir
@@ -17,22 +19,17 @@ from trainer.sources import Broken, Found, judged
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ROWS_AT_ONCE = 256
 NEWLINE = "\n"
 
 
 def open_parquet(path: Path, columns: SourceConfig) -> "Rows":
     """The rows of a .parquet file. Raises DataError if it cannot be read."""
     library = _library()
-    named = {columns.messages_column or columns.text_column, columns.domain_column, columns.teacher_column} - {None}
-    if columns.messages_column:
-        named.add("tools")
     try:
-        import pyarrow.parquet as parquet
-
-        there = set(parquet.read_schema(path).names)
         dataset = library.Dataset.from_parquet(
-            str(path), cache_dir=str(cache_dir() / "datasets"), columns=sorted(named & there)
+            str(path),
+            cache_dir=str(cache_dir() / "datasets"),
+            columns=_named(str(path), parquet.read_schema(path).names, columns),
         )
     except (OSError, ValueError, library.exceptions.DatasetsError) as error:
         raise DataError(f"cannot read {path}: {_first_line(error)}") from error
@@ -67,12 +64,7 @@ class Rows:
         self.name = name
         self._where = where
         self._columns = columns
-        named = [columns.messages_column or columns.text_column, columns.domain_column, columns.teacher_column]
-        missing = [column for column in named if column and column not in dataset.column_names]
-        if missing:
-            raise DataError(f"{where} has no column {missing[0]!r}; it has {', '.join(dataset.column_names)}")
-        tools = ["tools"] if columns.messages_column and "tools" in dataset.column_names else []
-        self._dataset = dataset.select_columns([column for column in [*named, *tools] if column])
+        self._dataset = dataset.select_columns(_named(where, dataset.column_names, columns))
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -82,13 +74,22 @@ class Rows:
         return (self._dataset._fingerprint, len(self._dataset), *stamps)
 
     def scan(self) -> Iterator[Found | Broken]:
-        for begin in range(0, len(self._dataset), ROWS_AT_ONCE):
-            for row, values in enumerate(self._dataset[begin : begin + ROWS_AT_ONCE].to_list(), begin):
-                where = f"{self._where}, row {row + 1}"
-                yield from judged(where, (row, 0, row + 1), partial(without_nulls, values), self._columns)
+        for row, values in enumerate(self._dataset):
+            where = f"{self._where}, row {row + 1}"
+            yield from judged(where, (row, 0, row + 1), partial(without_nulls, values), self._columns)
 
     def read(self, place: int, length: int, begin: int, end: int) -> bytes:
         return content_of(without_nulls(self._dataset[place]), self._columns).content[begin:end]
+
+
+def _named(where: str, there: Sequence[str], columns: SourceConfig) -> list[str]:
+    """The columns to read. Raises DataError if one that the run file names is not there."""
+    named = [columns.messages_column or columns.text_column, columns.domain_column, columns.teacher_column]
+    for column in named:
+        if column and column not in there:
+            raise DataError(f"{where} has no column {column!r}; it has {', '.join(there)}")
+    tools = ["tools"] if columns.messages_column and "tools" in there else []
+    return [*dict.fromkeys(column for column in named if column), *tools]
 
 
 def without_nulls(value: Any) -> Any:
