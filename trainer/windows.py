@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from alignment import Tokens, Vocabulary
 
-STRETCH_BYTES = 1 << 18
+STRETCH_BYTES = 1 << 17
 
 
 def stretches(read: Callable[[int], bytes]) -> Iterator[bytes]:

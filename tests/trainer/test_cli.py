@@ -27,8 +27,9 @@ def run_file(folder: Path, config: RunConfig) -> Path:
         return [brackets.format(name), *values]
 
     raw = config.model_dump(mode="json")
-    teachers = raw.pop("teachers")
+    teachers, sources = raw.pop("teachers"), raw["data"].pop("sources")
     text = [line for name, section in raw.items() for line in lines(name, section)]
+    text += [line for source in sources for line in lines("data.sources", source, "[[{}]]")]
     text += [line for teacher in teachers for line in lines("teachers", teacher, "[[{}]]")]
     path = folder / "run.toml"
     path.write_text("\n".join(text), encoding="utf-8")
