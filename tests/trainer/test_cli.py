@@ -130,6 +130,21 @@ def test_doctor_finds_a_healthy_run_healthy(tmp_path: Path, tiny_byte_level: Pat
     assert "corpus.jsonl: 10 documents, " in result.stdout
 
 
+def test_doctor_names_broken_lines_and_reads_a_part_of_many_samples(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.doctor.EXAMINED", 5)
+    corpus = write_corpus(tmp_path)
+    with corpus.open("a", encoding="utf-8") as file:
+        file.write("no\n")
+    with served_models(tiny_byte_level) as urls:
+        config = run_config(tiny_byte_level, corpus, tmp_path / "out", urls, data={"max_broken": 1})
+        result = call("doctor", run_file(tmp_path, config))
+    assert result.exit_code == 0, result.output
+    assert f"12 samples an epoch; 1 broken ({corpus}, line 11: expected a JSON object, received 'no')" in result.stdout
+    assert "the longest of 4 samples is" in result.stdout
+
+
 def test_doctor_names_everything_that_is_wrong_at_once(tmp_path: Path, tiny_byte_level: Path) -> None:
     gone = f"http://127.0.0.1:{free_port()}"
     small = FormulaEngine(tiny_byte_level, max_top_k=8)
