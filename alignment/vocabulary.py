@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from alignment.spans import Tokens, joined, place
 from alignment.spelling import SPACE_MARK, Kind, TokenizerError, nodes, read_spelling
@@ -127,13 +127,24 @@ class Vocabulary:
         Text that looks like a special token is ordinary text. With `close`, EOS follows the text as a token
         of its own; it has no bytes and is given one byte of room after the text, on every side alike.
         """
-        encoding = self._reader.encode(text, add_special_tokens=False)
-        pieces = [self.token_bytes[i] or b"" for i in encoding.ids]
-        ids = np.array(encoding.ids, dtype=np.int64)
-        tokens = place(text, ids, pieces, encoding.offsets, self._unwritable)
+        tokens = self._placed(text, self._reader.encode(text, add_special_tokens=False))
         if close and "eos" not in self.roles:
             raise TokenizerError(f"{self.name} has no EOS token to close a text with")
         return tokens.closed(self.roles["eos"]) if close else tokens
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """What `encode` makes of each text, on all cores."""
+        encodings = self._reader.encode_batch(list(texts), add_special_tokens=False)
+        return [self._placed(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens `encode` makes of each text, on all cores and without placing them."""
+        return [len(e) for e in self._reader.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _placed(self, text: str, encoding: Encoding) -> Tokens:
+        token_ids = encoding.ids  # each access makes a list
+        pieces = [self.token_bytes[i] or b"" for i in token_ids]
+        return place(text, np.array(token_ids, dtype=np.int64), pieces, encoding.offsets, self._unwritable)
 
     def encode_rendered(self, text: str) -> Tokens:
         """Tokenize a rendered chat: the spelling of a special token is that token here. No BOS is added.

@@ -33,7 +33,7 @@ from alignment.report import AlignmentReport, report
 from teachers.engines.transformers import TransformersEngine
 from teachers.rows import Rows, as_received
 from trainer.config import find_model, tables_dir
-from trainer.data import cut_windows
+from trainer.windows import cut_windows
 
 MODELS = {"smollm2": "smollm2-135m-instruct", "gemma": "gemma-3-270m"}
 LENGTHS, NUM_WINDOWS, TOP_K, ROUNDS = (512, 2048), 4, 64, 5

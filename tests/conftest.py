@@ -12,11 +12,21 @@ from alignment import Vocabulary
 from tests.needs import need
 from tests.tiny import save_tiny_model
 from tests.vllm_server import stock_server
+from trainer import index
 from trainer.config import find_model
 
 transformers_logging.disable_progress_bar()
 settings.register_profile("tutelage", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("tutelage")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def windows_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models come from the cache, but what tests index does not go there."""
+    folder = tmp_path_factory.mktemp("windows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "windows_dir", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

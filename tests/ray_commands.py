@@ -14,7 +14,7 @@ from tests.test_processes import TUTELAGE
 RUN_FILE = """
 [student]
 model = "byte_level"
-[data]
+[[data.sources]]
 files = ["none.txt"]
 [output]
 dir = "none"

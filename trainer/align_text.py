@@ -19,10 +19,11 @@ from teachers.pool import TeacherPool
 from teachers.protocol import Card
 from teachers.rows import Rows, as_received
 from trainer.asking import together
-from trainer.config import DataConfig, find_model, tables_dir
-from trainer.data import cut_windows, read_documents
+from trainer.config import SourceConfig, find_model, tables_dir
 from trainer.errors import DataError
 from trainer.explain import Explained, explain
+from trainer.sources import Broken, open_file
+from trainer.windows import cut_windows
 
 MEASURED_S = 2.0
 MAX_REPEATS = 9
@@ -100,8 +101,11 @@ def explain_text(options: AlignOptions, positions: int) -> list[Explained]:
 
 
 def _windows(options: AlignOptions, student: Vocabulary) -> list[str]:
-    documents = [doc.text for doc in read_documents(options.text, DataConfig(files=[str(options.text)]))]
-    windows = [w for doc in documents for w in cut_windows(doc, student, options.window_tokens)]
+    windows: list[str] = []
+    for found in open_file(options.text, SourceConfig(files=[str(options.text)])).scan():
+        if isinstance(found, Broken):
+            raise DataError(found.sentence)
+        windows += cut_windows(b"".join(found.stretches).decode(), student, options.window_tokens)
     if len(windows) > 1 and len(windows[-1].encode()) < SHORTEST_BYTES:
         windows[-2:] = ["".join(windows[-2:])]  # a last window of a token or two has nothing to align
     return windows

@@ -196,7 +196,7 @@ async def connected(
             vocabulary = Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles)
             check_card(teacher, card, vocabulary)
             template = None
-            if config.data.messages_column is not None:
+            if config.data.has_chats:
                 template = chat_template(files, vocabulary, teacher.roles, teacher.chat_template)
             reader = Reader(vocabulary, card.prefix, template)
             translation = await asyncio.to_thread(

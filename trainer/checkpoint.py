@@ -120,11 +120,6 @@ def _state(student: Student, optimizer: torch.optim.Optimizer, step: int) -> dic
 
 def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity:
     """What must not change under a run, as JSON values: base weights, what of them is trained, samples, their order."""
-    texts = hashlib.sha256()
-    for sample in corpus.train:
-        texts.update(f"{len(sample.text)} {sample.closes} {sample.text}".encode())
-        if sample.is_chat:
-            texts.update(json.dumps([sample.messages, sample.tools]).encode())
     weights = hashlib.sha256()
     base = student.folder
     for path in sorted([base / "config.json", *base.glob("*.safetensors"), *base.glob("*.bin")]):
@@ -136,7 +131,8 @@ def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity
         "student.train_layers": config.student.train_layers,
         "fusion.method": config.fusion.method,
         "student weights": weights.hexdigest()[:16],
-        "samples": texts.hexdigest()[:16],
+        "data.sources.weight": [source.weight for source in config.data.sources],
+        "samples": corpus.fingerprint[:16],
     }
 
 

@@ -56,19 +56,48 @@ class StudentConfig(Section):
     """File with the template of its chats, in place of the model's own."""
 
 
+class SourceConfig(Section):
+    """[[data.sources]] texts or chats of one kind: files, or a Hugging Face dataset."""
+
+    name: str | None = None
+    """The domain of its documents where no column says one; if absent, the name of the file or dataset."""
+    files: list[str] = []
+    """Text files (a document each), .jsonl (a document a line) or .parquet (a document a row), by path or name under
+    $TUTELAGE_CACHE/data."""
+    dataset: str | None = None
+    """In place of files: a folder that `save_to_disk` wrote, by path or name under $TUTELAGE_CACHE/data, or a dataset
+    of the Hugging Face hub."""
+    config_name: str | None = None
+    """Which configuration of a dataset of the hub."""
+    split: str | None = None
+    """Which split of the dataset; needed where there are several."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often its windows come in an epoch: 2 is twice; 0.5 is half of them, and the other half in the next epoch."""
+    text_column: str = "text"
+    """Column (in a .jsonl line, key) of the text."""
+    messages_column: str | None = None
+    """Column of a list of messages: then each document is a chat, and its assistant texts are supervised."""
+    domain_column: str | None = None
+    """Column of the domain, for `adaptive`."""
+    teacher_column: str | None = None
+    """Column of the teacher's name, for `router`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SourceConfig":
+        if bool(self.files) == bool(self.dataset):
+            raise ValueError("expected either files or a dataset")
+        if self.files and (self.config_name or self.split):
+            raise ValueError("config_name and split belong to a dataset, and here are files")
+        return self
+
+
 class DataConfig(Section):
     """[data] the texts, and the windows of them that all models see."""
 
-    files: Annotated[list[str], Field(min_length=1)]
-    """Text files (a document each) or .jsonl files (a document a line), by path or name under $TUTELAGE_CACHE/data."""
-    text_column: str = "text"
-    """Key of the document in a .jsonl line."""
-    messages_column: str | None = None
-    """Key of a list of messages in a .jsonl line: then every line is a chat, and its assistant texts are supervised."""
-    domain_column: str | None = None
-    """Key of the domain in a .jsonl line, for `adaptive`; without it the file's name is the domain."""
-    teacher_column: str | None = None
-    """Key of the teacher's name in a .jsonl line, for `router`."""
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    """[[data.sources]] where the texts and chats come from."""
+    max_broken: Annotated[int, Field(ge=0)] = 0
+    """Lines and rows that cannot be read are counted and named; more than this many, over all sources, end the run."""
     window_tokens: Annotated[int, Field(ge=2)] = 512
     """Longest window, in tokens of the student, BOS not counted."""
     max_windows_per_document: Positive | None = None
@@ -81,6 +110,15 @@ class DataConfig(Section):
     """A sample that a model cannot take whole: end the run with its name, or shorten it for all models alike."""
     broken_chats: Literal["refuse", "skip"] = "refuse"
     """A chat whose supervised spans cannot be found in every model's rendering: end the run, or skip and count it."""
+
+    @property
+    def has_chats(self) -> bool:
+        return any(source.messages_column is not None for source in self.sources)
+
+    @property
+    def names_teachers(self) -> bool:
+        """Whether every document has a column that names its teacher."""
+        return all(source.teacher_column is not None for source in self.sources)
 
 
 class TeacherConfig(Section):
@@ -204,7 +242,7 @@ class TrainConfig(Section):
     """[train] batches, order and the queue in front of the step."""
 
     epochs: Positive = 1
-    """Times every sample is seen."""
+    """Times every sample is seen, of sources of weight 1."""
     steps: Positive | None = None
     """Stop after this many steps even if epochs remain; the learning rate decays over the shorter of both."""
     batch_samples: Positive = 8
@@ -264,9 +302,9 @@ class RunConfig(Section):
                 raise ValueError("teachers: the weights are all 0, expected one above it")
         if len(self.teachers) > MOST_TEACHERS:
             raise ValueError(f"teachers: expected at most {MOST_TEACHERS}")
-        if self.fusion.method == "router" and self.data.teacher_column is None:
-            raise ValueError("data.teacher_column: fusion by router needs the column that names the teacher")
-        if self.data.messages_column is not None and self.data.close_documents:
+        if self.fusion.method == "router" and not self.data.names_teachers:
+            raise ValueError("data.sources: fusion by router needs the teacher_column of every source")
+        if self.data.close_documents and all(source.messages_column for source in self.data.sources):
             raise ValueError("data.close_documents: a chat ends as its template says; leave it out")
         if not self.teachers and min(self.loss.ce_weight, self.loss.last_ce_weight) < 1:
             raise ValueError("loss.ce_weight: without teachers there is only the text to learn from; set it to 1")
@@ -353,8 +391,13 @@ def find_tokenizer(name: str) -> Path:
     return _find(name, "models", "a folder with a tokenizer", "tokenizer.json")
 
 
+def windows_dir() -> Path:
+    """Where the windows of sources are kept as numbers, so that a text is cut only once."""
+    return cache_dir() / "windows"
+
+
 def find_data(name: str) -> Path:
-    """A text file by path, or by name under the cache. Raises ConfigError if there is neither."""
+    """A file by path, or by name under the cache. Raises ConfigError if there is neither."""
     return _find(name, "data", "a file", "")
 
 

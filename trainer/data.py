@@ -1,31 +1,26 @@
-"""Samples: chats, and windows of text that every model can see whole, in an order that a seed decides."""
+"""Samples: chats, and windows of text that every model can see whole; read from their files when they are asked for."""
 
+import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from itertools import accumulate
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alignment import Tokens, Vocabulary
-from trainer.config import DataConfig, EvalConfig, find_data
+from trainer.config import DataConfig, EvalConfig, SourceConfig, find_data
 from trainer.errors import DataError
+from trainer.index import Index, index_source
+from trainer.order import Order, weighted
+from trainer.sources import Documents, open_file
+from trainer.tables import open_dataset, open_parquet
 
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text or chat of a file, `domain` and `teacher` as its columns say."""
-
-    name: str
-    text: str = ""
-    messages: tuple[Message, ...] = ()
-    tools: tuple[Message, ...] = ()
-    domain: str = ""
-    teacher: str | None = None
+NAMED_BROKEN = 3  # of a source, where its figures are shown
 
 
 @dataclass(frozen=True)
@@ -51,112 +46,163 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What is trained on and what is held out; indices count within each."""
+class SourceCounts:
+    """What a source holds, in all its documents; tokens are the student's, None of chats.
 
-    train: tuple[Sample, ...]
-    held_out: tuple[Sample, ...]
+    num_bytes      of text, or of chats as JSON
+    epoch_samples  how many of its windows are trained on in one epoch
+    broken         lines and rows that cannot be read; the first few of them by name
+    """
+
+    name: str
+    documents: int
+    windows: int
+    tokens: int | None
+    num_bytes: int
+    epoch_samples: int
+    broken: int
+    first_broken: tuple[str, ...]
+
+
+class Samples(Sequence[Sample]):
+    """Some windows of some sources, numbered source by source. Each is read when it is asked for, by any thread.
+
+    chosen  of each source, the numbers of its windows; closes: EOS follows the last window of a text
+    Raises DataError, naming the file or the sample, where what is read is not what was indexed.
+    """
+
+    def __init__(self, indexes: Sequence[Index], chosen: Sequence[NDArray[np.int64]], closes: bool) -> None:
+        self._indexes = indexes
+        self.chosen = chosen
+        self._closes = closes
+        self._firsts = [0, *accumulate(map(len, chosen))]
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self._read(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self._read(index % len(self))
+
+    def _read(self, at: int) -> Sample:
+        source = bisect_right(self._firsts, at) - 1
+        index, window = self._indexes[source], int(self.chosen[source][at - self._firsts[source]])
+        content = index.content(window)
+        named = Sample(at, index.name(window), domain=index.domain(window), teacher=index.teacher(window))
+        if index.source.messages_column is not None:
+            messages, tools = json.loads(content)
+            return replace(named, messages=tuple(messages), tools=tuple(tools))
+        return replace(named, text=content.decode(), closes=self._closes and bool(index.ends_document(window)))
+
+    def teachers(self) -> dict[str | None, str]:
+        """Every teacher that a column names, None for none, with the name of the first sample for it."""
+        found: dict[str | None, str] = {}
+        for index, chosen in zip(self._indexes, self.chosen, strict=True):
+            numbers = index.documents["teacher"][index.windows["document"][chosen]]
+            for first in np.sort(np.unique(numbers, return_index=True)[1]):
+                window = int(chosen[first])
+                found.setdefault(index.teacher(window), index.name(window))
+        return found
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is trained on, in which order, and what is held out; indices count within each.
+
+    fingerprint  another whenever the samples to train on are, whatever their files are called
+    """
+
+    train: Samples
+    held_out: Samples
+    order: Order
+    sources: tuple[SourceCounts, ...]
+    fingerprint: str
 
 
 def load_corpus(data: DataConfig, evaluation: EvalConfig, vocabulary: Vocabulary, seed: int) -> Corpus:
-    """Read, set held-out documents aside, cut into windows. Raises DataError for texts that cannot be used."""
-    documents = [document for name in data.files for document in read_documents(find_data(name), data)]
-    num_held_out = evaluation.held_out_documents
-    if num_held_out and num_held_out >= len(documents):
-        raise DataError(f"eval.held_out_documents is {num_held_out}, but there are only {len(documents)} documents")
-    order = np.random.default_rng([seed, 0]).permutation(len(documents))
-    held_out = _windows([documents[i] for i in sorted(order[:num_held_out])], data, vocabulary)
-    train = _windows([documents[i] for i in sorted(order[num_held_out:])], data, vocabulary)
-    if not train:
-        raise DataError(f"{', '.join(data.files)}: no window of at least two tokens to train on")
-    return Corpus(_draw(train, data.max_samples, seed), _draw(held_out, evaluation.max_samples, seed))
+    """Find the windows of every source, and set held-out documents aside. Raises DataError for what cannot be used."""
+    indexes: list[Index] = []
+    for source in data.sources:
+        room = data.max_broken - sum(index.summary.broken for index in indexes)
+        indexes.append(index_source(source, _opened(source), vocabulary, data.window_tokens, room))
+    aside = _held_out([index.summary.documents for index in indexes], evaluation.held_out_documents, seed)
+    usable = [_usable(index, data) for index in indexes]
+    is_held = [held[index.windows["document"][u]] for index, held, u in zip(indexes, aside, usable, strict=True)]
+    held_out = _draw([u[held] for u, held in zip(usable, is_held, strict=True)], evaluation.max_samples, seed)
+    train = _draw([u[~held] for u, held in zip(usable, is_held, strict=True)], data.max_samples, seed)
+    order = weighted([len(chosen) for chosen in train], [source.weight for source in data.sources], seed)
+    counts = tuple(_counts(index, draws) for index, draws in zip(indexes, order.draws, strict=True))
+    for held in counts:
+        if not held.epoch_samples:
+            raise DataError(
+                f"{held.name}: no window of at least two tokens to train on, with its weight, data.max_samples and "
+                "eval.held_out_documents"
+            )
+    closes = data.close_documents
+    samples = (Samples(indexes, train, closes), Samples(indexes, held_out, closes))
+    return Corpus(*samples, order, counts, _fingerprint(indexes, train, closes))
 
 
-def read_documents(path: Path, columns: DataConfig) -> Iterator[Document]:
-    """The documents of a file. Raises DataError if it is empty, not UTF-8, or a line is broken."""
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if not text:
-        raise DataError(f"{path} is empty: give a text of at least one byte")
-    if path.suffix != ".jsonl":
-        if columns.messages_column or columns.teacher_column:
-            raise DataError(f"{path} has no columns: chats and teachers' names come from .jsonl files")
-        yield Document(path.name, text, domain=path.name)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            document = _Line(f"{path}, line {number}", line).document(f"{path.name}:{number}", path.name, columns)
-            if document.text or document.messages:
-                yield document
+def _fingerprint(indexes: Sequence[Index], chosen: Sequence[NDArray[np.int64]], closes: bool) -> str:
+    digest = hashlib.sha256(f"{closes}".encode())
+    for index, windows in zip(indexes, chosen, strict=True):
+        digest.update(f"{index.summary.fingerprint} {len(windows)}".encode() + windows.tobytes())
+    return digest.hexdigest()
 
 
-class _Line:
-    """One line of a .jsonl file, each value checked as it is taken."""
-
-    def __init__(self, where: str, line: str) -> None:
-        self._where = where
-        try:
-            self._values = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: expected a JSON object, received {line[:40]!r}") from error
-        if not isinstance(self._values, dict):
-            raise DataError(f"{where}: expected a JSON object, received {type(self._values).__name__}")
-
-    def document(self, name: str, file: str, columns: DataConfig) -> Document:
-        return Document(
-            name,
-            text="" if columns.messages_column else self._string(columns.text_column),
-            messages=self._objects(columns.messages_column) if columns.messages_column else (),
-            tools=self._objects("tools") if columns.messages_column and self._values.get("tools") else (),
-            domain=self._string(columns.domain_column) if columns.domain_column else file,
-            teacher=self._string(columns.teacher_column) if columns.teacher_column else None,
-        )
-
-    def _string(self, column: str) -> str:
-        value = self._values.get(column)
-        if not isinstance(value, str):
-            raise DataError(f"{self._where}: {column!r} is {_kind(value)}, expected a string")
-        self._check(value)
-        return value
-
-    def _objects(self, column: str) -> tuple[Message, ...]:
-        value = self._values.get(column)
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise DataError(f"{self._where}: {column!r} is {_kind(value)}, expected a list of objects")
-        self._check(json.dumps(value, ensure_ascii=False))
-        return tuple(value)
-
-    def _check(self, text: str) -> None:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{self._where}: character {error.start} is half of a surrogate pair") from error
+def _opened(source: SourceConfig) -> list[Documents]:
+    if source.dataset is not None:
+        return [open_dataset(source)]
+    paths = [find_data(name) for name in source.files]
+    return [open_parquet(path, source) if path.suffix == ".parquet" else open_file(path, source) for path in paths]
 
 
-def _kind(value: object) -> str:
-    return "absent" if value is None else type(value).__name__
+def _held_out(documents: Sequence[int], num_held_out: int, seed: int) -> list[NDArray[np.bool_]]:
+    """[documents] of each source: whether it is held out."""
+    total = sum(documents)
+    if num_held_out and num_held_out >= total:
+        raise DataError(f"eval.held_out_documents is {num_held_out}, but there are only {total} documents")
+    held = np.zeros(total, dtype=bool)
+    held[np.random.default_rng([seed, 0]).permutation(total)[:num_held_out]] = True
+    return np.split(held, np.cumsum(documents)[:-1])
 
 
-def cut_windows(text: str, vocabulary: Vocabulary, window_tokens: int) -> Iterator[str]:
-    """Pieces of the text, in order and without gaps, each at most `window_tokens` tokens long when read alone."""
-    data = text.encode()
-    ends = vocabulary.encode(text).ends
-    whole = [i for i, end in enumerate(ends.tolist()) if end > 0 and _is_character_end(data, end)]
-    begin = first = at = 0  # the window's first byte, first token and first possible cut
-    while begin < len(data) and at < len(whole):
-        cut = max(bisect_right(whole, first + window_tokens - 1) - 1, at)
-        piece = data[begin : ends[whole[cut]]].decode()
-        while cut > at and len(vocabulary.encode(piece)) > window_tokens:
-            cut -= 1
-            piece = data[begin : ends[whole[cut]]].decode()
-        yield piece
-        begin, first, at = int(ends[whole[cut]]), whole[cut] + 1, cut + 1
-    if begin < len(data):  # text at the end that the tokenizer has no token for
-        yield data[begin:].decode()
+def _usable(index: Index, data: DataConfig) -> NDArray[np.int64]:
+    """The windows that have a token to predict, as far as each document may be used."""
+    if index.source.messages_column is not None:
+        return np.arange(len(index.windows))
+    closes = index.ends_document(np.arange(len(index.windows))) & data.close_documents
+    usable = index.windows["tokens"] + closes >= 2
+    if data.max_windows_per_document is not None:
+        usable &= index.windows["nth"] < data.max_windows_per_document
+    return np.flatnonzero(usable)
+
+
+def _draw(chosen: list[NDArray[np.int64]], limit: int | None, seed: int) -> list[NDArray[np.int64]]:
+    """At most `limit` of them all, by the seed, in their order."""
+    total = sum(map(len, chosen))
+    if limit is None or limit >= total:
+        return chosen
+    drawn = np.zeros(total, dtype=bool)
+    drawn[np.random.default_rng([seed, 1]).permutation(total)[:limit]] = True
+    return [c[d] for c, d in zip(chosen, np.split(drawn, np.cumsum([len(c) for c in chosen])[:-1]), strict=True)]
+
+
+def _counts(index: Index, draws: int) -> SourceCounts:
+    source, seen = index.source, index.summary
+    name = source.name or source.dataset or ", ".join(part.name for part in index.parts)
+    tokens = None if source.messages_column is not None else seen.tokens
+    broken = (seen.broken, tuple(seen.first_broken[:NAMED_BROKEN]))
+    return SourceCounts(name, seen.documents, seen.windows, tokens, seen.num_bytes, draws, *broken)
 
 
 def shortened(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:
@@ -178,37 +224,3 @@ def shortened(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:
 
 def _is_character_end(data: bytes, end: int) -> bool:
     return end == len(data) or data[end] & 0xC0 != 0x80
-
-
-def _windows(documents: Sequence[Document], data: DataConfig, vocabulary: Vocabulary) -> list[Sample]:
-    samples: list[Sample] = []
-    for document in documents:
-        name, domain, teacher = document.name, document.domain, document.teacher
-        if document.messages:
-            messages, tools = document.messages, document.tools
-            samples.append(Sample(len(samples), name, messages=messages, tools=tools, domain=domain, teacher=teacher))
-            continue
-        pieces = list(cut_windows(document.text, vocabulary, data.window_tokens))
-        for i, piece in enumerate(pieces[: data.max_windows_per_document]):
-            closes = data.close_documents and i == len(pieces) - 1
-            if len(vocabulary.encode(piece)) + closes >= 2:
-                samples.append(Sample(len(samples), f"{name}#{i}", piece, closes, domain=domain, teacher=teacher))
-    return samples
-
-
-def _draw(samples: list[Sample], limit: int | None, seed: int) -> tuple[Sample, ...]:
-    if limit is None or limit >= len(samples):
-        return tuple(samples)
-    chosen = np.sort(np.random.default_rng([seed, 1]).permutation(len(samples))[:limit])
-    return tuple(replace(samples[i], index=n) for n, i in enumerate(chosen.tolist()))
-
-
-def batch_indices(num_samples: int, batch_samples: int, seed: int, step: int) -> list[int]:
-    """Sample indices of one step: a function of (seed, epoch, offset) alone, so a run can resume anywhere.
-
-    Epochs follow one another without a gap; a batch may hold the end of one and the beginning of the next.
-    """
-    consumed = range(step * batch_samples, (step + 1) * batch_samples)
-    orders = {n // num_samples: None for n in consumed}
-    permutations = {epoch: np.random.default_rng([seed, 2, epoch]).permutation(num_samples) for epoch in orders}
-    return [int(permutations[n // num_samples][n % num_samples]) for n in consumed]

@@ -10,7 +10,7 @@ from teachers.pool import TeacherPool
 from teachers.protocol import PROBE, Card
 from trainer.asking import address_of, check_card
 from trainer.config import DataConfig, RunConfig, TeacherConfig, find_model
-from trainer.data import Sample, load_corpus
+from trainer.data import Corpus, Sample, SourceCounts, load_corpus
 from trainer.errors import UserError
 from trainer.fuser import check_routes
 from trainer.loop import total_steps
@@ -18,6 +18,7 @@ from trainer.reading import Reader, chat_template, readable
 from trainer.student import check_folder, reader_of
 from trainer.template import ChatError
 
+EXAMINED = 4096  # samples that are read as every model reads them; they stand for the others where there are more
 BOS_MATTERS = 1.1  # nats with and without BOS that differ by more than a tenth are no accident
 
 
@@ -33,7 +34,7 @@ class Finding:
 def examine(config: RunConfig) -> list[Finding]:
     """Check student, data and every teacher; a failed check does not keep the others from being made."""
     findings: list[Finding] = []
-    samples: tuple[Sample, ...] = ()
+    samples: Sequence[Sample] = ()
     try:
         folder = find_model(config.student.model)
         vocabulary = Vocabulary.load(folder)
@@ -41,16 +42,36 @@ def examine(config: RunConfig) -> list[Finding]:
         vocabulary = vocabulary.with_roles(config.student.roles)
         findings.append(Finding("student", True, f"{vocabulary.name}: {len(vocabulary)} tokens"))
         corpus = load_corpus(config.data, config.eval, vocabulary, config.train.seed)
-        samples = corpus.train + corpus.held_out
+        findings += [Finding("data", True, _holds(source)) for source in corpus.sources]
         check_routes(corpus.train, config)
-        read = list(readable(samples, reader_of(folder, vocabulary, config), config.data))
-        if len(read) < len(samples):
-            findings.append(Finding("data", True, f"{len(samples) - len(read)} chats cannot be read and are skipped"))
+        samples = _examined(corpus)
+        num_read = sum(1 for _ in readable(samples, reader_of(folder, vocabulary, config), config.data))
+        if num_read < len(samples):
+            detail = (
+                f"{len(samples) - num_read} of {len(samples)} samples are chats that cannot be read and are skipped"
+            )
+            findings.append(Finding("data", True, detail))
         detail = f"{len(corpus.train)} windows to train on, {len(corpus.held_out)} held out"
         findings.append(Finding("data", True, f"{detail}, {total_steps(config, corpus)} steps"))
     except (UserError, TokenizerError) as error:
         findings.append(Finding("data" if findings else "student", False, str(error)))
     return findings + asyncio.run(_examine_teachers(config, samples))
+
+
+def _holds(source: SourceCounts) -> str:
+    tokens = "chats" if source.tokens is None else f"{source.tokens:,} tokens"
+    broken = f"; {source.broken} broken ({'; '.join(source.first_broken)})" if source.broken else ""
+    return (
+        f"{source.name}: {source.documents:,} documents, {source.windows:,} windows, {tokens}, "
+        f"{source.num_bytes:,} bytes; {source.epoch_samples:,} samples an epoch{broken}"
+    )
+
+
+def _examined(corpus: Corpus) -> list[Sample]:
+    """All samples, or as many as are examined, at even distances."""
+    total, num_train = len(corpus.train) + len(corpus.held_out), len(corpus.train)
+    chosen = range(0, total, -(-total // EXAMINED))
+    return [corpus.train[i] if i < num_train else corpus.held_out[i - num_train] for i in chosen]
 
 
 async def _examine_teachers(config: RunConfig, samples: Sequence[Sample]) -> list[Finding]:
@@ -91,7 +112,7 @@ def _length(teacher: TeacherConfig, card: Card, reader: Reader, samples: Sequenc
         except ChatError:
             if data.broken_chats != "skip":
                 raise
-    detail = f"takes {card.max_tokens} tokens; the longest sample is {max(lengths)} of them"
+    detail = f"takes {card.max_tokens} tokens; the longest of {len(samples)} samples is {max(lengths)} of them"
     fits, shortens = max(lengths) <= card.max_tokens, data.too_long == "shorten"
     advice = "" if fits else "; it is shortened for all" if shortens else ": lower data.window_tokens"
     return Finding(f"teacher {teacher.name}", fits or shortens, detail + advice)

@@ -4,7 +4,7 @@ Most of it is a function of a batch and its step. `adaptive` also goes by what w
 their order, and what was seen is state that a checkpoint keeps.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from alignment import Target, Tokens
 from alignment.report import AlignmentReport
 from trainer.asking import Asked
 from trainer.config import FusionConfig, RunConfig, TeacherConfig
-from trainer.data import Sample
+from trainer.data import Sample, Samples
 from trainer.errors import CheckpointError, DataError
 from trainer.fusion import METHODS, Aligned, Rule, fuse, text_nats
 from trainer.priors import RunningBpb, routed, scheduled
@@ -66,14 +66,12 @@ def _continued(running: RunningBpb, state: dict[str, Any]) -> RunningBpb:
     return replace(running, seen=seen)
 
 
-def check_routes(samples: Iterable[Sample], config: RunConfig) -> None:
-    """Raise DataError for the first sample that a router could send to nobody."""
+def check_routes(samples: Samples, config: RunConfig) -> None:
+    """Raise DataError for a sample that a router could send to nobody."""
     names = [teacher.name for teacher in config.teachers]
-    for sample in samples if config.fusion.method == "router" else ():
-        if sample.teacher not in names:
-            raise DataError(
-                f"sample {sample.name}: router: expected one of {', '.join(names)}, received {sample.teacher!r}"
-            )
+    for teacher, sample in samples.teachers().items() if config.fusion.method == "router" else ():
+        if teacher not in names:
+            raise DataError(f"sample {sample}: router: expected one of {', '.join(names)}, received {teacher!r}")
 
 
 class Fuser:

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from trainer.checkpoint import (
     save_checkpoint,
 )
 from trainer.config import RunConfig
-from trainer.data import Corpus, Sample, batch_indices, load_corpus
+from trainer.data import Corpus, Sample, load_corpus
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.evaluate import evaluate
 from trainer.fuser import Fuser, check_routes
 from trainer.metrics import Listener, Metrics
+from trainer.order import batch_indices
 from trainer.pipeline import Batch, TargetStream, labels_of
 from trainer.reading import Reader, readable
 from trainer.step import StepResult, make_optimizer, plan_step, train_step
@@ -76,7 +77,13 @@ def train(
         make_folder(out)
         with Metrics(out / "metrics.jsonl", listener) as metrics:
             metrics.emit(
-                "start", step=done, steps=num_steps, samples=len(corpus.train), **run.counts, run=config.model_dump()
+                "start",
+                step=done,
+                steps=num_steps,
+                samples=len(corpus.train),
+                sources=[asdict(source) for source in corpus.sources],
+                **run.counts,
+                run=config.model_dump(),
             )
             run.measure(metrics, done)
             for batch in noted(chain(first, batches), stream, metrics):
@@ -149,11 +156,11 @@ class _Run:
 
 def total_steps(config: RunConfig, corpus: Corpus) -> int:
     """Whole batches in all epochs, or train.steps if that is fewer. Raises DataError if there is no whole batch."""
-    in_epochs = config.train.epochs * len(corpus.train) // config.train.batch_samples
+    in_epochs = config.train.epochs * corpus.order.epoch_samples // config.train.batch_samples
     steps = min(in_epochs, config.train.steps or in_epochs)
     if steps == 0:
         raise DataError(
-            f"{len(corpus.train)} samples in {config.train.epochs} epochs do not fill one batch of "
+            f"{corpus.order.epoch_samples} samples in {config.train.epochs} epochs do not fill one batch of "
             f"{config.train.batch_samples}: lower train.batch_samples or give more text"
         )
     return steps
@@ -161,8 +168,7 @@ def total_steps(config: RunConfig, corpus: Corpus) -> int:
 
 def _batches(config: RunConfig, corpus: Corpus, begin: int, end: int) -> Iterator[list[Sample]]:
     for step in range(begin, end):
-        indices = batch_indices(len(corpus.train), config.train.batch_samples, config.train.seed, step)
-        yield [corpus.train[i] for i in indices]
+        yield [corpus.train[i] for i in batch_indices(corpus.order, config.train.batch_samples, step)]
 
 
 def noted(batches: Iterator[Batch], stream: TargetStream, metrics: Metrics) -> Iterator[Batch]:

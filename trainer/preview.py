@@ -149,7 +149,7 @@ def _student_nats(student: Student, sample: _Common, chunk_tokens: int) -> float
 def _fusions(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """Every method, at every scope that it knows; the run's own weights, temperature and margin."""
     methods = [m for m in METHODS if m not in BY_SCOPE] + ["adaptive"]
-    methods += ["router"] if config.data.teacher_column else []
+    methods += ["router"] if config.data.names_teachers else []
     for method, scope in [(m, "sample") for m in methods] + [(m, s) for m in BY_SCOPE for s in SCOPES]:
         fusion = config.fusion.model_copy(update={"method": method, "scope": scope})
         name = f"{method} by {scope}" if method in BY_SCOPE else method

@@ -110,7 +110,7 @@ class Student:
 
 def reader_of(folder: Path, vocabulary: Vocabulary, config: RunConfig) -> Reader:
     """How the student reads samples. Raises ChatError if it is to read chats and has no template."""
-    if config.data.messages_column is None:
+    if not config.data.has_chats:
         return Reader(vocabulary, vocabulary.prefix)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     template = chat_template(files, vocabulary, config.student.roles, config.student.chat_template)

@@ -36,10 +36,14 @@ def served_models(*folders: Path) -> Iterator[list[str]]:
 
 
 def run_config(model: Path, corpus: Path, out: Path, urls: list[str], **sections: dict[str, Any]) -> RunConfig:
-    """Six steps of four samples, two epochs of twelve; sections are merged in."""
+    """Six steps of four samples, two epochs of twelve; sections are merged in, `source` into the one source."""
     raw: dict[str, Any] = {
         "student": {"model": str(model), "precision": "fp32"},
-        "data": {"files": [str(corpus)], "window_tokens": 60, "max_samples": 12},
+        "data": {
+            "sources": [{"files": [str(corpus)]} | sections.pop("source", {})],
+            "window_tokens": 60,
+            "max_samples": 12,
+        },
         "teachers": [{"name": f"t{i}", "urls": [url], "top_k": 16, "patience_s": 30} for i, url in enumerate(urls)],
         "loss": {"ce_weight": 0.3 if urls else 1.0},
         "optim": {"lr": 3e-3},

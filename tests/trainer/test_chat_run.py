@@ -44,8 +44,9 @@ def chat_config(folder: Path, student: Path, teachers: dict[str, str], chats: Pa
     """teachers: url → template."""
     for name, template in {"byte_level": BYTE_LEVEL, "sentencepiece": SENTENCEPIECE}.items():
         (folder / f"{name}.jinja").write_text(template, encoding="utf-8")
-    columns = {"messages_column": "messages", "window_tokens": 400, "max_samples": None} | data
-    config = run_config(student, chats, folder / "out", list(teachers), data=columns)
+    data = {"window_tokens": 400, "max_samples": None} | data
+    source = {"messages_column": "messages"}
+    config = run_config(student, chats, folder / "out", list(teachers), data=data, source=source)
     raw = config.model_dump()
     raw["student"]["chat_template"] = str(folder / "byte_level.jinja")
     for teacher, template in zip(raw["teachers"], teachers.values(), strict=True):

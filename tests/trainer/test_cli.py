@@ -27,8 +27,9 @@ def run_file(folder: Path, config: RunConfig) -> Path:
         return [brackets.format(name), *values]
 
     raw = config.model_dump(mode="json")
-    teachers = raw.pop("teachers")
+    teachers, sources = raw.pop("teachers"), raw["data"].pop("sources")
     text = [line for name, section in raw.items() for line in lines(name, section)]
+    text += [line for source in sources for line in lines("data.sources", source, "[[{}]]")]
     text += [line for teacher in teachers for line in lines("teachers", teacher, "[[{}]]")]
     path = folder / "run.toml"
     path.write_text("\n".join(text), encoding="utf-8")
@@ -126,6 +127,22 @@ def test_doctor_finds_a_healthy_run_healthy(tmp_path: Path, tiny_byte_level: Pat
         result = call("doctor", path, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["ok"]
+    assert "corpus.jsonl: 10 documents, " in result.stdout
+
+
+def test_doctor_names_broken_lines_and_reads_a_part_of_many_samples(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.doctor.EXAMINED", 5)
+    corpus = write_corpus(tmp_path)
+    with corpus.open("a", encoding="utf-8") as file:
+        file.write("no\n")
+    with served_models(tiny_byte_level) as urls:
+        config = run_config(tiny_byte_level, corpus, tmp_path / "out", urls, data={"max_broken": 1})
+        result = call("doctor", run_file(tmp_path, config))
+    assert result.exit_code == 0, result.output
+    assert f"12 samples an epoch; 1 broken ({corpus}, line 11: expected a JSON object, received 'no')" in result.stdout
+    assert "the longest of 4 samples is" in result.stdout
 
 
 def test_doctor_names_everything_that_is_wrong_at_once(tmp_path: Path, tiny_byte_level: Path) -> None:
@@ -151,7 +168,7 @@ def test_doctor_names_everything_that_is_wrong_at_once(tmp_path: Path, tiny_byte
         ("student.train_layers=9", "the model has 2 layers"),
         ("data.window_tokens=600", "the student takes 512"),
         ("train.batch_samples=64", "do not fill one batch"),
-        ("data.files=['/nowhere']", "/nowhere is neither a file"),
+        ("data.sources.0.files=['/nowhere']", "/nowhere is neither a file"),
     ],
 )
 def test_doctor_refuses_what_train_would(tmp_path: Path, tiny_byte_level: Path, override: str, says: str) -> None:
@@ -194,9 +211,9 @@ def test_doctor_sees_a_teacher_that_wants_bos_and_is_not_given_it(tmp_path: Path
         ("student.device='nonsense'", "student.model: cannot load"),
         ("student.train_layers=9", "student.train_layers is 9, but the model has 2 layers"),
         ("data.window_tokens=513", "data.window_tokens is 513, the student takes 512"),
-        ("data.files=['/nowhere/text.txt']", "/nowhere/text.txt is neither a file"),
-        ("data.files=['EMPTY']", "is empty: give a text of at least one byte"),
-        ("data.files=['LATIN']", "is not UTF-8: byte 0xe9 at 3"),
+        ("data.sources.0.files=['/nowhere/text.txt']", "/nowhere/text.txt is neither a file"),
+        ("data.sources.0.files=['EMPTY']", "is empty: give a text of at least one byte"),
+        ("data.sources.0.files=['LATIN']", "is not UTF-8: byte 0xe9 at 3"),
     ],
 )
 def test_train_refuses_in_one_sentence(tmp_path: Path, tiny_byte_level: Path, override: str, says: str) -> None:

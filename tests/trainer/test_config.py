@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from trainer.config import RunConfig, TeacherConfig, find_model, load_config
+from trainer.config import RunConfig, SourceConfig, TeacherConfig, find_model, load_config
 from trainer.errors import ConfigError
 
 TEACHER = """
@@ -16,7 +16,7 @@ urls = ["http://127.0.0.1:1"]
 PLAIN = """
 [student]
 model = "m"
-[data]
+[[data.sources]]
 files = ["a.txt"]
 [output]
 dir = "out"
@@ -50,6 +50,11 @@ def test_it_is_frozen(tmp_path: Path) -> None:
         ("[loss]\nce_weight = 1.5", "loss.ce_weight: .*less than or equal to 1, received 1.5"),
         ("[train]\nbatch_samples = 4\naccumulate = 3", "train.accumulate: must divide train.batch_samples"),
         ("[[teachers]]\nname = 'one'\nurls = ['http://x']", "two teachers have the same name"),
+        ("[[data.sources]]\nfiles = []", "data.sources.1: expected either files or a dataset"),
+        ("[[data.sources]]\nfiles = ['a']\ndataset = 'b'", "data.sources.1: expected either files or a dataset"),
+        ("[[data.sources]]\nfiles = ['a']\nsplit = 'b'", "data.sources.1: config_name and split belong to a dataset"),
+        ("[[data.sources]]\nfiles = ['a']\nweigth = 2", "unknown key 'data.sources.1.weigth'; .* 'weight'"),
+        ("[fusion]\nmethod = 'router'", "data.sources: fusion by router needs the teacher_column of every source"),
         (
             "[[teachers]]\nname = 'two'\nurl = 'http://x'",
             "unknown key 'teachers.1.url'; the nearest known one is 'urls'",
@@ -92,8 +97,8 @@ def test_overrides_of_no_place_are_refused(tmp_path: Path, override: str) -> Non
 
 def test_every_field_says_what_it_means() -> None:
     sections = [field.annotation for field in RunConfig.model_fields.values()]
-    models = [s for s in sections if isinstance(s, type) and issubclass(s, BaseModel)] + [TeacherConfig]
-    assert len(models) == 9
+    models = [s for s in sections if isinstance(s, type) and issubclass(s, BaseModel)] + [TeacherConfig, SourceConfig]
+    assert len(models) == 10
     undocumented = [
         f"{model.__name__}.{name}" for model in models for name, f in model.model_fields.items() if not f.description
     ]

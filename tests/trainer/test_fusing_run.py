@@ -40,8 +40,8 @@ def write_columns(folder: Path, documents: int = 10) -> Path:
 
 
 def config_of(folder: Path, model: Path, urls: list[str], name: str, **sections: dict[str, Any]) -> RunConfig:
-    columns = {"domain_column": "domain", "teacher_column": "who"} | sections.pop("data", {})
-    return run_config(model, write_columns(folder), folder / name, urls, data=columns, **sections)
+    columns = {"domain_column": "domain", "teacher_column": "who"}
+    return run_config(model, write_columns(folder), folder / name, urls, source=columns, **sections)
 
 
 def steps_of(out: Path) -> list[dict[str, Any]]:

@@ -15,9 +15,10 @@ from alignment import Vocabulary
 from teachers.errors import FingerprintMismatch, Rejected, Unavailable
 from teachers.rows import Rows
 from tests.serve import FormulaEngine, free_port, serving
-from tests.tiny import save_tiny_model
+from tests.tiny import TEXT, save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from trainer.asking import connected
+from trainer.config import RunConfig
 from trainer.data import Sample
 from trainer.errors import CheckpointError, DataError, NonFiniteLoss
 from trainer.evaluate import evaluate
@@ -59,6 +60,31 @@ def test_six_steps_are_three_and_resume_and_three(
     assert one.keys() == two.keys() == set(range(1, 7))
     assert [two[n] for n in one] == pytest.approx(list(one.values()), abs=1e-6)
     assert held_out(tmp_path / "halves")[6] == pytest.approx(held_out(tmp_path / "straight")[6], abs=1e-6)
+
+
+def two_sources(folder: Path, model: Path, out: str, weight: float = 0.5) -> RunConfig:
+    """Half of one file, twice of another, in each of two epochs that batches do not fit into."""
+    raw = run_config(model, write_corpus(folder), folder / out, []).model_dump()
+    (folder / "more.txt").write_text(TEXT[::-1], encoding="utf-8")
+    raw["data"]["sources"] = [raw["data"]["sources"][0] | {"weight": weight}, {"files": [str(folder / "more.txt")]}]
+    raw["data"]["max_samples"] = None
+    raw["train"]["batch_samples"] = 5
+    return RunConfig.model_validate(raw)
+
+
+def test_a_run_of_two_sources_resumes_in_the_middle_of_an_epoch(tmp_path: Path, tiny_byte_level: Path) -> None:
+    straight, halves = (two_sources(tmp_path, tiny_byte_level, name) for name in ("straight", "halves"))
+    steps = train(straight).steps
+    train(halves, stop_at=3)
+    assert train(halves, resume=True).steps == steps
+    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "straight"), abs=1e-6)
+    start = read_metrics(tmp_path / "straight" / "metrics.jsonl")[0]
+    assert [source["name"] for source in start["sources"]] == ["corpus.jsonl", "more.txt"]
+    epoch_samples = sum(source["epoch_samples"] for source in start["sources"])
+    assert 2 * epoch_samples // 5 == steps
+    assert epoch_samples > 3 * 5
+    with pytest.raises(CheckpointError, match=r"data.sources.weight = \[0.5, 1.0\], this run has \[0.25, 1.0\]"):
+        train(two_sources(tmp_path, tiny_byte_level, "halves", weight=0.25), resume=True)
 
 
 def test_the_order_of_answers_does_not_change_the_run(tmp_path: Path, tiny_byte_level: Path) -> None:
@@ -222,8 +248,6 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(tmp_path: Path, ti
 
 def limited(config_json: str) -> None:
     """Resume under a limit on the size of files that metrics fit in and a checkpoint does not."""
-    from trainer.config import RunConfig
-
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     try:
         train(RunConfig.model_validate_json(config_json), resume=True)

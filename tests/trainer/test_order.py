@@ -1,0 +1,68 @@
+"""The order of samples: by seed, epoch and offset alone, each source as often as its weight says."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.order import Order, batch_indices, epoch_order, weighted
+
+SOURCES = st.lists(
+    st.tuples(st.integers(1, 12), st.sampled_from([0.5, 0.75, 1, 1.3, 2, 2.5, 3])), min_size=1, max_size=3
+)
+
+
+def order_of(sources: list[tuple[int, float]], seed: int) -> Order:
+    """At least one draw of each."""
+    order = weighted([count for count, _ in sources], [weight for _, weight in sources], seed)
+    return Order(order.counts, tuple(max(draws, 1) for draws in order.draws), seed)
+
+
+@given(SOURCES, st.integers(0, 5), st.integers(1, 5))
+def test_every_window_comes_as_often_as_the_weights_say(
+    sources: list[tuple[int, float]], seed: int, epochs: int
+) -> None:
+    order = order_of(sources, seed)
+    seen = Counter(i for epoch in range(epochs) for i in epoch_order(order, epoch).tolist())
+    first = 0
+    for count, draws in zip(order.counts, order.draws, strict=True):
+        times = [seen[i] for i in range(first, first + count)]
+        assert sum(times) == epochs * draws
+        assert max(times) - min(times) <= 1
+        first += count
+    assert sum(seen.values()) == epochs * order.epoch_samples
+
+
+@given(SOURCES, st.integers(0, 5), st.integers(1, 9), st.integers(1, 9))
+def test_the_order_is_the_same_whatever_the_batches_and_the_first_step(
+    sources: list[tuple[int, float]], seed: int, batch: int, other: int
+) -> None:
+    order = order_of(sources, seed)
+    whole = np.concatenate([epoch_order(order, epoch) for epoch in range(4)]).tolist()
+    for size in (batch, other, len(whole)):
+        steps = range(len(whole) // size)
+        for step in reversed(steps):
+            assert batch_indices(order, size, step) == whole[step * size : (step + 1) * size]
+
+
+def test_half_a_source_is_followed_by_its_other_half() -> None:
+    order = weighted([10, 6], [0.5, 2], seed=3)
+    assert order.draws == (5, 12)
+    halves = [[i for i in epoch_order(order, epoch).tolist() if i < 10] for epoch in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == list(range(10))
+    assert sorted(i for i in epoch_order(order, 0).tolist() if i >= 10) == sorted([*range(10, 16)] * 2)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1, 2, 2.5])
+def test_epochs_and_seeds_have_orders_of_their_own(weight: float) -> None:
+    order, another = weighted([20], [weight], seed=0), weighted([20], [weight], seed=1)
+    assert epoch_order(order, 0).tolist() != epoch_order(order, 1).tolist()
+    assert epoch_order(order, 0).tolist() != epoch_order(another, 0).tolist()
+
+
+def test_sources_are_mixed_within_an_epoch() -> None:
+    order = weighted([200, 200], [1, 1], seed=0)
+    first_half = epoch_order(order, 0)[:200]
+    assert 70 < int((first_half < 200).sum()) < 130

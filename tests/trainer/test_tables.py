@@ -1,0 +1,155 @@
+"""Documents in rows: Parquet files, folders that `save_to_disk` wrote, and what is said where there is neither."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.needs import need
+from tests.tiny import TEXT, tiny_vocabulary
+from tests.trainer.runs import losses, run_config
+from trainer.config import DataConfig, EvalConfig, RunConfig
+from trainer.data import Corpus, load_corpus
+from trainer.errors import DataError
+from trainer.loop import train
+
+BYTE_LEVEL = tiny_vocabulary("byte_level")
+ROWS = [{"text": f"{n}. {TEXT}", "kind": "ab"[n % 2], "by": f"t{n % 2}", "size": n} for n in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("datasets")
+    monkeypatch.setenv("TUTELAGE_CACHE", str(tmp_path / "cache"))
+
+
+def load(source: dict[str, Any], **data: Any) -> Corpus:
+    config = DataConfig.model_validate({"sources": [source], "window_tokens": 40} | data)
+    return load_corpus(config, EvalConfig(), BYTE_LEVEL, 0)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def save(folder: Path, rows: list[dict[str, Any]], *splits: str) -> str:
+    import datasets
+
+    dataset = datasets.Dataset.from_list(rows)
+    (datasets.DatasetDict(dict.fromkeys(splits, dataset)) if splits else dataset).save_to_disk(folder)
+    return str(folder)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def said(corpus: Corpus) -> list[tuple[Any, ...]]:
+    return [(s.name.partition(":")[2], s.text, s.messages, s.tools, s.teacher) for s in corpus.train]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_rows_are_the_documents_that_lines_would_be(tmp_path: Path, kind: str) -> None:
+    columns = {"domain_column": "kind", "teacher_column": "by"}
+    lines = load({"files": [write_lines(tmp_path / "d.jsonl", ROWS)]} | columns)
+    if kind == "parquet":
+        rows = load({"files": [write_parquet(tmp_path / "d.parquet", ROWS)]} | columns)
+    else:
+        rows = load({"dataset": save(tmp_path / "d", ROWS)} | columns)
+    assert said(rows) == said(lines)
+    assert [s.domain for s in rows.train] == [s.domain for s in lines.train]
+    assert rows.fingerprint == lines.fingerprint
+    assert rows.train[0].name == ("d.parquet:1#0" if kind == "parquet" else "d:1#0")
+
+
+def test_chats_in_rows_have_the_keys_that_they_were_given(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "weigh", "arguments": '{"sack": 3}'}}
+    chats = [
+        [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}],
+        [{"role": "user", "content": "Weigh."}, {"role": "assistant", "tool_calls": [call]}],
+    ]
+    rows = [{"messages": chat, "tools": [{"name": "weigh"}]} for chat in chats]
+    for source in ({"files": [write_parquet(tmp_path / "c.parquet", rows)]}, {"dataset": save(tmp_path / "c", rows)}):
+        corpus = load(source | {"messages_column": "messages"})
+        assert [list(s.messages) for s in corpus.train] == chats
+        assert [list(s.tools) for s in corpus.train] == [[{"name": "weigh"}]] * 2
+
+
+def test_broken_rows_are_counted_and_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "d.parquet", [ROWS[0], {"text": None}, {"text": ""}, ROWS[1]])
+    corpus = load({"files": [path]}, max_broken=1)
+    assert corpus.sources[0].documents == 2
+    assert corpus.sources[0].first_broken == (f"{path}, row 2: 'text' is absent, expected a string",)
+    with pytest.raises(DataError, match=r"d.parquet, row 2: 'text' is absent.*leaves room for 0"):
+        load({"files": [path]})
+
+
+def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "d.parquet", ROWS)
+    with pytest.raises(DataError, match=r"d.parquet has no column 'body'; it has "):
+        load({"files": [path], "text_column": "body"})
+
+
+def test_a_split_is_chosen_where_there_are_several(tmp_path: Path) -> None:
+    folder = save(tmp_path / "d", ROWS, "train", "test")
+    assert load({"dataset": folder, "split": "test"}).sources[0].documents == 6
+    with pytest.raises(DataError, match="has the splits train, test: set split to one of them"):
+        load({"dataset": folder})
+    assert load({"dataset": save(tmp_path / "one", ROWS, "only")}).sources[0].documents == 6
+
+
+def test_a_name_under_the_cache_is_found(tmp_path: Path) -> None:
+    save(tmp_path / "cache" / "data" / "harbour", ROWS)
+    assert load({"dataset": "harbour"}).train[0].name == "harbour:1#0"
+
+
+def test_what_is_no_table_is_one_clear_sentence(tmp_path: Path) -> None:
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 it is not")
+    with pytest.raises(DataError, match="cannot read .*d.parquet: "):
+        load({"files": [str(tmp_path / "d.parquet")]})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="cannot load the dataset .*folder"):
+        load({"dataset": str(tmp_path / "folder")})
+
+
+def test_a_dataset_that_cannot_be_reached_is_one_clear_sentence(tmp_path: Path) -> None:
+    """In a process of its own, which is told to stay offline, as a machine without a network is."""
+    code = (
+        "from tests.trainer.test_tables import load\n"
+        "from trainer.errors import DataError\n"
+        "try:\n    load({'dataset': 'nobody/nothing-of-that-name'})\n"
+        "except DataError as error:\n    print(error)\n"
+    )
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TUTELAGE_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("data.sources: cannot load the dataset nobody/nothing-of-that-name (no folder"), done
+    assert done.stdout.count("\n") == 1
+
+
+def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install tutelage\[data\]"):
+        load({"files": [write_parquet(tmp_path / "d.parquet", ROWS)]})
+
+
+def test_a_run_goes_on_where_lines_have_become_rows(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is trained on is contents: wherever they are kept, the run is the same."""
+    for name in ("straight", "halves"):
+        lines = run_config(tiny_byte_level, Path(write_lines(tmp_path / "d.jsonl", ROWS)), tmp_path / name, [])
+        train(lines, stop_at=None if name == "straight" else 3)
+    raw = lines.model_dump()
+    raw["data"]["sources"] = [{"dataset": save(tmp_path / "d", ROWS)}]
+    train(RunConfig.model_validate(raw), resume=True)
+    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "straight"), abs=1e-6)
