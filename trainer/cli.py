@@ -219,6 +219,29 @@ def preview(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or one with fused/ and twin/.", metavar="DIR")],
+    twin: Annotated[
+        Path | None, typer.Option(help="The run to compare with: a folder, or its name beside DIR.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the page goes; DIR/report.html if absent.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what came of a run, beside its twin, as one HTML page with curves."""
+    with _one_sentence_errors(as_json):
+        from trainer.report import make_report, save_page
+
+        made = make_report(folder, twin)
+        path = out or folder / "report.html"
+        save_page(made.page, path)
+        if as_json:
+            beside = asdict(made.comparison) if made.comparison else None
+            _print_json({"run": asdict(made.summary), "comparison": beside, "page": str(path)})
+        else:
+            typer.echo(f"{made.result}\n{path}")
+
+
+@app.command()
 def align(
     teacher: Annotated[str, typer.Option(help="Address of a served teacher, or a model directory or name.")],
     student: Annotated[str, typer.Option(help="Model directory or name; only its tokenizer is read.")],
