@@ -223,6 +223,17 @@ class OutputConfig(Section):
     """Older ones are deleted."""
 
 
+class TrackingConfig(Section):
+    """[tracking] where events go beside metrics.jsonl, which is always written and holds everything."""
+
+    tensorboard: bool = False
+    """Event files in the folder `tensorboard` of the run's. Needs the extra tutelage[tensorboard]."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project at Weights & Biases; entity, key and mode by its own environment variables. Needs tutelage[wandb]."""
+    mlflow: Annotated[str, Field(min_length=1)] | None = None
+    """Experiment in MLflow, at MLFLOW_TRACKING_URI, else in the run's folder `mlflow`. Needs tutelage[mlflow]."""
+
+
 class RunConfig(Section):
     """A whole run file."""
 
@@ -235,6 +246,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     output: OutputConfig
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
