@@ -30,7 +30,7 @@ from alignment import Vocabulary
 from teachers.protocol import Card, ScoreRequest
 from teachers.rows import read_stream
 from tests.vllm_server import ENV, KEY, stock_server
-from trainer.config import find_model
+from trainer.places import find_model
 
 MODEL, TOP_KS, SEQUENCES, LENGTH, ROUNDS = "smollm2-135m-instruct", (8, 64, 128), 8, 512, 6
 SCORED = SEQUENCES * (LENGTH - 1)

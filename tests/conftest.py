@@ -13,7 +13,7 @@ from tests.needs import need
 from tests.tiny import save_tiny_model
 from tests.vllm_server import stock_server
 from trainer import index
-from trainer.config import find_model
+from trainer.places import find_model
 
 transformers_logging.disable_progress_bar()
 settings.register_profile("tutelage", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))

@@ -25,8 +25,8 @@ import pytest
 import yaml
 
 from tests.tiny import TEXT, save_tiny_model
-from trainer.config import load_config
 from trainer.metrics import read_metrics
+from trainer.run_file import load_config
 
 ROOT = Path(__file__).parents[1]
 PORTS = {"smollm2": 8101, "gemma": 8102}

@@ -23,7 +23,7 @@ from typing import Literal
 
 from tests import zoo_build as build
 from tests.zoo_build import Files, Read
-from trainer.config import cache_dir, find_model
+from trainer.places import cache_dir, find_model
 
 Say = Callable[[str], None]
 Kind = Literal["byte_level", "sentencepiece", "tiktoken", "wordpiece", "unigram"]

@@ -19,9 +19,10 @@ from teachers.pool import TeacherPool
 from teachers.protocol import Card
 from teachers.rows import Rows, as_received
 from trainer.asking import together
-from trainer.config import SourceConfig, find_model, tables_dir
+from trainer.config import SourceConfig
 from trainer.errors import DataError
 from trainer.explain import Explained, explain
+from trainer.places import find_model, tables_dir
 from trainer.sources import Broken, open_file
 from trainer.windows import cut_windows
 

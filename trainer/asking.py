@@ -21,8 +21,9 @@ from teachers.pool import TeacherPool
 from teachers.protocol import Card
 from teachers.rows import Rows
 from trainer.align_chat import align_chat
-from trainer.config import RunConfig, TeacherConfig, find_tokenizer, tables_dir
+from trainer.config import RunConfig, TeacherConfig
 from trainer.data import Sample
+from trainer.places import find_tokenizer, tables_dir
 from trainer.reading import Reader, Reading, chat_template, shorter
 from trainer.template import ChatError
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import cache_dir
 from trainer.errors import UserError
+from trainer.places import cache_dir
 
 Say = Callable[[str], None]
 TEXT = "pydoc-topics.jsonl"

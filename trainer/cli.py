@@ -113,7 +113,7 @@ def teach(
         from teachers.engine import EngineOptions
         from teachers.limits import Limits
         from teachers.teach import TeachOptions, teach_model
-        from trainer.config import find_model
+        from trainer.places import find_model
 
         _quiet()
         further = _json_object(vllm_args, "--vllm-args")
@@ -139,7 +139,7 @@ def serve(
 ) -> None:
     """Serve the teachers of a run file on Ray Serve."""
     with _one_sentence_errors():
-        from trainer.config import load_config
+        from trainer.run_file import load_config
         from trainer.serving import served_teachers
 
         teachers = served_teachers(load_config(run, sets))
@@ -168,8 +168,8 @@ def train(
 ) -> None:
     """Train the student of a run file."""
     with _one_sentence_errors(as_json):
-        from trainer.config import load_config
         from trainer.console import watching
+        from trainer.run_file import load_config
 
         _quiet()
         config = load_config(run, sets)
@@ -185,7 +185,7 @@ def train(
 def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
     """Check student, data and every teacher of a run file, before anything is spent."""
     with _one_sentence_errors(as_json):
-        from trainer.config import load_config
+        from trainer.run_file import load_config
 
         config = load_config(run, sets)
         from trainer.doctor import examine
@@ -204,8 +204,8 @@ def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
 def preview(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
     """Bits per byte of each teacher and each fusion on the held-out text: is this fusion worth running?"""
     with _one_sentence_errors(as_json):
-        from trainer.config import load_config
         from trainer.console import show_preview
+        from trainer.run_file import load_config
 
         _quiet()
         config = load_config(run, sets)
@@ -216,6 +216,29 @@ def preview(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
             _print_json(asdict(result))
         else:
             show_preview(result)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder, or one with fused/ and twin/.", metavar="DIR")],
+    twin: Annotated[
+        Path | None, typer.Option(help="The run to compare with: a folder, or its name beside DIR.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the page goes; DIR/report.html if absent.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what came of a run, beside its twin, as one HTML page with curves."""
+    with _one_sentence_errors(as_json):
+        from trainer.report import make_report, save_page
+
+        made = make_report(folder, twin)
+        path = out or folder / "report.html"
+        save_page(made.page, path)
+        if as_json:
+            beside = asdict(made.comparison) if made.comparison else None
+            _print_json({"run": asdict(made.summary), "comparison": beside, "page": str(path)})
+        else:
+            typer.echo(f"{made.result}\n{path}")
 
 
 @app.command()

@@ -1,16 +1,10 @@
-"""The run file: TOML in, frozen models out. Every key is here with its meaning; an unknown one is refused."""
+"""What a run file may say: every key with its meaning. An unknown one is refused."""
 
-import difflib
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from teachers.models import cache_dir as cache_dir
 from teachers.serve_options import ServeOptions
-from trainer.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -279,6 +273,17 @@ class OutputConfig(Section):
     """Older ones are deleted."""
 
 
+class TrackingConfig(Section):
+    """[tracking] where events go beside metrics.jsonl, which is always written and holds everything."""
+
+    tensorboard: bool = False
+    """Event files in the folder `tensorboard` of the run's. Needs the extra tutelage[tensorboard]."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project at Weights & Biases; entity, key and mode by its own environment variables. Needs tutelage[wandb]."""
+    mlflow: Annotated[str, Field(min_length=1)] | None = None
+    """Experiment in MLflow, at MLFLOW_TRACKING_URI, else in the run's folder `mlflow`. Needs tutelage[mlflow]."""
+
+
 class RunConfig(Section):
     """A whole run file."""
 
@@ -291,6 +296,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     output: OutputConfig
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -313,98 +319,3 @@ class RunConfig(Section):
         if self.train.batch_samples % self.train.accumulate:
             raise ValueError("train.accumulate: must divide train.batch_samples")
         return self
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file and apply `key=value` overrides. Raises ConfigError naming key, value and choices."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the run file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-    for override in overrides:
-        _override(raw, override)
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error)}") from error
-
-
-def _override(raw: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set expects key=value, received {text!r}")
-    node: Any = raw
-    *path, last = key.strip().split(".")
-    try:
-        for part in path:
-            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = _value(value.strip())
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--set {key}: there is no such place in the run file") from error
-
-
-def _value(text: str) -> Any:
-    """A TOML value; anything that is not one is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _sentence(error: ValidationError) -> str:
-    errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt key explains the rest
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"{where} is missing"
-    if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        near = difflib.get_close_matches(key, _known_keys(first["loc"][:-1]), n=1, cutoff=0.0)
-        return f"unknown key {where!r}; the nearest known one is {near[0]!r}"
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}, received {first['input']!r}" if where else message
-
-
-def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in path:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            model = next((a for a in getattr(annotation, "__args__", ()) if hasattr(a, "model_fields")), annotation)
-    return list(model.model_fields)
-
-
-def tables_dir() -> Path:
-    """Where alignment keeps what it makes once per pair of tokenizers."""
-    return cache_dir() / "alignment"
-
-
-def find_model(name: str) -> Path:
-    """A model directory by path, or by name under the cache. Raises ConfigError if there is neither."""
-    return _find(name, "models", "a model directory", "config.json")
-
-
-def find_tokenizer(name: str) -> Path:
-    """A folder with a tokenizer by path, or a model by name under the cache. Raises ConfigError if there is neither."""
-    return _find(name, "models", "a folder with a tokenizer", "tokenizer.json")
-
-
-def windows_dir() -> Path:
-    """Where the windows of sources are kept as numbers, so that a text is cut only once."""
-    return cache_dir() / "windows"
-
-
-def find_data(name: str) -> Path:
-    """A file by path, or by name under the cache. Raises ConfigError if there is neither."""
-    return _find(name, "data", "a file", "")
-
-
-def _find(name: str, kind: str, what: str, must_hold: str) -> Path:
-    candidates = [Path(name).expanduser(), cache_dir() / kind / name]
-    for path in candidates:
-        if path.exists() and (path / must_hold).exists():
-            return path
-    hint = "; `tutelage demo --prepare` makes what the demo needs" if "/" not in name else ""
-    raise ConfigError(f"{name} is neither {what} nor a name in {cache_dir() / kind}{hint}")

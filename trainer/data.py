@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import Tokens, Vocabulary
-from trainer.config import DataConfig, EvalConfig, SourceConfig, find_data
+from trainer.config import DataConfig, EvalConfig, SourceConfig
 from trainer.errors import DataError
 from trainer.index import Index, index_source
 from trainer.order import Order, weighted
+from trainer.places import find_data
 from trainer.sources import Documents, open_file
 from trainer.tables import open_dataset, open_parquet
 

@@ -21,11 +21,12 @@ from urllib.parse import urlsplit
 from teachers.client import TeacherClient
 from teachers.errors import Unauthorized, Unavailable
 from trainer.bundled import BUNDLES, prepare
-from trainer.config import LossConfig, RunConfig, TeacherConfig, load_config
+from trainer.config import LossConfig, RunConfig, TeacherConfig
 from trainer.console import console, show_preview, show_table, watching
 from trainer.errors import UserError
 from trainer.loop import RunResult, train
 from trainer.preview import Preview, preview
+from trainer.run_file import load_config
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.toml"
 KEY_VARIABLE = "TUTELAGE_DEMO_KEY"  # made anew each time: a teacher of somebody else's is never taken for ours

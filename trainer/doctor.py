@@ -9,11 +9,12 @@ from teachers.errors import TeacherError
 from teachers.pool import TeacherPool
 from teachers.protocol import PROBE, Card
 from trainer.asking import address_of, check_card
-from trainer.config import DataConfig, RunConfig, TeacherConfig, find_model
+from trainer.config import DataConfig, RunConfig, TeacherConfig
 from trainer.data import Corpus, Sample, SourceCounts, load_corpus
 from trainer.errors import UserError
 from trainer.fuser import check_routes
 from trainer.loop import total_steps
+from trainer.places import find_model
 from trainer.reading import Reader, chat_template, readable
 from trainer.student import check_folder, reader_of
 from trainer.template import ChatError

@@ -17,6 +17,10 @@ class MetricsError(UserError):
     """A metrics file that cannot be written."""
 
 
+class TrackingError(UserError):
+    """A tracker that is not installed or cannot be opened."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be written or read."""
 

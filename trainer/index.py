@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from alignment import Vocabulary
 from trainer.columns import BrokenError
-from trainer.config import SourceConfig, windows_dir
+from trainer.config import SourceConfig
 from trainer.errors import DataError
+from trainer.places import windows_dir
 from trainer.scan import DOCUMENT, WINDOW, Pass, Summary, check_broken
 from trainer.sources import Documents
 from trainer.windows import STRETCH_BYTES

@@ -32,6 +32,7 @@ from trainer.pipeline import Batch, TargetStream, labels_of
 from trainer.reading import Reader, readable
 from trainer.step import StepResult, make_optimizer, plan_step, train_step
 from trainer.student import Student, load_student, reader_of
+from trainer.tracking import check_trackers, tracked
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def train(
         raise ConfigError(f"output.dir: {out} is a file")
     if out.exists() and any(out.iterdir()) and not resume:
         raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
+    check_trackers(config.tracking)
     torch.manual_seed(config.train.seed)
     student = load_student(config.student)
     longest = config.data.window_tokens + config.data.close_documents
@@ -75,7 +77,7 @@ def train(
         batches = iter(stream)
         first = list(islice(batches, 1))  # nothing is written before every teacher has been checked
         make_folder(out)
-        with Metrics(out / "metrics.jsonl", listener) as metrics:
+        with tracked(config, done) as trackers, Metrics(out / "metrics.jsonl", listener, *trackers) as metrics:
             metrics.emit(
                 "start",
                 step=done,

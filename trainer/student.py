@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment import Vocabulary
 from alignment.spans import Tokens
-from trainer.config import RunConfig, StudentConfig, find_model
+from trainer.config import RunConfig, StudentConfig
 from trainer.errors import ConfigError
 from trainer.losses import Head
+from trainer.places import find_model
 from trainer.reading import Reader, chat_template
 
 NEWLINE = "\n"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as parquet
 
 from trainer.columns import content_of
-from trainer.config import SourceConfig, cache_dir
+from trainer.config import SourceConfig
 from trainer.errors import DataError
+from trainer.places import cache_dir
 from trainer.sources import Broken, Found, judged
 
 if TYPE_CHECKING:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from trainer.config import RunConfig, SourceConfig, TeacherConfig, find_model, load_config
+from trainer.config import RunConfig, SourceConfig, TeacherConfig
 from trainer.errors import ConfigError
+from trainer.places import find_model
+from trainer.run_file import load_config
 
 TEACHER = """
 [[teachers]]
