@@ -207,7 +207,7 @@ class LossConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of target and student in the divergence. Over top-k the target's tail is taken as spread evenly over all tokens
     that are not listed: above 1 that makes it too heavy, so keep near 1 unless the listed mass is high."""
-    chunk_tokens: Positive = 256
+    chunk_tokens: Positive = 512
     """Positions whose logits exist at once."""
 
     @property

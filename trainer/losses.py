@@ -57,7 +57,7 @@ class Objective:
     ce_weight: float = 1.0
     divergence: Divergence = forward_kl
     temperature: float = 1.0
-    chunk_tokens: int = 256
+    chunk_tokens: int = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class _HeadLoss(torch.autograd.Function):
         kind, size = hidden_TD.device.type, job.objective.chunk_tokens
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
         head = replace(job.head, weight_VD=weight_VD.to(dtype))
-        gradients = _Gradients([hidden_TD, weight_VD, bias_V], ctx.needs_input_grad)
+        gradients = _Gradients((hidden_TD, weight_VD, bias_V), ctx.needs_input_grad)
         parts = []
         with torch.autocast(kind, enabled=False):
             for n, (hidden_CD, chunk) in enumerate(zip(hidden_TD.split(size), job.labels.split(size), strict=True)):
@@ -118,27 +118,36 @@ class _HeadLoss(torch.autograd.Function):
         return *(None if gradient is None else gradient.mul_(d_total) for gradient in gradients), None
 
 
-class _Gradients:
-    """Of hidden states, weight and bias, gathered chunk by chunk in float32 or wider; None for what is not trained."""
+class _Sum:
+    """Of the chunks' parts: the first as it comes, from the second on in float32 or wider."""
 
-    def __init__(self, given: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def add(self, part: Tensor) -> None:
+        self.value = part if self.value is None else self.value.to(_wide(part)).add_(part)
+
+
+class _Gradients:
+    """Of hidden states, weight and bias, gathered chunk by chunk; None for what is not trained."""
+
+    def __init__(self, given: tuple[Tensor, Tensor, Tensor | None], needed: Sequence[bool]) -> None:
         self._given = given
-        hidden, weight, bias = (x if x is not None and n else None for x, n in zip(given, needed, strict=False))
-        self._hidden_TD = None if hidden is None else torch.empty_like(hidden)
-        self._weight_VD = None if weight is None else torch.zeros_like(weight, dtype=_wide(weight))
-        self._bias_V = None if bias is None else torch.zeros_like(bias, dtype=_wide(bias))
+        self._hidden_TD = torch.empty_like(given[0]) if needed[0] else None
+        self._weight_VD = _Sum() if needed[1] else None
+        self._bias_V = _Sum() if needed[2] else None
 
     def add(self, begin: int, hidden_CD: Tensor, slope_CV: Tensor, weight_VD: Tensor) -> None:
-        if self._bias_V is not None:
-            self._bias_V += slope_CV.sum(0)
+        if self._bias_V:
+            self._bias_V.add(slope_CV.sum(0))
         slope_CV = slope_CV.to(weight_VD.dtype)
         if self._hidden_TD is not None:
             self._hidden_TD[begin : begin + len(slope_CV)] = slope_CV @ weight_VD
-        if self._weight_VD is not None:
-            self._weight_VD += slope_CV.T @ hidden_CD
+        if self._weight_VD:
+            self._weight_VD.add(slope_CV.T @ hidden_CD)
 
     def finished(self) -> list[Tensor | None]:
-        made = (self._hidden_TD, self._weight_VD, self._bias_V)
+        made = (self._hidden_TD, *(s.value if s else None for s in (self._weight_VD, self._bias_V)))
         pairs = zip(made, self._given, strict=True)
         return [None if m is None or given is None else m.to(given.dtype) for m, given in pairs]
 
