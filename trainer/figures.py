@@ -89,10 +89,9 @@ def plans(run: History) -> dict[str, list[Plan]]:
 def _learning(run: History) -> list[Plan]:
     held_out = Line(HELD_OUT, "student", table="evals")
     domains = sorted(name for name in run.evals.columns if name.startswith("held_out_domains/"))
-    divergence = "divergence" if "divergence" in run.steps.columns else "forward_kl"
     losses = [Line("cross_entropy", "cross-entropy", 1)]
-    if divergence in run.steps.columns:
-        losses = [Line("loss", "loss"), *losses, Line(divergence, divergence.replace("forward_kl", "forward KL"), 2)]
+    if "divergence" in run.steps.columns:
+        losses = [Line("loss", "loss"), *losses, Line("divergence", "divergence", 2)]
     return [
         Plan("Held-out bits per byte", "bits per byte", [held_out], [Line(HELD_OUT, "twin", table="evals")], wide=True),
         Plan("Training loss", "nats per token", losses, [Line("cross_entropy", "twin's cross-entropy")], smooth=True),
