@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -107,20 +108,15 @@ def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, plan
     """Gradients of one part; returns the sums of loss, cross-entropy and divergence."""
     columns = [labels_of(lesson, student.first_position) for lesson in lessons]
     labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns]).to(student.device)
-    with student.precision():
-        hidden_TD = student.hidden([lesson.tokens for lesson in lessons])
-        hidden_TD = _supervised(hidden_TD, lessons, student.first_position)
-        loss = head_loss(student.head, hidden_TD, labels, plan.objective)
-    loss_T = weighted(loss.ce_T, loss.divergence_T, plan.objective)
+    total, ce_T, divergence_T = student.compute(
+        [lesson.tokens for lesson in lessons],
+        [supervised_from(lesson, student.first_position) for lesson in lessons],
+        partial(head_loss, labels=labels, objective=plan.objective),
+    )
+    loss_T = weighted(ce_T, divergence_T, plan.objective)
     _check_finite(loss_T, lessons, student.first_position, plan)
-    (loss.total / num_tokens).backward()
-    return torch.stack([loss_T.double().sum(), loss.ce_T.double().sum(), loss.divergence_T.double().sum()]).cpu()
-
-
-def _supervised(hidden_TD: torch.Tensor, lessons: Sequence[Lesson], first_position: int) -> torch.Tensor:
-    """The states that predict what is learned from: all of a text, of a chat the answers."""
-    wanted = np.concatenate([supervised_from(lesson, first_position) for lesson in lessons])
-    return hidden_TD if wanted.all() else hidden_TD[torch.from_numpy(wanted).to(hidden_TD.device)]
+    (total / num_tokens).backward()
+    return torch.stack([loss_T.double().sum(), ce_T.double().sum(), divergence_T.double().sum()]).cpu()
 
 
 def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int, plan: StepPlan) -> None:

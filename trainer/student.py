@@ -4,14 +4,17 @@ The trunk gives hidden states, the head turns chosen ones into logits, so that t
 exist at once. Weights are float32; bf16 is autocast.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,9 +24,11 @@ from alignment.spans import Tokens
 from trainer.config import RunConfig, StudentConfig
 from trainer.errors import ConfigError
 from trainer.losses import Head
+from trainer.packing import pack
 from trainer.places import find_model
 from trainer.reading import Reader, chat_template
 
+log = logging.getLogger("tutelage.student")
 NEWLINE = "\n"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -53,15 +58,39 @@ def check_head(model: Any) -> None:
         )
 
 
+Work = Callable[[Head, Tensor], tuple[Tensor, ...]]
+
+
+class Core(nn.Module):
+    """The model, and what is done with its head and hidden states, as one module: sharded, all of it is whole here."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BL: Tensor, positions_BL: Tensor, states_T: Tensor, work: Work) -> tuple[Tensor, ...]:
+        trunk = self.model.get_decoder()
+        hidden_BLD = trunk(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).last_hidden_state
+        return work(head_of(self.model), hidden_BLD.flatten(0, 1)[states_T])
+
+
 @dataclass(frozen=True, eq=False)
 class Student:
-    """model and tokenizer; `first_position` is the first token it predicts: 0 with BOS in front, else 1."""
+    """model and tokenizer; `first_position` is the first token it predicts: 0 with BOS in front, else 1.
 
-    model: Any
+    packs: whether several samples in one row do not see each other in this model.
+    """
+
+    core: Core
     vocabulary: Vocabulary
     folder: Path
     device: str
     autocast: bool
+    packs: bool
+
+    @property
+    def model(self) -> Any:
+        return self.core.model
 
     @property
     def first_position(self) -> int:
@@ -73,28 +102,22 @@ class Student:
         limit: int = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 31)
         return limit - len(self.vocabulary.prefix)
 
-    @property
-    def head(self) -> Head:
-        return head_of(self.model)
-
     def precision(self) -> AbstractContextManager[Any]:
         kind = self.device.partition(":")[0]
         return torch.autocast(kind, dtype=torch.bfloat16) if self.autocast else nullcontext()
 
-    def hidden(self, samples: Sequence[Tokens]) -> Tensor:
-        """[T, D] the states that predict tokens first_position … of every sample, one sample after another."""
+    def compute(self, samples: Sequence[Tokens], wanted: Sequence[NDArray[np.bool_]], work: Work) -> tuple[Tensor, ...]:
+        """What `work` makes of the head and [T, D] the states that predict the wanted tokens, sample after sample.
+
+        wanted[i]: of its tokens first_position … , which. The only way to hidden states, for they are never kept.
+        """
         prefix = self.vocabulary.prefix
-        rows = [np.concatenate([prefix, tokens.ids]).astype(np.int64) for tokens in samples]
-        longest = max(map(len, rows))
-        ids_BL = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask_BL = torch.zeros_like(ids_BL)
-        for i, row in enumerate(rows):
-            ids_BL[i, : len(row)] = torch.from_numpy(row)
-            mask_BL[i, : len(row)] = 1
-        out = self.model.get_decoder()(
-            ids_BL.to(self.device), attention_mask=mask_BL.to(self.device), use_cache=False
-        ).last_hidden_state
-        return torch.cat([out[i, : len(row) - 1] for i, row in enumerate(rows)])
+        sequences = [np.concatenate([prefix, tokens.ids]).astype(np.int64) for tokens in samples]
+        packed = pack(sequences, wanted, together=self.packs)
+        arrays = (packed.ids_BL, packed.positions_BL, packed.states_T)
+        with self.precision():
+            result: tuple[Tensor, ...] = self.core(*(torch.from_numpy(a).to(self.device) for a in arrays), work)
+        return result
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -107,6 +130,27 @@ class Student:
         for path in self.folder.iterdir():
             if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
                 (folder / path.name).write_bytes(path.read_bytes())
+
+
+def keeps_apart(model: Any) -> bool:
+    """Whether two samples in one row give the states that each gives alone. Warns where they do not."""
+    two = [torch.arange(length, device=model.device) % model.config.get_text_config().vocab_size for length in (5, 7)]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        run = partial(model.get_decoder(), use_cache=False)
+        alone = [run(input_ids=ids[None], position_ids=_counted(ids)).last_hidden_state[0] for ids in two]
+        positions = torch.cat([_counted(ids) for ids in two], 1)
+        row = run(input_ids=torch.cat(two)[None], position_ids=positions).last_hidden_state[0]
+    model.train(was_training)
+    apart = float((row - torch.cat(alone)).abs().max()) <= 1e-3 * max(1.0, float(row.abs().max()))
+    if not apart:
+        log.warning("%s sees from one sample to the next in a row: each has a row of its own", type(model).__name__)
+    return apart
+
+
+def _counted(ids: Tensor) -> Tensor:
+    return torch.arange(len(ids), device=ids.device)[None]
 
 
 def reader_of(folder: Path, vocabulary: Vocabulary, config: RunConfig) -> Reader:
@@ -147,7 +191,7 @@ def load_student(config: StudentConfig) -> Student:
     check_head(model)
     if config.train_layers is not None:
         train_upper_layers(model, config.train_layers)
-    return Student(model, vocabulary, folder, config.device, config.precision == "bf16")
+    return Student(Core(model), vocabulary, folder, config.device, config.precision == "bf16", keeps_apart(model))
 
 
 def train_upper_layers(model: Any, num_layers: int) -> None:
