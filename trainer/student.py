@@ -1,11 +1,11 @@
 """The student: a causal language model that is trained, split into its trunk and its head.
 
 The trunk gives hidden states, the head turns chosen ones into logits, so that the loss decides how many logits
-exist at once. Weights are float32; bf16 is autocast.
+exist at once. Weights are float32; bf16 is what is computed in.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +17,20 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment import Vocabulary
 from alignment.spans import Tokens
-from trainer.config import RunConfig, StudentConfig
+from trainer.adapters import add_adapters, merged
+from trainer.config import LoraConfig, RunConfig, StudentConfig
 from trainer.errors import ConfigError
 from trainer.losses import Head
 from trainer.packing import pack
 from trainer.places import find_model
+from trainer.ranks import Ranks
 from trainer.reading import Reader, chat_template
+from trainer.sharding import layers_of, shard
 
 log = logging.getLogger("tutelage.student")
 NEWLINE = "\n"
@@ -87,6 +91,7 @@ class Student:
     device: str
     autocast: bool
     packs: bool
+    lora: LoraConfig | None = None
 
     @property
     def model(self) -> Any:
@@ -122,11 +127,17 @@ class Student:
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def export(self, folder: Path) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, whole and on the CPU, adapters merged. All ranks call it together."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=whole)
+        return merged(self.folder, self.lora, weights) if self.lora else weights
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a Hugging Face directory that transformers loads, in the base model's own type, with its tokenizer."""
         dtype = AutoConfig.from_pretrained(self.folder, local_files_only=True).dtype or torch.float32
-        weights = {name: tensor.detach().to(dtype) for name, tensor in self.model.state_dict().items()}
-        self.model.save_pretrained(folder, state_dict=weights)
+        model = self.model if self.lora is None else _loaded(self.folder)
+        model.save_pretrained(folder, state_dict={name: tensor.detach().to(dtype) for name, tensor in weights.items()})
         for path in self.folder.iterdir():
             if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
                 (folder / path.name).write_bytes(path.read_bytes())
@@ -178,20 +189,37 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"data.window_tokens is {config.data.window_tokens}, the student takes {limit}")
 
 
-def load_student(config: StudentConfig) -> Student:
-    """Load and choose what is trained. Raises ConfigError if the model is not there or has too few layers."""
-    folder = find_model(config.model)
+def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
+    """Load, choose what is trained, and share it out over the ranks.
+
+    Raises ConfigError if the model is not there or cannot be trained as the run file says.
+    """
+    folder, device = find_model(config.model), ranks.device(config.device)
     vocabulary = Vocabulary.load(folder).with_roles(config.roles)
-    loader: Any = AutoModelForCausalLM
     try:
-        model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(config.device).train()
+        model = _loaded(folder).to(device).train()
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"student.model: cannot load {folder} on {config.device}: {reason}") from error
+        raise ConfigError(f"student.model: cannot load {folder} on {device}: {reason}") from error
     check_head(model)
+    packs, core = keeps_apart(model), Core(model)
     if config.train_layers is not None:
         train_upper_layers(model, config.train_layers)
-    return Student(Core(model), vocabulary, folder, config.device, config.precision == "bf16", keeps_apart(model))
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers_of(model) if config.compile else ():
+        layer.compile()
+    bf16 = config.precision == "bf16"
+    if ranks.size > 1:
+        shard(core, layers_of(model), ranks, device=device, bf16=bf16)
+    return Student(core, vocabulary, folder, device, bf16 and ranks.size == 1, packs, config.lora)
+
+
+def _loaded(folder: Path) -> Any:
+    loader: Any = AutoModelForCausalLM
+    return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def train_upper_layers(model: Any, num_layers: int) -> None:
