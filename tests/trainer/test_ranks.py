@@ -1,15 +1,11 @@
 """Several processes train as one: real torchrun, gloo, FSDP2."""
 
-import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -20,8 +16,6 @@ from trainer.config import RunConfig
 from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.ranks import Ranks
-
-KILLS = 5  # here, and as many under Ray
 
 
 def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -77,65 +71,6 @@ def test_a_batch_of_fewer_samples_than_processes_is_refused(tmp_path: Path, tiny
     assert not (tmp_path / "out").exists()
 
 
-def kill_at_random(folder: Path, steps: int, victims: Callable[[], list[psutil.Process]], kills: int) -> int:
-    """kill -9 one of the ranks whenever some more steps have been made, until `kills` or the end; how many died."""
-    rng, killed, at = random.Random(0), 0, 0
-    deadline = time.monotonic() + 150
-    while killed < kills and at < steps and time.monotonic() < deadline:
-        at = max(losses(folder), default=0) if (folder / "metrics.jsonl").exists() else 0
-        alive = victims()
-        if at >= killed * steps // (kills + 1) + rng.randrange(1, 4) and alive:
-            with suppress(psutil.NoSuchProcess):
-                rng.choice(alive).kill()
-                killed += 1
-            while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in alive):
-                time.sleep(0.05)
-        time.sleep(0.02)
-    return killed
-
-
-def test_killed_ranks_change_no_loss(tmp_path: Path, tiny_byte_level: Path) -> None:
-    corpus, sections = write_corpus(tmp_path), {"output": {"checkpoint_every_steps": 2}, "train": {"epochs": 12}}
-    straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [], **sections)
-    torchrun(straight, 2)
-    killed = run_config(tiny_byte_level, corpus, tmp_path / "killed", [], **sections)
-    launcher = [*command(killed, 2, "--resume", "--pause=0.1")]
-    launcher.insert(launcher.index("-m", 2), "--max-restarts=30")
-    process = subprocess.Popen(launcher, stderr=subprocess.DEVNULL)
-    try:
-        assert kill_at_random(tmp_path / "killed", 36, psutil.Process(process.pid).children, KILLS) == KILLS
-        assert process.wait(timeout=120) == 0
-    finally:
-        process.kill()
-    assert len(losses(tmp_path / "killed")) == 36
-    assert_equal_runs(tmp_path / "straight", tmp_path / "killed", 1e-6)
-
-
-def test_killed_ranks_of_ray_train_change_no_loss(tmp_path: Path, tiny_byte_level: Path) -> None:
-    corpus, sections = write_corpus(tmp_path), {"output": {"checkpoint_every_steps": 2}, "train": {"epochs": 12}}
-    straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [], **sections)
-    torchrun(straight, 2)
-    killed = run_config(tiny_byte_level, corpus, tmp_path / "killed", [], **sections)
-    path = tmp_path / "killed.json"
-    path.write_text(killed.model_dump_json(), encoding="utf-8")
-    script = [sys.executable, "-m", "tests.trainer.ray_main", str(path), "2", "30"]
-    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-
-    def workers() -> list[psutil.Process]:
-        below = psutil.Process(process.pid).children(recursive=True)
-        return [p for p in below if "RayTrainWorker" in "".join(p.cmdline())]
-
-    try:
-        assert kill_at_random(tmp_path / "killed", 36, workers, KILLS) == KILLS
-        assert process.wait(timeout=120) == 0
-    finally:
-        for child in psutil.Process().children(recursive=True):
-            if child.pid == process.pid or process.pid in [parent.pid for parent in child.parents()]:
-                child.kill()
-    assert len(losses(tmp_path / "killed")) == 36
-    assert_equal_runs(tmp_path / "straight", tmp_path / "killed", 1e-6)
-
-
 def test_sigterm_saves_and_ends_cleanly(tmp_path: Path, tiny_byte_level: Path) -> None:
     corpus, sections = write_corpus(tmp_path), {"train": {"epochs": 20}}
     straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [], **sections)
@@ -152,7 +87,7 @@ def test_sigterm_saves_and_ends_cleanly(tmp_path: Path, tiny_byte_level: Path) -
     assert events[-1] == events[-1] | {"event": "end", "step": done, "model": None}
     assert (tmp_path / "told" / "checkpoints" / f"step-{done:08d}").is_dir()
     train(told, resume=True)
-    assert_equal_runs(tmp_path / "straight", tmp_path / "told", 1e-6)
+    assert losses(tmp_path / "told") == pytest.approx(losses(tmp_path / "straight"), abs=1e-6)
 
 
 def test_parts_of_all_ranks_together_are_the_batch() -> None:
