@@ -1,4 +1,4 @@
-"""What of a student is trained and how: adapters, activation checkpointing, compiled layers, heads of all families."""
+"""What of a student is trained and how: adapters, activation checkpointing, heads of all families."""
 
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,12 @@ def test_adapters_of_no_layer_and_of_the_head_are_refused(tmp_path: Path, target
         load_student(StudentConfig(model=str(model), lora=LoraConfig(targets=targets)))
 
 
-@pytest.mark.filterwarnings("default")  # torch.compile warns of itself, and fails where that is an error
-@pytest.mark.parametrize("key", ["activation_checkpointing", "compile"])
-def test_less_memory_and_compiled_layers_change_no_loss(tmp_path: Path, tiny_byte_level: Path, key: str) -> None:
+def test_activation_checkpointing_changes_no_loss(tmp_path: Path, tiny_byte_level: Path) -> None:
     corpus = write_corpus(tmp_path)
     train(run_config(tiny_byte_level, corpus, tmp_path / "plain", [], train={"steps": 3}))
-    train(run_config(tiny_byte_level, corpus, tmp_path / "other", [], train={"steps": 3}, student={key: True}))
-    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "other"), abs=1e-4)
+    less = {"activation_checkpointing": True}
+    train(run_config(tiny_byte_level, corpus, tmp_path / "less", [], train={"steps": 3}, student=less))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "less"), abs=1e-5)
 
 
 @pytest.mark.parametrize(
