@@ -1,7 +1,6 @@
 """A run from beginning to end: next batch, step, log, evaluate, save."""
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from trainer.checkpoint import (
     Kept,
@@ -24,12 +22,11 @@ from trainer.checkpoint import (
 from trainer.config import RunConfig
 from trainer.data import Corpus, Sample, load_corpus
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.evaluate import evaluate
 from trainer.fuser import Fuser, check_routes
 from trainer.metrics import Listener, Metrics
 from trainer.order import batch_indices
+from trainer.outcome import Outcome
 from trainer.pipeline import Batch, TargetStream, labels_of
-from trainer.reading import Reader, readable
 from trainer.step import StepResult, make_optimizer, plan_step, train_step
 from trainer.student import Student, load_student, reader_of
 from trainer.tracking import check_trackers, tracked
@@ -67,15 +64,16 @@ def train(
     identity = identity_of(config, student, corpus)
     done = load_checkpoint(last, student, optimizer, identity) if resume and last else 0
     num_steps = total_steps(config, corpus)
-    end = min(num_steps, stop_at or num_steps)
     reader = reader_of(student.folder, student.vocabulary, config)
-    run = _Run(config, student, reader, corpus)
+    outcome = Outcome(config, student, reader, corpus, done=done, num_steps=num_steps)
+    end = done if outcome.stalled else min(num_steps, stop_at or num_steps)
     fusion_state = load_fusion_state(last) if resume and last else None
     fuser = Fuser(config, len(student.vocabulary), num_steps, fusion_state)
 
     with TargetStream(config, reader, _batches(config, corpus, done, end), fuser=fuser, first_step=done) as stream:
         batches = iter(stream)
         first = list(islice(batches, 1))  # nothing is written before every teacher has been checked
+        outcome.hear_teachers()
         make_folder(out)
         with tracked(config, done) as trackers, Metrics(out / "metrics.jsonl", listener, *trackers) as metrics:
             metrics.emit(
@@ -84,10 +82,10 @@ def train(
                 steps=num_steps,
                 samples=len(corpus.train),
                 sources=[asdict(source) for source in corpus.sources],
-                **run.counts,
+                **outcome.facts(identity),
                 run=config.model_dump(),
             )
-            run.measure(metrics, done)
+            outcome.measure(metrics, done, fusion_state)
             for batch in noted(chain(first, batches), stream, metrics):
                 began = time.monotonic()
                 plan = plan_step(config, done, num_steps)
@@ -101,15 +99,17 @@ def train(
                     **step_values(config, student, batch, result, step_s),
                 )
                 if done == end or _due(done, config.eval.every_steps):
-                    run.measure(metrics, done)
-                if done == end or _due(done, config.output.checkpoint_every_steps):
+                    outcome.measure(metrics, done, batch.fusion_state)
+                if done == end or outcome.stalled or _due(done, config.output.checkpoint_every_steps):
                     kept = Kept(identity, batch.fusion_state)
                     keep = config.output.keep_checkpoints
                     save_checkpoint(out / "checkpoints", done, student, optimizer, kept, keep=keep)
                     metrics.emit("checkpoint", step=done)
-            model = run.export(out / "model") if done == num_steps else None
-            metrics.emit("end", step=done, model=str(model) if model else None)
-    return RunResult(done, tuple(run.held_out), model)
+                if outcome.stalled:
+                    break
+            model = outcome.finish(metrics, done) if done == num_steps or outcome.stalled else None
+            metrics.emit("end", step=done, model=str(model) if model else None, reason=outcome.reason(done))
+    return RunResult(done, tuple(outcome.held_out), model)
 
 
 def make_folder(out: Path) -> None:
@@ -118,42 +118,6 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output.dir: cannot make {out}: {error.strerror}") from error
-
-
-class _Run:
-    """What measuring and exporting need."""
-
-    def __init__(self, config: RunConfig, student: Student, reader: Reader, corpus: Corpus) -> None:
-        self._config = config
-        self._student = student
-        self._samples = list(readable(corpus.held_out, reader, config.data))
-        self.num_skipped = len(corpus.held_out) - len(self._samples)
-        if corpus.held_out and not self._samples:
-            raise DataError(f"none of the {len(corpus.held_out)} held-out chats can be read: see data.broken_chats")
-        self.held_out: list[tuple[int, float]] = []
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"held_out": len(self._samples), "held_out_skipped": self.num_skipped}
-
-    def measure(self, metrics: Metrics, step: int) -> None:
-        if self._samples and not (self.held_out and self.held_out[-1][0] == step):
-            result = evaluate(self._student, self._samples, self._config.loss.chunk_tokens)
-            self.held_out.append((step, result.bpb))
-            per_token = result.nats / result.num_tokens
-            metrics.emit("eval", step=step, held_out_bpb=result.bpb, held_out_nats_per_token=per_token)
-
-    def export(self, folder: Path) -> Path:
-        partial = folder.with_name(".partial-model")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            self._student.export(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"cannot export to {folder} ({error}): make room, then run with --resume") from error
-        return folder
 
 
 def total_steps(config: RunConfig, corpus: Corpus) -> int:

@@ -4,8 +4,8 @@ The trunk gives hidden states, the head turns chosen ones into logits, so that t
 exist at once. Weights are float32; bf16 is autocast.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from alignment import Vocabulary
 from alignment.spans import Tokens
@@ -25,6 +25,8 @@ from trainer.places import find_model
 from trainer.reading import Reader, chat_template
 
 NEWLINE = "\n"
+COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
+TERMS = ("LICENSE", "NOTICE")  # that go with the weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -100,13 +102,39 @@ class Student:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def export(self, folder: Path) -> None:
-        """Write a Hugging Face directory that transformers loads, in the base model's own type, with its tokenizer."""
+        """Write a Hugging Face directory that transformers and vLLM load, with the base model's tokenizer and terms.
+
+        Weights are of the base model's own type; what is tied in the model is written once.
+        """
         dtype = AutoConfig.from_pretrained(self.folder, local_files_only=True).dtype or torch.float32
-        weights = {name: tensor.detach().to(dtype) for name, tensor in self.model.state_dict().items()}
-        self.model.save_pretrained(folder, state_dict=weights)
+        named = self.model.state_dict(keep_vars=True)
+        cast = {id(p): p.detach().to(dtype) if p.is_floating_point() else p.detach() for p in named.values()}
+        with _without_generation_config(self.model, self.folder):
+            self.model.save_pretrained(folder, state_dict={name: cast[id(p)] for name, p in named.items()})
+        _say_dtype(folder, dtype)
         for path in self.folder.iterdir():
-            if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
+            if path.is_file() and path.name.startswith(COPIED + TERMS):
                 (folder / path.name).write_bytes(path.read_bytes())
+
+
+@contextmanager
+def _without_generation_config(model: Any, folder: Path) -> Iterator[None]:
+    """Where the base has one it is copied as it is: transformers loads some that it refuses to save."""
+    own = model.generation_config
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _say_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """In config.json, where `save_pretrained` has put what the model was trained in."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def reader_of(folder: Path, vocabulary: Vocabulary, config: RunConfig) -> Reader:

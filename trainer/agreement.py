@@ -1,0 +1,156 @@
+"""How far the student agrees with its teachers, and with what they say together, on text that is never trained on.
+
+At a position, of one target: is the student's likeliest token the likeliest that the target lists, and how many nats
+is KL(target ‖ student) over the listed tokens and the tail. Averages over the positions that have a target; of a chat,
+over the supervised ones. A target is aligned to the student's tokenizer, as in training.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alignment import Target
+from teachers.protocol import Card
+from trainer.asking import Asked, connected, together
+from trainer.config import RunConfig
+from trainer.data import Sample
+from trainer.evaluate import at_rest
+from trainer.fuser import Fuser
+from trainer.labels import Labels, labels_from
+from trainer.losses import Head, Objective, head_loss
+from trainer.reading import Reader, Reading
+from trainer.student import Student
+
+Values = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Sums over `positions` that have a target, of which `listed` list a token; add those of several samples."""
+
+    agreeing: int = 0
+    listed: int = 0
+    nats: float = 0.0
+    positions: int = 0
+
+    def __add__(self, other: "Agreement") -> "Agreement":
+        return Agreement(
+            self.agreeing + other.agreeing,
+            self.listed + other.listed,
+            self.nats + other.nats,
+            self.positions + other.positions,
+        )
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """top1, a share, and kl in nats; None over no position."""
+        return {
+            "top1": self.agreeing / self.listed if self.listed else None,
+            "kl": self.nats / self.positions if self.positions else None,
+        }
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What teachers said at the start of a run: the card of each, by name, and their answers to some samples.
+
+    A sample of 512 tokens at K = 64 takes about 0.3 MB for each teacher, in memory and nowhere else.
+    """
+
+    cards: dict[str, Card]
+    asked: tuple[Asked, ...] = ()
+
+
+def hear(config: RunConfig, reader: Reader, held_out: Sequence[Sample]) -> Heard:
+    """Ask all teachers for their cards, and about `eval.agreement_samples` held-out samples, spread evenly.
+
+    Chats that may be skipped are. Raises the errors of `connected` and `Teachers.ask`.
+    """
+    return asyncio.run(_hear(config, reader, held_out)) if config.teachers else Heard({})
+
+
+async def _hear(config: RunConfig, reader: Reader, held_out: Sequence[Sample]) -> Heard:
+    num_samples = min(config.eval.agreement_samples, len(held_out))
+    chosen = np.linspace(0, len(held_out) - 1, num_samples, dtype=int).tolist()
+    async with connected(config, reader) as teachers:
+        answers = await together(teachers.ask(held_out[i]) for i in chosen)
+        cards = {teacher.config.name: teacher.card for teacher in teachers.teachers}
+    kept = [replace(a, answers=tuple(own.without_rows() for own in a.answers)) for a in answers if a is not None]
+    return Heard(cards, tuple(kept))
+
+
+def agreement(student: Student, asked: Sequence[Asked], fused: Sequence[Target], chunk_tokens: int) -> list[Agreement]:
+    """With each teacher, in their order, and last with the fused target of each sample."""
+    found = [
+        compare(student, one.reading, [*(answer.target for answer in one.answers), target], chunk_tokens)
+        for one, target in zip(asked, fused, strict=True)
+    ]
+    return [sum(column, Agreement()) for column in zip(*found, strict=True)]
+
+
+def agreement_values(config: RunConfig, student: Student, asked: Sequence[Asked], fused: Sequence[Target]) -> Values:
+    """What the metrics file says: `teachers`, by name, and `fused`; nothing where nobody was asked."""
+    if not asked:
+        return {}
+    *each, of_fused = agreement(student, asked, fused, config.loss.chunk_tokens)
+    names = [teacher.name for teacher in config.teachers]
+    by_name = {name: one.figures for name, one in zip(names, each, strict=True)}
+    return {"teachers": by_name, "fused": of_fused.figures}
+
+
+def fused_now(fuser: Callable[[], Fuser], asked: Sequence[Asked], batch_samples: int, step: int) -> list[Target]:
+    """The targets that a step would fuse of these answers, in batches as a run has them.
+
+    `fuser` makes one that has seen what the run's has; one for each batch, as nothing is to be learned from held-out
+    text.
+    """
+    targets = []
+    for begin in range(0, len(asked), batch_samples):
+        lessons = fuser().fuse(asked[begin : begin + batch_samples], step)
+        targets += [lesson.target for lesson in lessons if lesson.target is not None]
+    return targets
+
+
+def compare(student: Student, reading: Reading, targets: Sequence[Target], chunk_tokens: int) -> list[Agreement]:
+    """Over the supervised positions of one sample, with each of several targets for it."""
+    first = student.first_position
+    wanted: NDArray[np.bool_] = reading.supervised_T[first:]
+    tokens, found = reading.tokens.ids[first:][wanted], []
+    with at_rest(student):
+        hidden_TD = student.hidden([reading.tokens])[torch.from_numpy(wanted).to(student.device)]
+        chosen_T = likeliest(student.head, hidden_TD, chunk_tokens)
+        for target in targets:
+            labels = labels_from([tokens], [target.after(first).take(wanted)]).to(student.device)
+            loss = head_loss(student.head, hidden_TD, labels, Objective(ce_weight=0.0, chunk_tokens=chunk_tokens))
+            found.append(agreement_of(labels, chosen_T, loss.divergence_T))
+    return found
+
+
+def likeliest(head: Head, hidden_TD: Tensor, chunk_tokens: int) -> Tensor:
+    """[T] the token with the largest logit at each position; logits exist for one chunk at a time.
+
+    Computed in the type of the head's weights: rounded to bf16, the largest are often equal.
+    """
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        chunks = [chunk.to(head.weight_VD.dtype) for chunk in hidden_TD.split(chunk_tokens)]
+        return torch.cat([head.logits(chunk).argmax(1) for chunk in chunks])
+
+
+def agreement_of(labels: Labels, chosen_T: Tensor, divergence_T: Tensor) -> Agreement:
+    """Over the positions that have a target; a token that the target lists no lower than any other agrees."""
+    largest_T = labels.probs_TK.amax(1)
+    given_T = (labels.probs_TK * (labels.ids_TK == chosen_T[:, None])).sum(1)
+    listed_T = largest_T > 0
+    valid_T = listed_T | (labels.tail_T > 0)
+    return Agreement(
+        agreeing=int((listed_T & (given_T >= largest_T)).sum()),
+        listed=int(listed_T.sum()),
+        nats=float(divergence_T[valid_T].double().sum()),
+        positions=int(valid_T.sum()),
+    )
