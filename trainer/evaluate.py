@@ -1,9 +1,10 @@
 """Bits per byte of the student on text that is never trained on, over all of it and in each domain."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,13 +87,17 @@ def held_out_domains(corpus: Corpus, reader: Reader, data: DataConfig) -> Domain
 
 
 def evaluate_domains(student: Student, domains: Domains, chunk_tokens: int) -> dict[str, Evaluation]:
-    """Each domain by its name; `total` adds them up."""
+    """Each domain, by its name."""
     return {name: evaluate(student, samples, chunk_tokens) for name, samples in domains.items()}
 
 
-def total(evaluations: Iterable[Evaluation]) -> Evaluation:
-    """Over all domains."""
-    return sum(evaluations, Evaluation())
+def figures(domains: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """As the metrics file has them: over all, and of each domain where there are several; None over no byte."""
+    whole = sum(domains.values(), Evaluation())
+    values: dict[str, Any] = {"held_out_bpb": whole.bpb, "held_out_nats_per_token": whole.nats / whole.num_tokens}
+    if len(domains) > 1:
+        values["held_out_domains"] = {name: one.bpb if one.num_bytes else None for name, one in domains.items()}
+    return values
 
 
 def evaluate_folder(folder: Path, config: RunConfig) -> dict[str, Evaluation]:

@@ -18,7 +18,7 @@ from trainer.agreement import Heard, agreement_values, fused_now, hear
 from trainer.checkpoint import Identity
 from trainer.config import RunConfig
 from trainer.data import Corpus
-from trainer.evaluate import evaluate_domains, held_out_domains, total
+from trainer.evaluate import evaluate_domains, figures, held_out_domains
 from trainer.export import export_model, save_card
 from trainer.fuser import Fuser, check_routes
 from trainer.history import FILE, read_history
@@ -92,15 +92,13 @@ class Outcome:
         if not self._domains or (self.held_out and self.held_out[-1][0] == step):
             return
         found = evaluate_domains(self._student, self._domains, self._config.loss.chunk_tokens)
-        whole = total(found.values())
-        values: dict[str, Any] = {"held_out_bpb": whole.bpb, "held_out_nats_per_token": whole.nats / whole.num_tokens}
-        if len(found) > 1:
-            values["held_out_domains"] = {n: one.bpb if one.num_bytes else None for n, one in found.items()}
+        values = figures(found)
+        bpb = values["held_out_bpb"]
         metrics.emit("eval", step=step, **values, **self._agreement(step, fusion_state))
-        self.held_out.append((step, whole.bpb))
-        self._all.setdefault(step, whole.bpb)  # measured again where a run was resumed
+        self.held_out.append((step, bpb))
+        self._all.setdefault(step, bpb)  # measured again where a run was resumed
         best = math.inf if self._exported is None or self._exported[1] is None else self._exported[1]
-        if self._config.output.export == "best" and whole.bpb < best:
+        if self._config.output.export == "best" and bpb < best:
             self._export(metrics, step)
 
     def _agreement(self, step: int, state: dict[str, Any] | None) -> Mapping[str, Any]:
