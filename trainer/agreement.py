@@ -1,8 +1,8 @@
 """How far the student agrees with its teachers, and with what they say together, on text that is never trained on.
 
 At a position, of one target: is the student's likeliest token the likeliest that the target lists, and how many nats
-is KL(target ‖ student) over the listed tokens and the tail. Averages over the positions that have a target; of a chat,
-over the supervised ones. A target is aligned to the student's tokenizer, as in training.
+is KL(target ‖ student) over the listed tokens and the tail. Averages over the positions at which the target lists
+something; of a chat, over the supervised ones. A target is aligned to the student's tokenizer, as in training.
 """
 
 import asyncio
@@ -32,28 +32,21 @@ Values = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Sums over `positions` that have a target, of which `listed` list a token; add those of several samples."""
+    """Sums over `positions`; add those of several samples."""
 
     agreeing: int = 0
-    listed: int = 0
     nats: float = 0.0
     positions: int = 0
 
     def __add__(self, other: "Agreement") -> "Agreement":
-        return Agreement(
-            self.agreeing + other.agreeing,
-            self.listed + other.listed,
-            self.nats + other.nats,
-            self.positions + other.positions,
-        )
+        return Agreement(self.agreeing + other.agreeing, self.nats + other.nats, self.positions + other.positions)
 
     @property
     def figures(self) -> dict[str, float | None]:
         """top1, a share, and kl in nats; None over no position."""
-        return {
-            "top1": self.agreeing / self.listed if self.listed else None,
-            "kl": self.nats / self.positions if self.positions else None,
-        }
+        if not self.positions:
+            return {"top1": None, "kl": None}
+        return {"top1": self.agreeing / self.positions, "kl": self.nats / self.positions}
 
 
 @dataclass(frozen=True)
@@ -143,14 +136,9 @@ def likeliest(head: Head, hidden_TD: Tensor, chunk_tokens: int) -> Tensor:
 
 
 def agreement_of(labels: Labels, chosen_T: Tensor, divergence_T: Tensor) -> Agreement:
-    """Over the positions that have a target; a token that the target lists no lower than any other agrees."""
+    """Over the positions where something is listed; a token that is listed no lower than any other agrees."""
     largest_T = labels.probs_TK.amax(1)
     given_T = (labels.probs_TK * (labels.ids_TK == chosen_T[:, None])).sum(1)
     listed_T = largest_T > 0
-    valid_T = listed_T | (labels.tail_T > 0)
-    return Agreement(
-        agreeing=int((listed_T & (given_T >= largest_T)).sum()),
-        listed=int(listed_T.sum()),
-        nats=float(divergence_T[valid_T].double().sum()),
-        positions=int(valid_T.sum()),
-    )
+    agreeing_T = listed_T & (given_T >= largest_T)
+    return Agreement(int(agreeing_T.sum()), float(divergence_T[listed_T].double().sum()), int(listed_T.sum()))
