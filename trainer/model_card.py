@@ -17,7 +17,7 @@ from trainer.report import PLUMBING, settings
 from trainer.summary import summarise
 
 PRIVATE = (*PLUMBING, "model", "chat_template", "roles", "seed")
-MARKDOWN = str.maketrans({sign: f"&#{ord(sign)};" for sign in "|[]`*_\\"})
+MARKDOWN = str.maketrans({sign: f"&#{ord(sign)};" for sign in "|[]`*\\"})
 SECTIONS = ("student", "fusion", "loss", "optim", "train")
 
 
@@ -32,7 +32,7 @@ def model_card(run: History, step: int, bpb: float | None) -> str:
         base_model=base["model"] if base["revision"] else None,  # what has no revision has no name on the hub
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["tutelage", "knowledge-distillation", *(["model-fusion"] if len(run.teachers) > 1 else [])],
+        tags=["tutelage", *["knowledge-distillation", "model-fusion"][: len(run.teachers)]],
     )
     summary = summarise(run)
     return room.get_template("model_card.md").render(
