@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment import Target
+from teachers.pool import TeacherPool
 from teachers.protocol import Card
-from trainer.asking import Asked, connected, together
+from trainer.asking import Asked, address_of, connected, together
 from trainer.config import RunConfig
 from trainer.data import Sample
 from trainer.evaluate import at_rest
@@ -65,36 +66,40 @@ def hear(config: RunConfig, reader: Reader, held_out: Sequence[Sample]) -> Heard
 
     Chats that may be skipped are. Raises the errors of `connected` and `Teachers.ask`.
     """
-    return asyncio.run(_hear(config, reader, held_out)) if config.teachers else Heard({})
-
-
-async def _hear(config: RunConfig, reader: Reader, held_out: Sequence[Sample]) -> Heard:
+    if not config.teachers:
+        return Heard({})
     num_samples = min(config.eval.agreement_samples, len(held_out))
     chosen = np.linspace(0, len(held_out) - 1, num_samples, dtype=int).tolist()
+    return asyncio.run(_hear(config, reader, [held_out[i] for i in chosen]) if chosen else _cards(config))
+
+
+async def _hear(config: RunConfig, reader: Reader, samples: Sequence[Sample]) -> Heard:
     async with connected(config, reader) as teachers:
-        answers = await together(teachers.ask(held_out[i]) for i in chosen)
+        answers = await together(teachers.ask(sample) for sample in samples)
         cards = {teacher.config.name: teacher.card for teacher in teachers.teachers}
     kept = [replace(a, answers=tuple(own.without_rows() for own in a.answers)) for a in answers if a is not None]
     return Heard(cards, tuple(kept))
 
 
-def agreement(student: Student, asked: Sequence[Asked], fused: Sequence[Target], chunk_tokens: int) -> list[Agreement]:
-    """With each teacher, in their order, and last with the fused target of each sample."""
+async def _cards(config: RunConfig) -> Heard:
+    """Without tokenizers and translations, which take their time."""
+    async with TeacherPool([address_of(teacher) for teacher in config.teachers]) as pool:
+        names = [teacher.name for teacher in config.teachers]
+        answers = await together(pool.connect(name) for name in names)
+    return Heard({name: card for name, (card, _) in zip(names, answers, strict=True)})
+
+
+def agreement(config: RunConfig, student: Student, asked: Sequence[Asked], fused: Sequence[Target]) -> Values:
+    """As the metrics file has it: with `teachers`, by name, and with `fused`; nothing where nobody was asked."""
     found = [
-        compare(student, one.reading, [*(answer.target for answer in one.answers), target], chunk_tokens)
+        compare(student, one.reading, [*(answer.target for answer in one.answers), target], config.loss.chunk_tokens)
         for one, target in zip(asked, fused, strict=True)
     ]
-    return [sum(column, Agreement()) for column in zip(*found, strict=True)]
-
-
-def agreement_values(config: RunConfig, student: Student, asked: Sequence[Asked], fused: Sequence[Target]) -> Values:
-    """What the metrics file says: `teachers`, by name, and `fused`; nothing where nobody was asked."""
-    if not asked:
+    if not found:
         return {}
-    *each, of_fused = agreement(student, asked, fused, config.loss.chunk_tokens)
+    *each, of_fused = (sum(column, Agreement()).figures for column in zip(*found, strict=True))
     names = [teacher.name for teacher in config.teachers]
-    by_name = {name: one.figures for name, one in zip(names, each, strict=True)}
-    return {"teachers": by_name, "fused": of_fused.figures}
+    return {"teachers": dict(zip(names, each, strict=True)), "fused": of_fused}
 
 
 def fused_now(fuser: Callable[[], Fuser], asked: Sequence[Asked], batch_samples: int, step: int) -> list[Target]:
@@ -128,7 +133,7 @@ def compare(student: Student, reading: Reading, targets: Sequence[Target], chunk
 def likeliest(head: Head, hidden_TD: Tensor, chunk_tokens: int) -> Tensor:
     """[T] the token with the largest logit at each position; logits exist for one chunk at a time.
 
-    Computed in the type of the head's weights: rounded to bf16, the largest are often equal.
+    Computed in the type of the head's weights: rounded to bf16, the largest two are equal at 4% of SmolLM2's positions.
     """
     with torch.autocast(hidden_TD.device.type, enabled=False):
         chunks = [chunk.to(head.weight_VD.dtype) for chunk in hidden_TD.split(chunk_tokens)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from teachers.models import name_of
-from trainer.agreement import Heard, agreement_values, fused_now, hear
+from trainer.agreement import Heard, agreement, fused_now, hear
 from trainer.checkpoint import Identity
 from trainer.config import RunConfig
 from trainer.data import Corpus
@@ -105,7 +105,7 @@ class Outcome:
         config, asked = self._config, self._heard.asked
         fuser = partial(Fuser, config, len(self._student.vocabulary), self._num_steps, state)
         fused = fused_now(fuser, asked, config.train.batch_samples, step)
-        return agreement_values(config, self._student, asked, fused)
+        return agreement(config, self._student, asked, fused)
 
     def finish(self, metrics: Metrics, step: int) -> Path:
         """The folder model/, with the last weights or the best, and a card that tells the whole run."""
