@@ -119,25 +119,27 @@ def compare(student: Student, reading: Reading, targets: Sequence[Target], chunk
     """Over the supervised positions of one sample, with each of several targets for it."""
     first = student.first_position
     wanted: NDArray[np.bool_] = reading.supervised_T[first:]
-    tokens, found = reading.tokens.ids[first:][wanted], []
+    tokens = reading.tokens.ids[first:][wanted]
+    labels = [labels_from([tokens], [target.after(first).take(wanted)]).to(student.device) for target in targets]
+    objective = Objective(ce_weight=0.0, chunk_tokens=chunk_tokens)
+
+    def work(head: Head, hidden_TD: Tensor) -> tuple[Tensor, ...]:
+        apart = [head_loss(head, hidden_TD, one, objective).divergence_T for one in labels]
+        return likeliest(head, hidden_TD, chunk_tokens), *apart
+
     with at_rest(student):
-        hidden_TD = student.hidden([reading.tokens])[torch.from_numpy(wanted).to(student.device)]
-        chosen_T = likeliest(student.head, hidden_TD, chunk_tokens)
-        for target in targets:
-            labels = labels_from([tokens], [target.after(first).take(wanted)]).to(student.device)
-            loss = head_loss(student.head, hidden_TD, labels, Objective(ce_weight=0.0, chunk_tokens=chunk_tokens))
-            found.append(agreement_of(labels, chosen_T, loss.divergence_T))
-    return found
+        chosen_T, *divergences = student.compute([reading.tokens], [wanted], work)
+    return [agreement_of(one, chosen_T, apart_T) for one, apart_T in zip(labels, divergences, strict=True)]
 
 
 def likeliest(head: Head, hidden_TD: Tensor, chunk_tokens: int) -> Tensor:
     """[T] the token with the largest logit at each position; logits exist for one chunk at a time.
 
-    Computed in the type of the head's weights: rounded to bf16, the largest two are equal at 4% of SmolLM2's positions.
+    Computed in float32: rounded to bf16, the largest two are equal at 4% of SmolLM2's positions.
     """
     with torch.autocast(hidden_TD.device.type, enabled=False):
-        chunks = [chunk.to(head.weight_VD.dtype) for chunk in hidden_TD.split(chunk_tokens)]
-        return torch.cat([head.logits(chunk).argmax(1) for chunk in chunks])
+        head = replace(head, weight_VD=head.weight_VD.float())
+        return torch.cat([head.logits(chunk.float()).argmax(1) for chunk in hidden_TD.split(chunk_tokens)])
 
 
 def agreement_of(labels: Labels, chosen_T: Tensor, divergence_T: Tensor) -> Agreement:

@@ -3,14 +3,16 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from alignment.report import bits_per_byte
 from alignment.spans import Tokens
-from trainer.config import DataConfig, RunConfig
+from trainer.config import DataConfig, RunConfig, StudentConfig
 from trainer.data import Corpus, load_corpus
 from trainer.errors import DataError
 from trainer.labels import labels_from
@@ -38,11 +40,11 @@ class Evaluation:
 
 @contextmanager
 def at_rest(student: Student) -> Iterator[None]:
-    """Without gradients and without dropout, in the precision that it trains in."""
+    """Without gradients and without dropout; afterwards it trains as before."""
     was_training = student.model.training
     student.model.eval()
     try:
-        with torch.no_grad(), student.precision():
+        with torch.no_grad():
             yield
     finally:
         student.model.train(was_training)
@@ -50,11 +52,13 @@ def at_rest(student: Student) -> Iterator[None]:
 
 def token_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tensor:
     """[T − first_position] nats that the student pays for each predicted token of one sample."""
-    labels = labels_from([tokens.ids[student.first_position :]], [None])
+    labels = labels_from([tokens.ids[student.first_position :]], [None]).to(student.device)
+    objective = Objective(chunk_tokens=chunk_tokens)
     with at_rest(student):
-        hidden = student.hidden([tokens])
-        loss = head_loss(student.head, hidden, labels.to(student.device), Objective(chunk_tokens=chunk_tokens))
-    return loss.ce_T.cpu()
+        _, ce_T, _ = student.compute(
+            [tokens], [np.ones(len(labels), dtype=bool)], partial(head_loss, labels=labels, objective=objective)
+        )
+    return ce_T.cpu()
 
 
 def evaluate(student: Student, samples: Iterable[Reading], chunk_tokens: int) -> Evaluation:
@@ -72,6 +76,7 @@ def _evaluated(student: Student, reading: Reading, chunk_tokens: int) -> Evaluat
 
 # --- by domain ---
 
+SCORING = {"device", "precision", "roles", "chat_template"}  # what of [student] a model needs that is not trained
 Domains = dict[str, list[Reading]]
 
 
@@ -105,7 +110,7 @@ def evaluate_folder(folder: Path, config: RunConfig) -> dict[str, Evaluation]:
 
     Raises DataError if nothing is held out.
     """
-    student = load_student(config.student.model_copy(update={"model": str(folder), "train_layers": None}))
+    student = load_student(StudentConfig(model=str(folder), **config.student.model_dump(include=SCORING)))
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
     if not corpus.held_out:
         raise DataError("nothing is held out: set eval.held_out_documents")

@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from trainer.chat import END_OF_TURN, ChatTemplate
 from trainer.errors import CheckpointError
@@ -17,12 +19,15 @@ from trainer.template import DEFAULT
 CARD = "README.md"
 
 
-def export_model(student: Student, reader: Reader, folder: Path, card: str) -> None:
-    """Put the student into `folder`. Raises CheckpointError; what stood there stays until all of the new is written."""
+def export_model(student: Student, weights: Mapping[str, Tensor], reader: Reader, folder: Path, card: str) -> None:
+    """Put the student, with whole weights, into `folder`; what stood there stays until all of the new is written.
+
+    Raises CheckpointError if it cannot be.
+    """
     partial, before = (folder.with_name(f".{kind}-{folder.name}") for kind in ("partial", "before"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        student.export(partial)
+        student.export(partial, weights)
         if reader.template is not None:
             _write_chats(partial, reader.template)
         save_card(card, partial)

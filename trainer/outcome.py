@@ -15,7 +15,6 @@ import numpy as np
 
 from teachers.models import name_of
 from trainer.agreement import Heard, agreement, fused_now, hear
-from trainer.checkpoint import Identity
 from trainer.config import RunConfig
 from trainer.data import Corpus
 from trainer.evaluate import evaluate_domains, figures, held_out_domains
@@ -24,6 +23,7 @@ from trainer.fuser import Fuser, check_routes
 from trainer.history import FILE, read_history
 from trainer.metrics import Metrics
 from trainer.model_card import model_card
+from trainer.ranks import Ranks
 from trainer.reading import Reader
 from trainer.student import Student
 from trainer.summary import measured
@@ -34,25 +34,34 @@ SOFTWARE = ("tutelage", "torch", "transformers")
 
 
 class Outcome:
-    """Made at the start of a run, after `done` of `num_steps` steps.
+    """Made at the start of a run, after `done` of `num_steps` steps. Every rank has one and calls it alike.
 
     held_out  (step, bits per byte) since this start
     stalled   whether the run is to end because held-out text has not improved (eval.stop_after)
     """
 
     def __init__(
-        self, config: RunConfig, student: Student, reader: Reader, corpus: Corpus, *, done: int, num_steps: int
+        self,
+        config: RunConfig,
+        student: Student,
+        reader: Reader,
+        corpus: Corpus,
+        *,
+        ranks: Ranks,
+        done: int,
+        num_steps: int,
     ) -> None:
         self._config = config
         self._student = student
         self._reader = reader
         self._corpus = corpus
+        self._ranks = ranks
         self._num_steps = num_steps
         self._domains = held_out_domains(corpus, reader, config.data)
         self._heard = Heard({})
         self._out = Path(config.output.dir).expanduser()
         self.held_out: list[tuple[int, float]] = []
-        self._all, self._exported = _earlier(self._out, done)
+        self._all, self._exported = ranks.agreed(_earlier(self._out, done) if ranks.first else ({}, None))
 
     @property
     def stalled(self) -> bool:
@@ -69,16 +78,16 @@ class Outcome:
         """Ask every teacher what it is and, for its agreement, about held-out samples. Raises their errors."""
         if self._config.eval.agreement_samples:
             check_routes(self._corpus.held_out, self._config)
-        self._heard = hear(self._config, self._reader, self._corpus.held_out)
+        heard = hear(self._config, self._reader, self._corpus.held_out) if self._ranks.first else Heard({})
+        self._heard = self._ranks.agreed(heard)
 
-    def facts(self, identity: Identity) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What the metrics file is told once: what is measured on, and what the model's card will name."""
         num_read = sum(map(len, self._domains.values()))
         name, revision = name_of(self._student.folder.absolute())
         return {
             "held_out": num_read,
             "held_out_skipped": len(self._corpus.held_out) - num_read,
-            "identity": dict(identity),
             "base": {"model": name, "revision": revision},
             "teachers": {who: card.model_dump(include=CARD_FACTS) for who, card in self._heard.cards.items()},
             "software": {"python": platform.python_version(), **{name: version(name) for name in SOFTWARE}},
@@ -92,7 +101,7 @@ class Outcome:
         if not self._domains or (self.held_out and self.held_out[-1][0] == step):
             return
         found = evaluate_domains(self._student, self._domains, self._config.loss.chunk_tokens)
-        values = figures(found)
+        values = self._ranks.agreed(figures(found))
         bpb = values["held_out_bpb"]
         metrics.emit("eval", step=step, **values, **self._agreement(step, fusion_state))
         self.held_out.append((step, bpb))
@@ -112,14 +121,15 @@ class Outcome:
         folder = self._out / "model"
         if self._config.output.export == "last" or self._exported is None:
             self._export(metrics, step)
-        else:
+        elif self._ranks.first:
             save_card(model_card(read_history(self._out), *self._exported), folder)
         return folder
 
     def _export(self, metrics: Metrics, step: int) -> None:
-        bpb = self._all.get(step)
-        card = model_card(read_history(self._out), step, bpb)
-        export_model(self._student, self._reader, self._out / "model", card)
+        bpb, weights = self._all.get(step), self._student.weights()
+        if self._ranks.first:
+            card = model_card(read_history(self._out), step, bpb)
+            export_model(self._student, weights, self._reader, self._out / "model", card)
         self._exported = step, bpb
         metrics.emit("export", step=step, held_out_bpb=bpb)
 

@@ -63,7 +63,8 @@ def trained(folder: Path) -> Student:
 
 
 def export(student: Student, folder: Path, reader: Reader | None = None) -> Path:
-    export_model(student, reader or Reader(student.vocabulary, student.vocabulary.prefix), folder, "a card")
+    reader = reader or Reader(student.vocabulary, student.vocabulary.prefix)
+    export_model(student, student.weights(), reader, folder, "a card")
     return folder
 
 

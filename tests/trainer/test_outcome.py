@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tests.serve import FormulaEngine, serving
 from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from tests.trainer.test_fusing_run import write_columns
+from tests.trainer.test_ranks import torchrun
 from trainer.config import RunConfig
 from trainer.evaluate import Evaluation, evaluate_folder, figures
 from trainer.history import read_history
 from trainer.loop import train
-from trainer.metrics import read_metrics
+from trainer.metrics import numbers, read_metrics
 from trainer.outcome import since_better
 
 STANDING = {"optim": {"lr": 1e-9}, "eval": {"every_steps": 1, "stop_after": 2, "stop_margin": 0.01}}  # nothing moves
@@ -169,6 +171,25 @@ def test_the_base_model_is_the_best_where_training_only_harms(tmp_path: Path, ti
     result = train(config)
     assert result.steps == 3
     assert exported_bpb(config) == pytest.approx(held_out(tmp_path / "out")[0], abs=1e-6)
+
+
+def test_two_ranks_measure_export_and_end_as_one_does(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    sections = {"eval": {"every_steps": 1, "stop_after": 2, "stop_margin": 1.0, "agreement_samples": 2}}
+    with serving(FormulaEngine(tiny_sentencepiece)) as url:
+        for name, run in (("one", train), ("two", lambda config: torchrun(config, 2))):
+            output = {"dir": str(tmp_path / name), "export": "best"}
+            run(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / name, [url], output=output, **sections))
+    one, two = (events(tmp_path / name, "eval") for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert numbers(a) == pytest.approx(numbers(b), abs=1e-5)
+    ends = [events(tmp_path / name, "end")[0] for name in ("one", "two")]
+    assert ends[0]["reason"] == ends[1]["reason"] is not None
+    steps = [events(tmp_path / name, "export")[-1]["step"] for name in ("one", "two")]
+    assert steps == [2, 2]
+    assert (tmp_path / "two" / "model" / "README.md").is_file()
 
 
 @pytest.mark.parametrize(
