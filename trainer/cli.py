@@ -251,6 +251,40 @@ def report(
             typer.echo(f"{made.result}\n{path}")
 
 
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Exported model, as model/ of a run's folder.", metavar="DIR")],
+    run: Annotated[Path | None, typer.Option(help="Run file whose held-out text is measured on.")] = None,
+    sets: Overrides = [],
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name: a,b. Needs tutelage[eval].")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as YAML.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="Where tasks run: cpu, cuda, cuda:1, …")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Sequences at once in tasks.", min=1)] = 1,
+    chat: Annotated[bool, typer.Option("--chat", help="Write tasks as chats, by the model's own template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure an exported model: bits per byte on the held-out text of a run file, or tasks of lm-eval, or both."""
+    with _one_sentence_errors(as_json):
+        _quiet()
+        from trainer.console import show_evaluation
+        from trainer.errors import UserError
+        from trainer.evaluate import evaluate_folder, figures
+        from trainer.run_file import load_config
+        from trainer.tasks import TaskOptions, run_tasks
+
+        if run is None and tasks is None:
+            raise UserError("there is nothing to measure on: give --run RUN.toml, or --tasks with names of lm-eval")
+        held_out = figures(evaluate_folder(folder, load_config(run, sets))) if run else {}
+        names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+        options = TaskOptions(include_path, limit, device, batch_size, chat)
+        results = run_tasks(folder, names, options) if tasks is not None else {}
+        if as_json:
+            _print_json(held_out | {"tasks": results})
+        else:
+            show_evaluation(held_out, results)
+
+
 @app.command()
 def align(
     teacher: Annotated[str, typer.Option(help="Address of a served teacher, or a model directory or name.")],

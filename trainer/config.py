@@ -271,7 +271,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """[eval] bits per byte on text that is never trained on."""
+    """[eval] bits per byte on text that is never trained on, and agreement with the teachers there."""
 
     held_out_documents: Annotated[int, Field(ge=0)] = 0
     """Documents set aside, drawn by the seed."""
@@ -279,6 +279,13 @@ class EvalConfig(Section):
     """Measure this often; always before the first and after the last step."""
     max_samples: Positive | None = None
     """Measure on only this many windows."""
+    agreement_samples: Annotated[int, Field(ge=0)] = 0
+    """On this many of them, spread evenly, measure too how far the student agrees with each teacher and with the fused
+    target: the same likeliest token, and KL(target ‖ student). Asked once; the answers stay in memory."""
+    stop_after: Positive | None = None
+    """End the run once so many measurements in a row were no better than the best before them."""
+    stop_margin: Annotated[float, Field(ge=0)] = 0.0
+    """What is better by no more than this, in bits per byte, is not better for stop_after."""
 
 
 class OutputConfig(Section):
@@ -290,6 +297,9 @@ class OutputConfig(Section):
     """Save this often; always after the last step."""
     keep_checkpoints: Positive = 2
     """Older ones are deleted."""
+    export: Literal["last", "best"] = "last"
+    """Which weights model/ holds: those after the last step, or those that were best on held-out text, written
+    whenever they are measured (before the first step too)."""
 
 
 class TrackingConfig(Section):
@@ -337,6 +347,16 @@ class RunConfig(Section):
             raise ValueError("loss.ce_weight: without teachers there is only the text to learn from; set it to 1")
         if self.loss.final_ce_weight is not None and self.loss.schedule == "constant":
             raise ValueError("loss.final_ce_weight: give a loss.schedule, linear or cosine, that moves there")
+        measured = {
+            "eval.agreement_samples": self.eval.agreement_samples,
+            "eval.stop_after": self.eval.stop_after,
+            'output.export = "best"': self.output.export == "best",
+        }
+        if any(measured.values()) and not self.eval.held_out_documents:
+            key = next(key for key, wanted in measured.items() if wanted)
+            raise ValueError(f"{key}: nothing is held out to measure on; set eval.held_out_documents")
+        if self.eval.stop_after and self.eval.every_steps is None:
+            raise ValueError("eval.stop_after counts measurements on the way; set eval.every_steps")
         if self.train.batch_samples % self.train.accumulate:
             raise ValueError("train.accumulate: must divide train.batch_samples")
         return self

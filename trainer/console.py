@@ -1,6 +1,7 @@
 """What people see: progress while a run goes on, tables when it has ended. Nothing else prints."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -66,6 +67,16 @@ def show_preview(preview: Preview) -> None:
         table.add_row(f"fused by {method}", "", f"{bpb:.4f}", "")
     table.caption = "min_ce and avg_ce choose with the text in sight: by token above all, their figure flatters them."
     console.print(table)
+
+
+def show_evaluation(held_out: Mapping[str, Any], tasks: Mapping[str, Mapping[str, float]]) -> None:
+    """What `tutelage eval` has measured, one table for each kind."""
+    if held_out:
+        rows = [["all of it", held_out["held_out_bpb"]], *map(list, held_out.get("held_out_domains", {}).items())]
+        show_table("Held-out text", ["", "bits per byte"], rows)
+    if tasks:
+        rows = [[task, metric, value] for task, found in tasks.items() for metric, value in found.items()]
+        show_table("Tasks", ["", "metric", "value"], rows)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:

@@ -1,55 +1,118 @@
-"""Bits per byte of the student on text that is never trained on."""
+"""Bits per byte of the student on text that is never trained on, over all of it and in each domain."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from alignment.report import bits_per_byte
 from alignment.spans import Tokens
+from trainer.config import DataConfig, RunConfig, StudentConfig
+from trainer.data import Corpus, load_corpus
+from trainer.errors import DataError
 from trainer.labels import labels_from
 from trainer.losses import Objective, head_loss
-from trainer.reading import Reading
-from trainer.student import Student
+from trainer.reading import Reader, Reading, readable
+from trainer.student import Student, load_student, reader_of
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """nats of the text over num_tokens predicted tokens, which write num_bytes bytes."""
+    """nats of the text over num_tokens predicted tokens, which write num_bytes bytes. Add those of several texts."""
 
-    nats: float
-    num_tokens: int
-    num_bytes: int
+    nats: float = 0.0
+    num_tokens: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        return Evaluation(self.nats + other.nats, self.num_tokens + other.num_tokens, self.num_bytes + other.num_bytes)
 
     @property
     def bpb(self) -> float:
+        """NaN where no byte is predicted."""
         return bits_per_byte(-self.nats, self.num_bytes)
+
+
+@contextmanager
+def at_rest(student: Student) -> Iterator[None]:
+    """Without gradients and without dropout; afterwards it trains as before."""
+    was_training = student.model.training
+    student.model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        student.model.train(was_training)
 
 
 def token_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tensor:
     """[T − first_position] nats that the student pays for each predicted token of one sample."""
     labels = labels_from([tokens.ids[student.first_position :]], [None]).to(student.device)
     objective = Objective(chunk_tokens=chunk_tokens)
-    with torch.no_grad():
+    with at_rest(student):
         _, ce_T, _ = student.compute(
             [tokens], [np.ones(len(labels), dtype=bool)], partial(head_loss, labels=labels, objective=objective)
         )
     return ce_T.cpu()
 
 
-def evaluate(student: Student, samples: Sequence[Reading], chunk_tokens: int) -> Evaluation:
+def evaluate(student: Student, samples: Iterable[Reading], chunk_tokens: int) -> Evaluation:
     """Sum over the supervised tokens of all samples; the bytes of a first token that nothing predicts do not count."""
-    was_training = student.model.training
-    student.model.eval()
-    nats, num_tokens, num_bytes = 0.0, 0, 0
-    for reading in samples:
-        first = student.first_position
-        wanted = reading.supervised_T[first:]
-        paid = token_nats(student, reading.tokens, chunk_tokens).double()
-        nats += float(paid[torch.from_numpy(wanted)].sum())
-        num_tokens += int(wanted.sum())
-        num_bytes += int(reading.num_bytes_T[first:][wanted].sum())
-    student.model.train(was_training)
-    return Evaluation(nats, num_tokens, num_bytes)
+    return sum((_evaluated(student, reading, chunk_tokens) for reading in samples), Evaluation())
+
+
+def _evaluated(student: Student, reading: Reading, chunk_tokens: int) -> Evaluation:
+    first = student.first_position
+    wanted = reading.supervised_T[first:]
+    paid = token_nats(student, reading.tokens, chunk_tokens).double()
+    nats = float(paid[torch.from_numpy(wanted)].sum())
+    return Evaluation(nats, int(wanted.sum()), int(reading.num_bytes_T[first:][wanted].sum()))
+
+
+# --- by domain ---
+
+SCORING = {"device", "precision", "roles", "chat_template"}  # what of [student] a model needs that is not trained
+Domains = dict[str, list[Reading]]
+
+
+def held_out_domains(corpus: Corpus, reader: Reader, data: DataConfig) -> Domains:
+    """Held-out samples as the student reads them, by domain. Raises DataError if none of them can be read."""
+    domains: Domains = {}
+    for sample in corpus.held_out:
+        for reading in readable([sample], reader, data):
+            domains.setdefault(sample.domain, []).append(reading)
+    if corpus.held_out and not domains:
+        raise DataError(f"none of the {len(corpus.held_out)} held-out chats can be read: see data.broken_chats")
+    return domains
+
+
+def evaluate_domains(student: Student, domains: Domains, chunk_tokens: int) -> dict[str, Evaluation]:
+    """Each domain, by its name."""
+    return {name: evaluate(student, samples, chunk_tokens) for name, samples in domains.items()}
+
+
+def figures(domains: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """As the metrics file has them: over all, and of each domain where there are several; None over no byte."""
+    whole = sum(domains.values(), Evaluation())
+    values: dict[str, Any] = {"held_out_bpb": whole.bpb, "held_out_nats_per_token": whole.nats / whole.num_tokens}
+    if len(domains) > 1:
+        values["held_out_domains"] = {name: one.bpb if one.num_bytes else None for name, one in domains.items()}
+    return values
+
+
+def evaluate_folder(folder: Path, config: RunConfig) -> dict[str, Evaluation]:
+    """An exported model, by domain, on what a run file holds out, in the run's precision and on its device.
+
+    Raises DataError if nothing is held out.
+    """
+    student = load_student(StudentConfig(model=str(folder), **config.student.model_dump(include=SCORING)))
+    corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
+    if not corpus.held_out:
+        raise DataError("nothing is held out: set eval.held_out_documents")
+    reader = reader_of(folder, student.vocabulary, config)
+    return evaluate_domains(student, held_out_domains(corpus, reader, config.data), config.loss.chunk_tokens)

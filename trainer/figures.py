@@ -100,7 +100,20 @@ def _learning(run: History) -> list[Plan]:
             "bits per byte",
             [Line(name, name.partition("/")[2], i, table="evals") for i, name in enumerate(domains)],
         ),
+        Plan(
+            "The student's likeliest token is the teacher's, on held-out text",
+            "share of positions",
+            _agreeing(run, "top1"),
+            y_range=(None, 1.0),
+        ),
+        Plan("KL(target ‖ student) on held-out text", "nats per token", _agreeing(run, "kl"), y_range=(0.0, None)),
     ]
+
+
+def _agreeing(run: History, key: str) -> list[Line]:
+    """With each teacher and with their fusion."""
+    each = [Line(f"teachers/{name}/{key}", name, i, table="evals") for i, name in enumerate(run.teachers)]
+    return [*each, Line(f"fused/{key}", "fused", None, table="evals")]
 
 
 def _teaching(run: History) -> list[Plan]:

@@ -58,7 +58,9 @@ class History:
     marks         teachers lost and back, in order
     began, ended  Unix seconds of the first and the last event
     num_starts    how often it was started
-    finished      whether the last planned step was made and its end was written
+    finished      whether the last planned step was made, or the run ended itself, and its end was written
+    reason        why it ended itself before that; None if it did not
+    exported      the last export: after which step, and its bits per byte of held-out text; None if there is none
     """
 
     folder: Path
@@ -70,6 +72,8 @@ class History:
     ended: float
     num_starts: int
     finished: bool
+    reason: str | None = None
+    exported: tuple[int, float | None] | None = None
 
     @property
     def run(self) -> Mapping[str, Any]:
@@ -138,6 +142,8 @@ def read_history(folder: Path) -> History:
     marks: list[Mark] = []
     times: list[float] = []
     now, num_starts, finished = 0, 0, False
+    reason: str | None = None
+    exported: tuple[int, float | None] | None = None
     for event in iter_metrics(path):
         kind, now = event["event"], int(event.get("step", now))
         times = [times[0] if times else event.get("time", math.nan), event.get("time", math.nan)]
@@ -150,7 +156,10 @@ def read_history(folder: Path) -> History:
             rows[kind].put(now, numbers(event))
         elif kind.startswith("teacher_"):
             marks.append(Mark(now, kind, str(event.get("teacher")), str(event.get("detail"))))
-        finished = kind == "end" and now == start.get("steps", now)
+        elif kind == "export":
+            exported = now, event.get("held_out_bpb")
+        reason = event.get("reason") if kind == "end" else None
+        finished = kind == "end" and (reason is not None or now == start.get("steps", now))
     began, ended = times or (math.nan, math.nan)
     tables = (rows["step"].table(), rows["eval"].table())
-    return History(folder, start, *tables, tuple(marks), began, ended, num_starts, finished)
+    return History(folder, start, *tables, tuple(marks), began, ended, num_starts, finished, reason, exported)

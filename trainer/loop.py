@@ -44,16 +44,17 @@ def train(
 
 def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, listener: Listener | None) -> RunResult:
     run = begin(config, ranks, resume)
-    done, fusion_state = run.done, run.fuser.state
+    outcome, done, fusion_state = run.outcome, run.done, run.fuser.state
     end = min(run.num_steps, stop_at or run.num_steps)
     samples = _batches(config, run.corpus, ranks, range(done, end))
     with TargetStream(config, run.reader, samples, fuser=run.fuser, first_step=done) as stream:
         batches = iter(stream)
         first = list(islice(batches, 1))  # nothing is written before every teacher has been checked
+        outcome.hear_teachers()
         with on_sigterm(stream.stop), run.opened(listener) as metrics:
-            run.measure(metrics, done)
+            outcome.measure(metrics, done, fusion_state)
             ready = noted(chain(first, batches), stream, metrics)
-            while not ranks.any((batch := next(ready, None)) is None):
+            while not outcome.stalled and not ranks.any((batch := next(ready, None)) is None):
                 assert batch is not None
                 began = time.monotonic()
                 plan = plan_step(config, done, run.num_steps)
@@ -63,14 +64,14 @@ def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, l
                 values = step_values(config, run.student, batch, result, step_s)
                 metrics.emit("step", step=done, ce_weight=plan.objective.ce_weight, **values)
                 if done == end or _due(done, config.eval.every_steps):
-                    run.measure(metrics, done)
+                    outcome.measure(metrics, done, fusion_state)
                 if _due(done, config.output.checkpoint_every_steps):
                     run.save(done, fusion_state)
                 run.settle(metrics)
             run.leave(metrics, done, fusion_state)
-            model = run.export() if done == run.num_steps else None
-            metrics.emit("end", step=done, model=str(model) if model else None)
-    return RunResult(done, tuple(run.held_out), model)
+            model = outcome.finish(metrics, done) if done == run.num_steps or outcome.stalled else None
+            metrics.emit("end", step=done, model=str(model) if model else None, reason=outcome.reason(done))
+    return RunResult(done, tuple(outcome.held_out), model)
 
 
 def _batches(config: RunConfig, corpus: Corpus, ranks: Ranks, steps: range) -> Iterator[list[Sample]]:

@@ -1,6 +1,6 @@
 """`tutelage report`: a run and its twin as one page that needs nothing else, from metrics.jsonl as it is."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,14 +119,17 @@ def _rows(run: History) -> list[tuple[str, str]]:
         values = run.run.get(section)
         if not isinstance(values, Mapping) or (section == "fusion" and not run.teachers):
             continue
-        shown = [
-            f"{key} {_value(value)}"
-            for key, value in values.items()
-            if key not in PLUMBING and value not in (None, {}, [], "")
-        ]
-        rows.append((section, " · ".join(shown)))
+        rows.append((section, settings(values)))
+    if run.reason is not None:
+        rows.append(("ended", run.reason))
     counts = [f"{run.start[key]:,} {name}" for key, name in COUNTS if isinstance(run.start.get(key), int)]
     return [*rows, ("samples", " · ".join(counts))] if counts else rows
+
+
+def settings(values: Mapping[str, Any], leave_out: Collection[str] = PLUMBING) -> str:
+    """A section of a run file in a line, without what it leaves open."""
+    shown = {key: value for key, value in values.items() if key not in leave_out and value not in (None, {}, [], "")}
+    return " · ".join(f"{key} {_value(value)}" for key, value in shown.items())
 
 
 def _value(value: Any) -> str:

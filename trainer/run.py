@@ -1,6 +1,5 @@
-"""What a run has at hand: made once and checked before anything is spent, measured, saved, exported."""
+"""What a run has at hand: made once and checked before anything is spent, and saved."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from trainer.checkpoint import (
     Checkpoints,
@@ -22,11 +20,11 @@ from trainer.checkpoint import (
 from trainer.config import RunConfig
 from trainer.data import Corpus, load_corpus
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.evaluate import evaluate
 from trainer.fuser import Fuser, check_routes
 from trainer.metrics import Listener, Metrics
+from trainer.outcome import Outcome
 from trainer.ranks import Ranks
-from trainer.reading import Reader, Reading, readable
+from trainer.reading import Reader
 from trainer.step import make_optimizer
 from trainer.student import Student, load_student, reader_of
 from trainer.tracking import check_trackers, tracked
@@ -41,14 +39,13 @@ class Run:
     student: Student
     reader: Reader
     corpus: Corpus
-    held_out_samples: tuple[Reading, ...]
+    outcome: Outcome
     optimizer: torch.optim.Optimizer
     fuser: Fuser
     checkpoints: Checkpoints
     identity: Identity
     num_steps: int
     done: int
-    held_out: list[tuple[int, float]] = field(default_factory=list)
     saved: list[int] = field(default_factory=list)
 
     @property
@@ -73,16 +70,9 @@ class Run:
             "ranks": self.ranks.size,
             "samples": len(self.corpus.train),
             "sources": [asdict(source) for source in self.corpus.sources],
-            "held_out": len(self.held_out_samples),
-            "held_out_skipped": len(self.corpus.held_out) - len(self.held_out_samples),
+            "identity": dict(self.identity),
+            **self.outcome.facts(),
         }
-
-    def measure(self, metrics: Metrics, step: int) -> None:
-        if self.held_out_samples and not (self.held_out and self.held_out[-1][0] == step):
-            result = evaluate(self.student, self.held_out_samples, self.config.loss.chunk_tokens)
-            self.held_out.append((step, result.bpb))
-            per_token = result.nats / result.num_tokens
-            metrics.emit("eval", step=step, held_out_bpb=result.bpb, held_out_nats_per_token=per_token)
 
     def save(self, step: int, fusion_state: dict[str, Any] | None) -> None:
         """Begin to write a checkpoint; training goes on."""
@@ -101,21 +91,6 @@ class Run:
         if (written := self.checkpoints.finish()) is not None:
             metrics.emit("checkpoint", step=written)
 
-    def export(self) -> Path:
-        """Write the student as a Hugging Face directory, whole or not at all."""
-        folder, partial = self.folder / "model", self.folder / ".partial-model"
-        weights = self.student.weights()
-        try:
-            if self.ranks.first:
-                shutil.rmtree(partial, ignore_errors=True)
-                self.student.export(partial, weights)
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"cannot export to {folder} ({error}): make room, then run with --resume") from error
-        return folder
-
 
 def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
     """Everything but the teachers. Raises before anything is written."""
@@ -132,17 +107,15 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
         corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
     check_routes(corpus.train, config)
     reader = reader_of(student.folder, student.vocabulary, config)
-    held_out = tuple(readable(corpus.held_out, reader, config.data))
-    if corpus.held_out and not held_out:
-        raise DataError(f"none of the {len(corpus.held_out)} held-out chats can be read: see data.broken_chats")
     optimizer = make_optimizer(student, config.optim)
     identity = identity_of(config, student, corpus)
     done = load_checkpoint(last, student, optimizer, identity, ranks) if last else 0
     num_steps = total_steps(config, corpus)
     fuser = Fuser(config, len(student.vocabulary), num_steps, load_fusion_state(last) if last else None)
     checkpoints = Checkpoints(out / "checkpoints", config.output.keep_checkpoints, ranks)
+    outcome = Outcome(config, student, reader, corpus, ranks=ranks, done=done, num_steps=num_steps)
     return Run(
-        config, ranks, student, reader, corpus, held_out, optimizer, fuser, checkpoints, identity, num_steps, done
+        config, ranks, student, reader, corpus, outcome, optimizer, fuser, checkpoints, identity, num_steps, done
     )
 
 

@@ -5,8 +5,8 @@ exist at once. Weights are float32; bf16 is what is computed in.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from alignment import Vocabulary
 from alignment.spans import Tokens
@@ -34,6 +34,8 @@ from trainer.sharding import layers_of, shard
 
 log = logging.getLogger("tutelage.student")
 NEWLINE = "\n"
+COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
+TERMS = ("LICENSE", "NOTICE")  # that go with the weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -134,13 +136,40 @@ class Student:
         return merged(self.folder, self.lora, weights) if self.lora else weights
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write a Hugging Face directory that transformers loads, in the base model's own type, with its tokenizer."""
+        """Write a Hugging Face directory that transformers and vLLM load, with the base model's tokenizer and terms.
+
+        Weights are of the base model's own type; what is tied in the model is written once.
+        """
         dtype = AutoConfig.from_pretrained(self.folder, local_files_only=True).dtype or torch.float32
         model = self.model if self.lora is None else _loaded(self.folder)
-        model.save_pretrained(folder, state_dict={name: tensor.detach().to(dtype) for name, tensor in weights.items()})
+        kept = {name: tensor.detach() for name, tensor in weights.items() if name not in model.all_tied_weights_keys}
+        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
+        with _without_generation_config(model, self.folder):
+            model.save_pretrained(folder, state_dict=cast)
+        _say_dtype(folder, dtype)
         for path in self.folder.iterdir():
-            if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
+            if path.is_file() and path.name.startswith(COPIED + TERMS):
                 (folder / path.name).write_bytes(path.read_bytes())
+
+
+@contextmanager
+def _without_generation_config(model: Any, folder: Path) -> Iterator[None]:
+    """Where the base has one it is copied as it is: transformers loads some that it refuses to save."""
+    own = model.generation_config
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _say_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """In config.json, where `save_pretrained` has put what the model was trained in."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def keeps_apart(model: Any) -> bool:

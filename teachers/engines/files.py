@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from teachers.errors import TeacherError
+from teachers.models import in_hub_cache, name_of
 from teachers.protocol import PROBE, TOKENIZER_FILES, Card
 
 Files = Mapping[str, Path]
@@ -48,13 +49,6 @@ def describe(folder: Path, files: Files, config: Any, dtype: str, **rest: Any) -
     )
 
 
-def name_of(folder: Path) -> tuple[str, str | None]:
-    """Name and revision. In a hub's cache they are in the path: models--OWNER--NAME/snapshots/REVISION."""
-    if _in_hub_cache(folder, "snapshots"):
-        return folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder.name
-    return folder.name, None
-
-
 def fingerprint(folder: Path, tokenizer_sha256: str, dtype: str) -> str:
     """Changes with the weights, their configuration, the tokenizer and the type."""
     digest = hashlib.sha256(f"{tokenizer_sha256} {dtype}".encode())
@@ -68,14 +62,10 @@ def fingerprint(folder: Path, tokenizer_sha256: str, dtype: str) -> str:
 def sha256(path: Path) -> str:
     """Of a file's content; a large file in a hub's cache is stored under it, and is not read again."""
     blob = path.resolve()
-    if _in_hub_cache(blob, "blobs") and len(blob.name) == 64:
+    if in_hub_cache(blob, "blobs") and len(blob.name) == 64:
         return blob.name
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _in_hub_cache(path: Path, kind: str) -> bool:
-    return path.parent.name == kind and path.parent.parent.name.startswith("models--")
 
 
 def says_bos(files: Files, bos_id: int | None) -> bool | None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from teachers.engines.files import fingerprint, name_of, sha256, tokenizer_files
+from teachers.engines.files import fingerprint, sha256, tokenizer_files
 from teachers.errors import TeacherError
+from teachers.models import name_of
 
 
 def hub_cache(root: Path, content: bytes, blob: str) -> Path:
