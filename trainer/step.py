@@ -1,8 +1,8 @@
 """One optimizer step: forward and backward over the parts of a batch, divided once by its number of tokens."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from trainer.divergences import divergence
 from trainer.errors import DataError, NonFiniteLoss
 from trainer.fuser import Lesson
 from trainer.labels import labels_from
-from trainer.losses import Objective, head_loss, weighted
+from trainer.losses import Objective, head_loss
+from trainer.parts import Part, parts_of, target_share, weigh_spans, with_parts
 from trainer.pipeline import labels_of, supervised_from
 from trainer.priors import scheduled
 from trainer.student import Student
@@ -27,31 +28,37 @@ class StepPlan:
     accumulate: int
     clip_norm: float
     teachers: tuple[str, ...]
+    parts: tuple[Part, ...] = ()
 
 
 def plan_step(config: RunConfig, step: int, num_steps: int) -> StepPlan:
     """`step` counts from 0."""
+    progress = min(step / max(num_steps - 1, 1), 1.0)
+    objective = objective_at(config.loss, progress, target_share(config, progress))
     return StepPlan(
         learning_rate(step, num_steps, config.optim),
-        objective_at(config.loss, step / max(num_steps - 1, 1)),
+        objective,
         config.train.accumulate,
         config.optim.clip_norm,
         tuple(teacher.name for teacher in config.teachers),
+        parts_of(config, progress) if objective.ce_weight < 1 else (),
     )
 
 
-def objective_at(loss: LossConfig, progress: float) -> Objective:
-    """The loss at a progress of 0 to 1 through the run."""
+def objective_at(loss: LossConfig, progress: float, share: float = 1.0) -> Objective:
+    """The loss at a progress of 0 to 1 through the run; share is what the fused teachers weigh of all."""
     first, last = loss.ce_weight, loss.last_ce_weight
-    ce_weight = scheduled([first, 1 - first], [last, 1 - last], loss.schedule, min(progress, 1.0))[0]
-    return Objective(float(ce_weight), divergence(loss.divergence, loss.mix), loss.temperature, loss.chunk_tokens)
+    ce_weight = float(scheduled([first, 1 - first], [last, 1 - last], loss.schedule, progress)[0])
+    apart = divergence(loss.divergence, loss.mix)
+    return Objective(ce_weight, apart, loss.temperature, loss.chunk_tokens, share, loss.span_temperature)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Means over the batch's predicted tokens, in nats; the gradient's norm before clipping.
 
-    divergence is None where it has no weight, for then it is not computed.
+    divergence is None where it has no weight, for then it is not computed. parts are the losses of teachers that are
+    not fused, by name, without their weights.
     """
 
     loss: float
@@ -60,6 +67,7 @@ class StepResult:
     num_tokens: int
     grad_norm: float
     lr: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_optimizer(student: Student, config: OptimConfig) -> torch.optim.AdamW:
@@ -88,7 +96,7 @@ def train_step(
         names = ", ".join(lesson.sample.name for lesson in lessons)
         raise DataError(f"there is nothing to learn from in the samples {names}: nothing was updated")
     size = max(len(lessons) // plan.accumulate, 1)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(2 + len(plan.parts), dtype=torch.float64)
     for begin in range(0, len(lessons), size):
         sums += _backward(student, lessons[begin : begin + size], num_tokens, plan)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), plan.clip_norm)
@@ -99,22 +107,37 @@ def train_step(
         group["lr"] = plan.lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    loss, ce, apart = (sums / num_tokens).tolist()
-    return StepResult(loss, ce, apart if plan.objective.ce_weight < 1 else None, num_tokens, float(norm), plan.lr)
+    ce, apart, *own = (sums / num_tokens).tolist()
+    objective, of_parts = plan.objective, list(zip(plan.parts, own, strict=True))
+    taught = objective.target_weight * apart
+    taught += (1 - objective.ce_weight) * sum(part.share * value for part, value in of_parts)
+    return StepResult(
+        objective.ce_weight * ce + taught,
+        ce,
+        apart if objective.target_weight > 0 else None,
+        num_tokens,
+        float(norm),
+        plan.lr,
+        {part.name: value for part, value in of_parts},
+    )
 
 
 def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, plan: StepPlan) -> torch.Tensor:
-    """Gradients of one part; returns the sums of loss, cross-entropy and divergence."""
-    columns = [labels_of(lesson, student.first_position) for lesson in lessons]
-    labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns]).to(student.device)
+    """Gradients of some lessons; returns the sums of cross-entropy, divergence and each of the plan's parts."""
+    first, objective = student.first_position, plan.objective
+    columns = [labels_of(lesson, first) for lesson in lessons]
+    labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns])
+    labels, spans = with_parts(labels, lessons, plan.parts, first)
+    labels = labels.to(student.device)
     with student.precision():
         hidden_TD = student.hidden([lesson.tokens for lesson in lessons])
-        hidden_TD = _supervised(hidden_TD, lessons, student.first_position)
-        loss = head_loss(student.head, hidden_TD, labels, plan.objective)
-    loss_T = weighted(loss.ce_T, loss.divergence_T, plan.objective)
-    _check_finite(loss_T, lessons, student.first_position, plan)
+        hidden_TD = _supervised(hidden_TD, lessons, first)
+        labels, of_spans = weigh_spans(student.head, hidden_TD, labels, objective, spans)
+        loss = head_loss(student.head, hidden_TD, labels, objective)
+    by_position = (loss.ce_T, loss.divergence_T, *loss.ranks_T)
+    _check_finite(torch.stack(by_position).sum(0), lessons, first, plan)
     (loss.total / num_tokens).backward()
-    return torch.stack([loss_T.double().sum(), loss.ce_T.double().sum(), loss.divergence_T.double().sum()]).cpu()
+    return torch.stack([*(column.double().sum() for column in by_position), *(one.double() for one in of_spans)]).cpu()
 
 
 def _supervised(hidden_TD: torch.Tensor, lessons: Sequence[Lesson], first_position: int) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_loss_and_gradients_are_those_of_dense_logits(
     objective = Objective(ce_weight, divergence(name), temperature, chunk)
     got = head_loss(head, hidden, labels, objective)
     expected = dense(head, hidden, labels, objective)
-    torch.testing.assert_close(weighted(got.ce_T, got.divergence_T, objective), expected, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(weighted(labels, objective, got.ce_T, got.divergence_T), expected, atol=1e-7, rtol=1e-6)
     assert head.bias_V is not None
     inputs = [hidden, head.weight_VD, head.bias_V]
     for one, two in zip(
