@@ -224,9 +224,10 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
             "mass": _number(total.mean_mass),
             "own_bpb": _number(total.teacher_bpb),
             "aligned_bpb": _number(total.aligned_bpb),
-            "loss": result.parts.get(teacher.name),
             "fleet": batch.fleets.get(teacher.name, {}),
         }
+        if teacher.name in result.parts:
+            teachers[teacher.name]["loss"] = result.parts[teacher.name]
     return values | {
         "divergence": result.divergence,
         "coverage": valid / sum(len(t) for t in targets) if targets else None,

@@ -16,12 +16,14 @@ from tests.trainer.test_losses import FREE, some_head, some_hidden, some_labels
 from trainer.config import RunConfig
 from trainer.data import Sample
 from trainer.divergences import NAMES, divergence
+from trainer.errors import DataError
 from trainer.fuser import Lesson
 from trainer.labels import Labels, labels_from
 from trainer.loop import train
 from trainer.losses import Objective, head_loss
 from trainer.metrics import read_metrics
 from trainer.parts import Part, Spans, ranks_from, spans_from, weigh_spans
+from trainer.preview import preview
 from trainer.reading import Reader
 from trainer.step import plan_step
 
@@ -254,6 +256,7 @@ def test_the_loss_is_the_sum_of_its_parts_by_weight(
         )
         fused = teachers["t0"]["share"] + teachers["t1"]["share"]
         assert fused == pytest.approx(plan.objective.target_share)
+        assert "loss" not in teachers["t0"]
         taught = fused * (step["divergence"] or 0) + sum(
             teachers[n]["share"] * teachers[n]["loss"] for n in ("t2", "t3")
         )
@@ -273,3 +276,13 @@ def test_accumulation_and_what_is_cached_change_nothing(
             config = run_config(tiny_byte_level, corpus, tmp_path / name, urls, train=sections)
             train(matched(config, match))
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
+
+
+def test_a_preview_is_of_the_teachers_that_are_fused(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls)
+        assert [teacher.name for teacher in preview(matched(config, "spans", "tokens")).teachers] == ["t1"]
+    with pytest.raises(DataError, match="no teacher to preview: add .*, matched by tokens"):
+        preview(matched(config, "spans", "sorted"))
