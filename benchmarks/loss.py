@@ -27,7 +27,7 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
 from trainer.divergences import NAMES, divergence, forward_kl
-from trainer.labels import Labels, Ranks
+from trainer.labels import Labels, Spread
 from trainer.losses import Head, Objective, head_loss
 from trainer.parts import Spans, weigh_spans
 
@@ -97,9 +97,9 @@ def by_spans(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective:
     return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
 
 
-def by_ranks(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
+def by_spread(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
     """A teacher of sorted probabilities."""
-    labels = replace(labels, ranks=(Ranks(labels.probs_TK, labels.tail_T, 1.0),))
+    labels = replace(labels, spreads=(Spread(labels.probs_TK, labels.tail_T, 1.0),))
     return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
 
 
@@ -118,7 +118,7 @@ def arms(chunk_tokens: int) -> dict[str, Arm]:
         "ours ce": partial(ours, objective=Objective(chunk_tokens=chunk_tokens)),
         **{f"ours {name} + ce": arm for name, arm in fused.items()},
         "ours by spans + ce": partial(by_spans, objective=alone),
-        "ours by sorted probabilities + ce": partial(by_ranks, objective=alone),
+        "ours by sorted probabilities + ce": partial(by_spread, objective=alone),
     }
 
 

@@ -14,7 +14,7 @@ from alignment.target import Target
 
 
 @dataclass(frozen=True, eq=False)
-class Ranks:
+class Spread:
     """How one teacher spreads its mass at T positions, whatever its tokens are called.
 
     probs_TK  float32, its K largest probabilities in descending order
@@ -37,7 +37,7 @@ class Labels:
     probs_TK   float32, 0 where not listed
     tail_T     float32; a position without a target has no mass at all
     text_weight_T  float32: what the cross-entropy of each token is weighed with, in place of the objective's ce_weight
-    ranks      of teachers whose tokens have no names here
+    spreads    of teachers whose tokens have no names here
     """
 
     tokens_T: Tensor
@@ -46,7 +46,7 @@ class Labels:
     probs_TK: Tensor
     tail_T: Tensor
     text_weight_T: Tensor | None = None
-    ranks: tuple[Ranks, ...] = ()
+    spreads: tuple[Spread, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens_T)
@@ -61,18 +61,18 @@ class Labels:
         return self._each(lambda column: column[which])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Labels":
-        ranks = tuple(replace(r, probs_TK=change(r.probs_TK), tail_T=change(r.tail_T)) for r in self.ranks)
+        spreads = tuple(replace(s, probs_TK=change(s.probs_TK), tail_T=change(s.tail_T)) for s in self.spreads)
         columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         changed = {name: change(value) for name, value in columns.items() if isinstance(value, Tensor)}
-        return replace(self, **changed, ranks=ranks)
+        return replace(self, **changed, spreads=spreads)
 
 
 def labels_from(tokens: Sequence[np.ndarray], targets: Sequence[Target | None]) -> Labels:
     """Labels of several samples, one after another; None where a sample has no target."""
     wide = max([1, *(int(np.diff(t.offsets).max(initial=0)) for t in targets if t is not None)])
-    parts = [_dense(len(t), target, wide) for t, target in zip(tokens, targets, strict=True)]
+    parts = [_dense(0, None, wide), *(_dense(len(t), target, wide) for t, target in zip(tokens, targets, strict=True))]
     ids, listed, probs, tail = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
-    return Labels(torch.from_numpy(np.concatenate(tokens)), ids, listed, probs, tail)
+    return Labels(torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *tokens])), ids, listed, probs, tail)
 
 
 def _dense(length: int, target: Target | None, wide: int) -> tuple[np.ndarray, ...]:

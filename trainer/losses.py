@@ -17,13 +17,13 @@ teacher takes one more pass over the logits, and no product.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.divergences import NOTHING_NATS, Divergence, forward_kl, tempered, total_variation
-from trainer.labels import Labels, Ranks
+from trainer.labels import Labels, Spread
 
 # torch legend: T positions of a batch, C of a chunk, K listed tokens, B buckets (K and the tail), V vocabulary, D width
 
@@ -59,7 +59,7 @@ class Objective:
     """ce_weight · cross-entropy + (1 − ce_weight) · what the teachers say.
 
     Of that, target_share is the divergence from the fused target, temperature² times that of the tempered
-    distributions; the rest belongs to teachers whose tokens are not translated (Labels.ranks, parts.py).
+    distributions; the rest belongs to teachers whose tokens are not translated (Labels.spreads, parts.py).
     """
 
     ce_weight: float = 1.0
@@ -75,18 +75,17 @@ class Objective:
         return (1 - self.ce_weight) * self.target_share * self.temperature**2
 
 
-@dataclass(frozen=True, eq=False)
-class Loss:
+class Loss(NamedTuple):
     """total is the sum over T positions, with its gradient; the others are nats of each, without weights or gradient.
 
-    The divergence is not computed where it has no weight, and then 0. ranks_T are total variations, one column for each
-    of the labels' ranks.
+    The divergence is not computed where it has no weight, and then 0. spreads_NT are total variations, a row for
+    each of the labels' spreads.
     """
 
     total: Tensor
     ce_T: Tensor
     divergence_T: Tensor
-    ranks_T: tuple[Tensor, ...] = ()
+    spreads_NT: Tensor
 
 
 def head_loss(head: Head, hidden_TD: Tensor, labels: Labels, objective: Objective) -> Loss:
@@ -97,8 +96,7 @@ def head_loss(head: Head, hidden_TD: Tensor, labels: Labels, objective: Objectiv
     if len(hidden_TD) != len(labels):
         raise ValueError(f"expected as many labels as hidden states, received {len(labels)} and {len(hidden_TD)}")
     job = _Job(head, labels, objective, torch.is_grad_enabled())
-    total, ce_T, divergence_T, *ranks_T = _HeadLoss.apply(hidden_TD, head.weight_VD, head.bias_V, job)
-    return Loss(total, ce_T, divergence_T, tuple(ranks_T))
+    return Loss(*_HeadLoss.apply(hidden_TD, head.weight_VD, head.bias_V, job))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +125,10 @@ class _HeadLoss(torch.autograd.Function):
                 gradients.add(n * size, hidden_CD, slope_CV, head.weight_VD)
                 parts.append(columns)
         ctx.gradients = gradients.finished()
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        ctx.mark_non_differentiable(*columns)
-        return weighted(job.labels, job.objective, *columns).sum(), *columns
+        ce_T, divergence_T, *spreads = (torch.cat(column) for column in zip(*parts, strict=True))
+        spreads_NT = torch.stack(spreads) if spreads else ce_T.new_zeros(0, len(ce_T))
+        ctx.mark_non_differentiable(ce_T, divergence_T, spreads_NT)
+        return weighted(job.labels, job.objective, ce_T, divergence_T, *spreads).sum(), ce_T, divergence_T, spreads_NT
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,23 +176,23 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def weighted(labels: Labels, objective: Objective, ce_T: Tensor, divergence_T: Tensor, *ranks_T: Tensor) -> Tensor:
+def weighted(labels: Labels, objective: Objective, ce_T: Tensor, divergence_T: Tensor, *spreads_T: Tensor) -> Tensor:
     """[T] nats: each position's part of the loss."""
     text_T = ce_T * (objective.ce_weight if labels.text_weight_T is None else labels.text_weight_T)
     total_T = text_T + objective.target_weight * divergence_T
-    for ranks, apart_T in zip(labels.ranks, ranks_T, strict=True):
-        total_T = total_T + (1 - objective.ce_weight) * ranks.share * apart_T
+    for spread, apart_T in zip(labels.spreads, spreads_T, strict=True):
+        total_T = total_T + (1 - objective.ce_weight) * spread.share * apart_T
     return total_T
 
 
 def _chunk(head: Head, hidden_CD: Tensor, labels: Labels, objective: Objective) -> list[Tensor]:
-    """[C] cross-entropy, [C] divergence, [C] of each of the ranks, and last the derivatives of their weighted sum.
+    """[C] cross-entropy, [C] divergence, [C] of each of the spreads, and last the derivatives of their weighted sum.
 
     Those are by the logits [C, V] before scale and cap.
     """
     logits_CV = head.logits(hidden_CD)
     kept_CV = logits_CV.clone() if head.cap else None
-    ranked = [_ranked(logits_CV, labels, ranks, objective) for ranks in labels.ranks]
+    sorted_out = [_spread(logits_CV, labels, spread, objective) for spread in labels.spreads]
     text_C1 = _text_weight(labels, objective, logits_CV)
     if objective.target_weight == 0:
         ce_C, slope_CV = _text(logits_CV, labels)
@@ -208,9 +207,9 @@ def _chunk(head: Head, hidden_CD: Tensor, labels: Labels, objective: Objective) 
         _, divergence_C, slope_CV = _buckets(tempered, labels, objective, torch.zeros_like(text_C1))
         ce_C, text_slope_CV = _text(text_CV, labels)
         slope_CV = slope_CV.mul_(1 / objective.temperature).addcmul_(text_slope_CV, text_C1)
-    for _, rank_slope_CV in ranked:
-        slope_CV += rank_slope_CV
-    return [ce_C, divergence_C, *(apart_C for apart_C, _ in ranked), head.through(slope_CV, kept_CV)]
+    for _, own_slope_CV in sorted_out:
+        slope_CV += own_slope_CV
+    return [ce_C, divergence_C, *(apart_C for apart_C, _ in sorted_out), head.through(slope_CV, kept_CV)]
 
 
 def _text_weight(labels: Labels, objective: Objective, logits_CV: Tensor) -> Tensor:
@@ -229,17 +228,17 @@ def _text(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     return (log_z_C1 - label_C1).squeeze(1), q_CV.scatter_add_(1, tokens_C1, minus_one)
 
 
-def _ranked(logits_CV: Tensor, labels: Labels, ranks: Ranks, objective: Objective) -> tuple[Tensor, Tensor]:
+def _spread(logits_CV: Tensor, labels: Labels, spread: Spread, objective: Objective) -> tuple[Tensor, Tensor]:
     """[C] total variation between sorted probabilities, and [C, V] the derivatives of its part of the loss.
 
-    The gradient goes to the tokens that hold the student's ranks now. Raises ValueError for more ranks than tokens.
+    The gradient goes to the tokens that lead in the student now. Raises ValueError for a longer list than its tokens.
     """
-    num_ranks, vocab_size = ranks.probs_TK.shape[1], logits_CV.shape[1]
-    if num_ranks > vocab_size:
-        raise ValueError(f"expected at most {vocab_size} sorted probabilities, as many as tokens, received {num_ranks}")
-    ids_CK = logits_CV.topk(num_ranks).indices
-    sorted_labels = Labels(labels.tokens_T, ids_CK, torch.ones_like(ids_CK).bool(), ranks.probs_TK, ranks.tail_T)
-    alone = Objective(0.0, total_variation, target_share=(1 - objective.ce_weight) * ranks.share)
+    top_k, vocab_size = spread.probs_TK.shape[1], logits_CV.shape[1]
+    if top_k > vocab_size:
+        raise ValueError(f"expected at most {vocab_size} sorted probabilities, as many as tokens, received {top_k}")
+    ids_CK = logits_CV.topk(top_k).indices
+    sorted_labels = Labels(labels.tokens_T, ids_CK, torch.ones_like(ids_CK).bool(), spread.probs_TK, spread.tail_T)
+    alone = Objective(0.0, total_variation, target_share=(1 - objective.ce_weight) * spread.share)
     no_text = logits_CV.new_zeros((1, 1))
     _, apart_C, slope_CV = _buckets(logits_CV.clone(), sorted_labels, alone, no_text)
     return apart_C, slope_CV

@@ -1,6 +1,6 @@
 """The parts of the loss that belong to teachers whose tokens are not translated: as tensors, and what spans weigh.
 
-Teachers matched by `sorted` become ranks, which losses.py holds against the student's own. Those matched by `spans`
+Teachers matched by `sorted` become spreads, which losses.py holds against the student's own. Those matched by `spans`
 come here (Approximate Likelihood Matching, arXiv 2503.20083): with p and q the probabilities that teacher and student
 give to the text of a span, there are two outcomes, this text or another, and the loss is the divergence of
 (p^(1/τ), 1 − p^(1/τ)) from (q^(1/τ), 1 − q^(1/τ)), least at q = p whatever τ. It is multiplied by τ, so that it does
@@ -22,7 +22,7 @@ from alignment.unaligned import SortedProbs, SpanLikelihoods
 from trainer.config import RunConfig
 from trainer.divergences import FLOOR
 from trainer.fuser import Lesson, part_shares
-from trainer.labels import Labels, Ranks
+from trainer.labels import Labels, Spread
 from trainer.losses import Head, Objective, head_loss
 from trainer.pipeline import supervised_from
 
@@ -74,17 +74,17 @@ def target_share(config: RunConfig, progress: float) -> float:
 def with_parts(
     labels: Labels, lessons: Sequence[Lesson], parts: Sequence[Part], first_position: int
 ) -> tuple[Labels, list[Spans]]:
-    """The labels of all lessons' supervised positions with the ranks of their teachers, and the spans of the others."""
-    ranks = tuple(ranks_from(lessons, part, first_position) for part in parts if part.match == "sorted")
+    """The labels of all lessons' supervised positions with the spreads of their teachers, and the others' spans."""
+    spreads = tuple(spread_from(lessons, part, first_position) for part in parts if part.match == "sorted")
     spans = [spans_from(lessons, part, first_position) for part in parts if part.match == "spans"]
-    return replace(labels, ranks=ranks), spans
+    return replace(labels, spreads=spreads), spans
 
 
-def ranks_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Ranks:
+def spread_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Spread:
     """One teacher's sorted probabilities at the supervised positions of all lessons, one after another."""
     found = [lesson.unaligned[part.index] for lesson in lessons]
     wide = max([1, *(own.probs.shape[1] for own in found if isinstance(own, SortedProbs))])
-    columns = []
+    columns = [(np.zeros((0, wide), dtype=np.float32), np.zeros(0, dtype=np.float32))]
     for lesson, own in zip(lessons, found, strict=True):
         probs_TK = np.zeros((len(lesson.tokens), wide), dtype=np.float32)
         tail_T = np.zeros(len(lesson.tokens), dtype=np.float32)
@@ -93,12 +93,12 @@ def ranks_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Ra
         wanted = supervised_from(lesson, first_position)
         columns.append((probs_TK[first_position:][wanted], tail_T[first_position:][wanted]))
     probs, tail = (torch.from_numpy(np.concatenate(column)) for column in zip(*columns, strict=True))
-    return Ranks(probs, tail, part.share)
+    return Spread(probs, tail, part.share)
 
 
 def spans_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Spans:
     """One teacher's spans over the supervised positions of all lessons, but for those that are not supervised whole."""
-    columns, logprobs, num_spans = [], [np.zeros(0)], 0
+    columns, logprobs, num_spans = [np.zeros(0, dtype=np.int64)], [np.zeros(0)], 0
     for lesson in lessons:
         at = first_position + np.flatnonzero(supervised_from(lesson, first_position))
         own, span_T = lesson.unaligned[part.index], np.full(len(at), -1)
@@ -117,24 +117,36 @@ def spans_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Sp
     return Spans(torch.from_numpy(every_T), torch.from_numpy(np.concatenate(logprobs).astype(np.float32)), part.share)
 
 
+def parts_loss(
+    head: Head, hidden_TD: Tensor, labels: Labels, objective: Objective, spans: Sequence[Spans]
+) -> tuple[Tensor, ...]:
+    """`head_loss` of all parts: its total, [T] cross-entropy, [T] divergence, [T] of each spread, [S] of all spans.
+
+    The total's value is not the loss where there are spans, its gradient is.
+    """
+    labels, of_spans = weigh_spans(head, hidden_TD, labels, objective, spans)
+    loss = head_loss(head, hidden_TD, labels, objective)
+    return loss.total, loss.ce_T, loss.divergence_T, *loss.spreads_NT, *of_spans
+
+
 def weigh_spans(
     head: Head, hidden_TD: Tensor, labels: Labels, objective: Objective, spans: Sequence[Spans]
 ) -> tuple[Labels, list[Tensor]]:
-    """The labels with weights of their text that hold the gradient of all spans, and the sum of each teacher's loss.
+    """The labels with weights of their text that hold the gradient of all spans, and each teacher's loss on them [S].
 
     One pass over the head without gradients: a product more than the three of `head_loss`.
     """
     if not spans:
         return labels, []
-    plain = replace(labels, text_weight_T=None, ranks=())
+    plain = replace(labels, text_weight_T=None, spreads=())
     with torch.no_grad():
         nats_T = head_loss(head, hidden_TD, plain, Objective(chunk_tokens=objective.chunk_tokens)).ce_T
-    weight_T, sums = torch.full_like(nats_T, objective.ce_weight), []
+    weight_T, of_spans = torch.full_like(nats_T, objective.ce_weight), []
     for own in (one.to(nats_T.device) for one in spans):
         apart_S, own_weight_T = span_loss(own, nats_T, objective)
         weight_T += (1 - objective.ce_weight) * own.share * own_weight_T
-        sums.append(apart_S.sum())
-    return replace(labels, text_weight_T=weight_T), sums
+        of_spans.append(apart_S)
+    return replace(labels, text_weight_T=weight_T), of_spans
 
 
 def span_loss(spans: Spans, nats_T: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:

@@ -106,9 +106,13 @@ class TargetStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """End the iteration, whatever it waits for. A signal handler may call it."""
         self._stopping.set()
         self._cancel()
+
+    def close(self) -> None:
+        self.stop()
         self._thread.join(timeout=30)
 
     def events(self) -> Iterator[dict[str, str]]:
@@ -119,13 +123,21 @@ class TargetStream:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             began = time.monotonic()
-            item = self._queue.get()
+            while (item := self._next()) is None:
+                if self._stopping.is_set():
+                    return
             if item is _END:
                 return
             if isinstance(item, BaseException):
                 raise item
             assert isinstance(item, Batch)
             yield replace(item, waited_s=time.monotonic() - began)
+
+    def _next(self) -> object | None:
+        """What comes within half a second; a signal handler cannot put anything into a queue that is being read."""
+        with suppress(queue.Empty):
+            return self._queue.get(timeout=0.5)
+        return None
 
     def _work(self) -> None:
         with suppress(asyncio.CancelledError):

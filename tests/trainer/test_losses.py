@@ -12,7 +12,7 @@ import torch
 
 from alignment.target import Target, target_from_entries
 from trainer.divergences import NAMES, NOTHING_NATS, divergence, tempered
-from trainer.labels import Labels, Ranks, labels_from
+from trainer.labels import Labels, Spread, labels_from
 from trainer.losses import Head, Loss, Objective, head_loss, weighted
 from trainer.parts import Spans, weigh_spans
 
@@ -35,14 +35,14 @@ def some_labels() -> Labels:
     return labels_from(tokens, targets)
 
 
-def some_ranks(share: float, top_k: int, seed: int) -> Ranks:
+def some_spread(share: float, top_k: int, seed: int) -> Spread:
     """At 12 positions; nothing said of two of them, an empty tail at another."""
     generator = torch.Generator().manual_seed(seed)
     probs_TK = torch.rand(12, top_k, generator=generator).softmax(1).sort(1, descending=True).values
     mass_T = torch.rand(12, generator=generator)
     mass_T[0] = 1.0
     said_T = (torch.arange(12) % 6 != 4).float()
-    return Ranks(probs_TK * (mass_T * said_T)[:, None], (1 - mass_T) * said_T, share)
+    return Spread(probs_TK * (mass_T * said_T)[:, None], (1 - mass_T) * said_T, share)
 
 
 def some_head(seed: int = 0, dtype: torch.dtype = torch.float64, **given: float) -> Head:
@@ -70,11 +70,11 @@ def dense(head: Head, hidden: torch.Tensor, labels: Labels, objective: Objective
     apart = objective.divergence(p, torch.cat([listed, tail], 1)) * has_target
     total = ce * (objective.ce_weight if labels.text_weight_T is None else labels.text_weight_T)
     total = total + (1 - objective.ce_weight) * objective.target_share * objective.temperature**2 * apart
-    for ranks in labels.ranks:
-        top = logits.softmax(-1).sort(1, descending=True).values[:, : ranks.probs_TK.shape[1]]
-        moved = (ranks.probs_TK - top).abs().sum(1) + (ranks.tail_T - (1 - top.sum(1))).abs()
-        said = (ranks.probs_TK.sum(1) + ranks.tail_T) > 0
-        total = total + (1 - objective.ce_weight) * ranks.share * 0.5 * moved * said
+    for spread in labels.spreads:
+        top = logits.softmax(-1).sort(1, descending=True).values[:, : spread.probs_TK.shape[1]]
+        moved = (spread.probs_TK - top).abs().sum(1) + (spread.tail_T - (1 - top.sum(1))).abs()
+        said = (spread.probs_TK.sum(1) + spread.tail_T) > 0
+        total = total + (1 - objective.ce_weight) * spread.share * 0.5 * moved * said
     return total
 
 
@@ -103,17 +103,17 @@ def test_loss_and_gradients_are_those_of_dense_logits(
 @pytest.mark.parametrize("target_share", [0.0, 0.5])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-def test_ranks_and_weights_of_the_text_are_those_of_dense_logits(
+def test_spreads_and_weights_of_the_text_are_those_of_dense_logits(
     ce_weight: float, temperature: float, target_share: float, chunk: int
 ) -> None:
     hidden, head = some_hidden(12), some_head(scale=0.4, cap=3.0)
     weights = torch.linspace(-0.5, 1.5, 12, dtype=torch.float64)
-    labels = replace(some_labels(), text_weight_T=weights, ranks=(some_ranks(0.3, 7, 1), some_ranks(0.2, 3, 2)))
+    labels = replace(some_labels(), text_weight_T=weights, spreads=(some_spread(0.3, 7, 1), some_spread(0.2, 3, 2)))
     objective = Objective(ce_weight, divergence("reverse_kl"), temperature, chunk, target_share)
-    for given in (labels, replace(labels, text_weight_T=None), replace(labels, ranks=())):
+    for given in (labels, replace(labels, text_weight_T=None), replace(labels, spreads=())):
         got, expected = head_loss(head, hidden, given, objective), dense(head, hidden, given, objective)
         torch.testing.assert_close(got.total, expected.sum(), atol=1e-6, rtol=1e-6)
-        assert len(got.ranks_T) == len(given.ranks)
+        assert len(got.spreads_NT) == len(given.spreads)
         inputs = [hidden, head.weight_VD]
         for one, two in zip(
             torch.autograd.grad(got.total, inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
@@ -121,8 +121,8 @@ def test_ranks_and_weights_of_the_text_are_those_of_dense_logits(
             torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-6)
 
 
-def test_more_ranks_than_tokens_are_refused() -> None:
-    labels = replace(some_labels(), ranks=(some_ranks(1.0, VOCAB_SIZE + 1, 1),))
+def test_more_sorted_probabilities_than_tokens_are_refused() -> None:
+    labels = replace(some_labels(), spreads=(some_spread(1.0, VOCAB_SIZE + 1, 1),))
     with pytest.raises(ValueError, match=f"at most {VOCAB_SIZE} sorted probabilities, .* received {VOCAB_SIZE + 1}"):
         head_loss(some_head(), some_hidden(12), labels, Objective(0.0))
 
@@ -247,8 +247,8 @@ def fixed_points() -> list[str]:
     for name, loss in losses.items():
         rows.append(row(name, at_rest(partial(loss, labels=labels), labels)[0]))
     rows.append(row("ALM, the text being the likeliest token", at_rest(partial(_spans, labels=labels), labels)[0]))
-    ranks = (Ranks(labels.probs_TK, labels.tail_T, 1.0),)
-    ranked = partial(_ours, labels=replace(labels, ranks=ranks), objective=Objective(0.0, target_share=0.0))
+    spreads = (Spread(labels.probs_TK, labels.tail_T, 1.0),)
+    ranked = partial(_ours, labels=replace(labels, spreads=spreads), objective=Objective(0.0, target_share=0.0))
     (q,) = at_rest(ranked, labels, lean=0.01)
     rows.append(row("sorted ULD, for a student that leans to other tokens", q))
     rows.append(row("the same, over the student's own likeliest tokens", np.sort(q)[::-1]))

@@ -22,7 +22,7 @@ from trainer.labels import Labels, labels_from
 from trainer.loop import train
 from trainer.losses import Objective, head_loss
 from trainer.metrics import read_metrics
-from trainer.parts import Part, Spans, ranks_from, spans_from, weigh_spans
+from trainer.parts import Part, Spans, spans_from, spread_from, weigh_spans
 from trainer.preview import preview
 from trainer.reading import Reader
 from trainer.step import plan_step
@@ -55,11 +55,13 @@ def test_the_loss_on_spans_and_its_gradient_are_those_of_dense_logits(
     head, hidden, labels = some_head(), some_hidden(12), some_labels()
     objective = Objective(ce_weight, divergence(name), 1.0, 5, 0.0, span_temperature)
     two = [some_spans(0.7), some_spans(0.3, seed=1)]
-    weighed, sums = weigh_spans(head, hidden, labels, objective, two)
+    weighed, of_spans = weigh_spans(head, hidden, labels, objective, two)
     got = head_loss(head, hidden, weighed, objective)
     logits = hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V)
     each = [dense_spans(logits, labels, spans, objective).sum() for spans in two]
-    torch.testing.assert_close(torch.stack(sums), torch.stack(each).detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        torch.stack([one.sum() for one in of_spans]), torch.stack(each).detach(), atol=1e-6, rtol=1e-6
+    )
     ce = torch.nn.functional.cross_entropy(logits, labels.tokens_T, reduction="sum")
     expected = ce_weight * ce + (1 - ce_weight) * (0.7 * each[0] + 0.3 * each[1])
     inputs = [hidden, head.weight_VD]
@@ -79,14 +81,14 @@ def test_free_spans_come_to_rest_on_the_teachers_likelihoods(name: str, span_tem
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
     for _ in range(500):
         optimizer.zero_grad()
-        weighed, sums = weigh_spans(FREE, logits, labels, objective, [spans])
+        weighed, of_spans = weigh_spans(FREE, logits, labels, objective, [spans])
         head_loss(FREE, logits, weighed, objective).total.backward()
         optimizer.step()
         schedule.step()
     log_q_T = logits.detach().log_softmax(-1).gather(1, labels.tokens_T[:, None])[:, 0]
     found = [float(log_q_T[spans.span_T == s].sum().exp()) for s in range(5)]
     np.testing.assert_allclose(found, likely, rtol=0.02)
-    assert float(sums[0]) == pytest.approx(0, abs=1e-3 * span_temperature**0.5)
+    assert float(of_spans[0].sum()) == pytest.approx(0, abs=1e-3 * span_temperature**0.5)
     untouched = logits.detach()[spans.span_T == 5]
     assert not untouched.any()
 
@@ -99,10 +101,10 @@ def test_a_span_that_is_certain_on_either_side_keeps_the_gradient_finite(name: s
     head = replace(FREE, weight_VD=torch.eye(2))
     for temperature in (1.0, 100.0):
         objective = Objective(0.0, divergence(name), target_share=0.0, span_temperature=temperature)
-        weighed, sums = weigh_spans(head, logits, labels, objective, [spans])
+        weighed, of_spans = weigh_spans(head, logits, labels, objective, [spans])
         (slope,) = torch.autograd.grad(head_loss(head, logits, weighed, objective).total, logits)
         assert bool(torch.isfinite(slope).all())
-        assert bool(torch.isfinite(sums[0]))
+        assert bool(torch.isfinite(of_spans[0]).all())
 
 
 # --- from lessons to tensors ---
@@ -142,14 +144,14 @@ def test_spans_that_are_not_supervised_whole_are_left_out(tiny_byte_level: Path)
     assert with_bos.share == 0.5
 
 
-def test_ranks_stand_at_their_positions(tiny_byte_level: Path) -> None:
+def test_sorted_probabilities_stand_at_their_positions(tiny_byte_level: Path) -> None:
     said = SortedProbs(
         np.array([0, 2]), np.array([[0.5, 0.2], [0.6, 0.1]], np.float32), np.array([0.3, 0.3], np.float32)
     )
     lessons = [lesson_of(None, "11", tiny_byte_level), lesson_of(said, "1110", tiny_byte_level)]
-    ranks = ranks_from(lessons, replace(PART, match="sorted"), 1)
-    np.testing.assert_allclose(ranks.probs_TK, np.array([[0, 0], [0, 0], [0.6, 0.1]]))
-    np.testing.assert_allclose(ranks.tail_T, [0, 0, 0.3])
+    spread = spread_from(lessons, replace(PART, match="sorted"), 1)
+    np.testing.assert_allclose(spread.probs_TK, np.array([[0, 0], [0, 0], [0.6, 0.1]]))
+    np.testing.assert_allclose(spread.tail_T, [0, 0, 0.3])
 
 
 # --- whole runs ---
