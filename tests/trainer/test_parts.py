@@ -13,6 +13,7 @@ from alignment.unaligned import SortedProbs, SpanLikelihoods
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from tests.trainer.test_losses import FREE, some_head, some_hidden, some_labels
+from tests.trainer.test_ranks import assert_equal_runs, torchrun
 from trainer.config import RunConfig
 from trainer.data import Sample
 from trainer.divergences import NAMES, divergence
@@ -278,6 +279,23 @@ def test_accumulation_and_what_is_cached_change_nothing(
             config = run_config(tiny_byte_level, corpus, tmp_path / name, urls, train=sections)
             train(matched(config, match))
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
+
+
+def test_one_and_two_ranks_give_the_same_losses_with_parts(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_sentencepiece) as urls:
+        for name in ("one", "two"):
+            sections: dict[str, Any] = {"train": {"accumulate": 2}, "loss": {"divergence": "jensen_shannon"}}
+            config = run_config(tiny_byte_level, corpus, tmp_path / name, [*urls, *urls, *urls], **sections)
+            config = matched(config, "tokens", "spans", "sorted")
+            train(config) if name == "one" else torchrun(config, 2)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    one, two = (steps_of(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for teacher in ("t1", "t2"):
+            assert a["teachers"][teacher]["loss"] == pytest.approx(b["teachers"][teacher]["loss"], abs=1e-5)
 
 
 def test_a_preview_is_of_the_teachers_that_are_fused(
