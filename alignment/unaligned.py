@@ -33,20 +33,31 @@ class SpanLikelihoods:
     def __len__(self) -> int:
         return len(self.logprobs)
 
+    @property
+    def nbytes(self) -> int:
+        return self.student.nbytes + self.teacher.nbytes + self.logprobs.nbytes + self.num_bytes.nbytes
+
 
 @dataclass(frozen=True, eq=False)
 class SortedProbs:
     """P student positions at which both models have read the same text, and the teacher's row there.
 
     positions  [P] int64 student positions
-    probs      [P, K + 1] float32 listed probabilities in descending order, the actual token's among them; 0 where
-               the row lists fewer
+    probs      [P, K] float32 the K largest probabilities, in descending order. The actual token counts where it is one
+               of them: of another one the rank is not known
     tail       [P] float32: what the row does not list
     """
 
     positions: NDArray[np.int64]
     probs: NDArray[np.float32]
     tail: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def nbytes(self) -> int:
+        return self.positions.nbytes + self.probs.nbytes + self.tail.nbytes
 
 
 def span_likelihoods(rows: Rows, first_row: int, teacher: Tokens, student: Tokens) -> SpanLikelihoods:
@@ -74,12 +85,8 @@ def sorted_probs(rows: Rows, first_row: int, teacher: Tokens, student: Tokens) -
     check_rows(rows, first_row, teacher)
     cuts = common_cuts(teacher, student)
     spoken = _spoken(cuts, first_row, teacher)
-    tokens = cuts.teacher[:-1][spoken]
-    row = tokens - first_row
-    listed = (rows.ids[row] == teacher.ids[tokens, None]).any(axis=1)
-    actual = np.where(listed, -np.inf, rows.actual[row])
-    logprobs = np.concatenate([rows.logprobs[row], actual[:, None]], axis=1)
-    probs = -np.sort(-np.exp(logprobs, dtype=np.float64), axis=1)
+    row = cuts.teacher[:-1][spoken] - first_row
+    probs = -np.sort(-np.exp(rows.logprobs[row], dtype=np.float64), axis=1)
     tail = np.maximum(1.0 - probs.sum(axis=1), 0.0)
     return SortedProbs(cuts.student[:-1][spoken], probs.astype(np.float32), tail.astype(np.float32))
 

@@ -27,8 +27,9 @@ from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
 from trainer.divergences import NAMES, divergence, forward_kl
-from trainer.labels import Labels
+from trainer.labels import Labels, Spread
 from trainer.losses import Head, Objective, head_loss
+from trainer.parts import Spans, weigh_spans
 
 TOP_K = 64
 
@@ -89,6 +90,19 @@ def ours(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Obj
     return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
 
 
+def by_spans(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
+    """A teacher of one span to each token."""
+    spans = Spans(torch.arange(len(labels), device=hidden_TD.device), labels.probs_TK[:, 0].log(), 1.0)
+    labels, _ = weigh_spans(Head(weight_VD), hidden_TD, labels, objective, [spans])
+    return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
+
+
+def by_spread(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
+    """A teacher of sorted probabilities."""
+    labels = replace(labels, spreads=(Spread(labels.probs_TK, labels.tail_T, 1.0),))
+    return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
+
+
 Arm = Callable[[Tensor, Tensor, Labels], Tensor]
 
 
@@ -96,12 +110,15 @@ def arms(chunk_tokens: int) -> dict[str, Arm]:
     fused = {
         name: partial(ours, objective=Objective(0.1, divergence(name), chunk_tokens=chunk_tokens)) for name in NAMES
     }
+    alone = Objective(0.1, chunk_tokens=chunk_tokens, target_share=0.0)
     return {
         "dense forward_kl + ce": dense,
         "dense ce": dense_cross_entropy,
         "torch chunked ce": torch_chunked,
         "ours ce": partial(ours, objective=Objective(chunk_tokens=chunk_tokens)),
         **{f"ours {name} + ce": arm for name, arm in fused.items()},
+        "ours by spans + ce": partial(by_spans, objective=alone),
+        "ours by sorted probabilities + ce": partial(by_spread, objective=alone),
     }
 
 

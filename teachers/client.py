@@ -134,10 +134,12 @@ class TeacherClient:
         positions = sum(len(s) - start for s, start in zip(request.sequences, request.starts, strict=True))
         data = await self._http.post(
             "/v1/score",
-            request.model_dump_json().encode(),
+            request.model_dump_json(exclude_defaults=True).encode(),  # what an older server does not know
             timeout_s,
             expect=ARROW_STREAM,
-            limit_bytes=positions * (request.top_k * 6 + 8) + len(request.sequences) * 1024 + OVERHEAD_BYTES,
+            limit_bytes=positions * (request.top_k * 6 + 8 + request.num_chosen * 4)
+            + len(request.sequences) * 1024
+            + OVERHEAD_BYTES,
             headers={TIMEOUT_HEADER: f"{timeout_s:.3f}"},
         )
         with self._http.named():

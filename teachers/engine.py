@@ -7,7 +7,7 @@ drops what nobody waits for.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from teachers.protocol import Card
 from teachers.rows import Rows
@@ -63,4 +63,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop working; what is still waiting is dropped."""
+        ...
+
+
+@runtime_checkable
+class ChoosingEngine(Engine, Protocol):
+    """An engine that scores chosen ids too: its card's max_chosen is above 0."""
+
+    async def score_chosen(self, sequence: list[int], start: int, top_k: int, chosen: list[list[int]]) -> Rows:
+        """`score`, with the log-probabilities of the ids that are chosen for each of the positions."""
         ...

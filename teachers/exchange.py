@@ -29,6 +29,8 @@ class Exchange:
         """What is asked, as far as numbers say it."""
         tokens = sum(map(len, question.sequences))
         self._said |= {"sequences": len(question.sequences), "tokens": tokens, "top_k": question.top_k}
+        if question.chosen:
+            self._said["chosen"] = question.num_chosen
 
     def admitted(self) -> None:
         """The engine works on it: its time counts."""

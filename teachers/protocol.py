@@ -50,6 +50,8 @@ class Card(Message):
     """Longest sequence it takes, BOS included."""
     max_top_k: int
     """Largest K it answers."""
+    max_chosen: int = 0
+    """Most chosen ids a position that it scores beside its K likeliest; 0 where its engine cannot."""
 
     @property
     def prefix(self) -> list[int]:
@@ -63,6 +65,14 @@ class ScoreRequest(Message):
     sequences: list[list[Annotated[int, Field(ge=0)]]]
     starts: list[Annotated[int, Field(ge=1)]]
     top_k: Annotated[int, Field(ge=1)]
+    chosen: list[list[list[Annotated[int, Field(ge=0)]]]] = []
+    """For each sequence, for each position from its start on, ids to score beside the K likeliest: as many at every
+    position, at most the card's max_chosen. Empty: none."""
+
+    @property
+    def num_chosen(self) -> int:
+        """Chosen ids at every position."""
+        return len(self.chosen[0][0]) if self.chosen and self.chosen[0] else 0
 
 
 class TokenizerFile(Message):

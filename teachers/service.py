@@ -13,7 +13,8 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 
 from teachers.backlog import Backlog, bounded_s
-from teachers.engine import Engine
+from teachers.engine import ChoosingEngine, Engine
+from teachers.errors import TeacherError
 from teachers.exchange import Exchange
 from teachers.limits import Limits
 from teachers.meters import meters_in, own_registry
@@ -174,7 +175,13 @@ class Service:
     async def _one(self, question: ScoreRequest, index: int, deadline: float) -> tuple[int, Rows]:
         began = time.monotonic()
         async with asyncio.timeout_at(deadline):
-            rows = await self.engine.score(question.sequences[index], question.starts[index], question.top_k)
+            asked = (question.sequences[index], question.starts[index], question.top_k)
+            if not question.chosen:
+                rows = await self.engine.score(*asked)
+            elif isinstance(self.engine, ChoosingEngine):
+                rows = await self.engine.score_chosen(*asked, question.chosen[index])
+            else:
+                raise TeacherError(f"{self.engine.card.engine}: its card has max_chosen, and it scores no chosen ids")
         self.meters.engine_seconds.observe(time.monotonic() - began)
         self.meters.engine_ready.set(1)
         self.meters.sequences_scored.inc()
@@ -183,7 +190,7 @@ class Service:
 
     async def _chunks(self, question: ScoreRequest, tasks: list[Task], exchange: Exchange) -> Chunks:
         self._streams += 1
-        writer = StreamWriter(question.top_k, self.engine.card.fingerprint)
+        writer = StreamWriter(question.top_k, self.engine.card.fingerprint, question.num_chosen)
         try:
             for done in asyncio.as_completed(tasks):
                 index, rows = await done
@@ -230,3 +237,25 @@ def check_question(question: ScoreRequest, card: Card, limits: Limits) -> None:
         if max(sequence) >= card.vocab_size:
             detail = f"sequence {i} holds id {max(sequence)}; the vocabulary ends at {card.vocab_size - 1}"
             raise Refusal(422, "Token id out of range", detail)
+    if question.chosen:
+        _check_chosen(question, card)
+
+
+def _check_chosen(question: ScoreRequest, card: Card) -> None:
+    """How many there are in all is bounded by the body that holds them."""
+    if not card.max_chosen:
+        detail = f"{card.engine} scores no chosen ids: leave chosen out"
+        raise Refusal(422, "No chosen ids", detail)
+    expected = [len(s) - start for s, start in zip(question.sequences, question.starts, strict=True)]
+    received = [len(positions) for positions in question.chosen]
+    if received != expected:
+        detail = f"chosen: expected ids for {expected} positions, as many as are scored, received {received}"
+        raise Refusal(422, "Malformed", detail)
+    counts = {len(ids) for positions in question.chosen for ids in positions}
+    if len(counts) > 1 or not 1 <= max(counts) <= card.max_chosen:
+        detail = f"chosen: expected the same number of ids at every position, from 1 to {card.max_chosen}, received "
+        raise Refusal(422, "Malformed", detail + ", ".join(map(str, sorted(counts))))
+    largest = max(max(ids) for positions in question.chosen for ids in positions)
+    if largest >= card.vocab_size:
+        detail = f"chosen holds id {largest}; the vocabulary ends at {card.vocab_size - 1}"
+        raise Refusal(422, "Token id out of range", detail)

@@ -73,6 +73,9 @@ class StockClient:
         await self._http.get("/health", timeout_s)
 
     async def score(self, request: ScoreRequest, card: Card, timeout_s: float) -> list[Rows]:
+        with self._http.named():
+            if request.chosen:
+                raise Rejected("a plain vLLM server scores no chosen ids: leave chosen out")
         data = await self._complete(card.model, request, timeout_s)
         with self._http.named():
             return read_completion(data, request, card)

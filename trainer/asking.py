@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from alignment import AlignmentError, Target, Translation, Vocabulary, align, translate
 from alignment.report import AlignmentReport, report
+from alignment.unaligned import SortedProbs, SpanLikelihoods, sorted_probs, span_likelihoods
 from teachers.address import TeacherAddress
 from teachers.errors import Rejected, TeacherError, TeacherLost
 from teachers.keys import key_from_environment, key_from_file
@@ -35,7 +38,8 @@ class Answer:
     """One teacher's answer for one sample, before and after alignment.
 
     first_row is the teacher token that the first row speaks of: 0 with BOS, 1 without. There are no rows for a
-    text that the teacher writes in a single token without BOS; its target is then valid nowhere.
+    text that the teacher writes in a single token without BOS; its target is then valid nowhere. That is so too where
+    the teacher's tokens are not translated: then `unaligned` holds what it says.
     """
 
     rows: Rows | None
@@ -45,6 +49,12 @@ class Answer:
     report: AlignmentReport
     nats_per_token: float = math.inf  # that the teacher pays for its own tokens; inf where it has said nothing
     absent: bool = False  # the teacher was lost, and the run goes on without it
+    unaligned: SpanLikelihoods | SortedProbs | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory without its rows, nearly."""
+        return self.target.nbytes + self.reading.nbytes + (self.unaligned.nbytes if self.unaligned else 0)
 
     def without_rows(self) -> "Answer":
         return replace(self, rows=None)
@@ -62,12 +72,12 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A connected teacher, seen from one student."""
+    """A connected teacher, seen from one student; its tokens are not translated where it is matched otherwise."""
 
     config: TeacherConfig
     card: Card
     reader: Reader
-    translation: Translation
+    translation: Translation | None
 
     def sequence(self, reading: Reading) -> list[int]:
         """The ids to score."""
@@ -136,6 +146,8 @@ class Teachers:
 
 def _aligned(rows: Rows, teacher: Teacher, own: Reading, student: Reading) -> Answer:
     first_row = 1 - len(teacher.card.prefix)
+    if teacher.translation is None:
+        return _unaligned(rows, teacher, own, student)
     if own.rendered is not None and student.rendered is not None:
         whole = replace(rows, start=len(own.rendered.prefix) + own.hidden_bos + first_row)
         chat = align_chat(whole, own.rendered, student.rendered, teacher.translation)
@@ -147,6 +159,21 @@ def _aligned(rows: Rows, teacher: Teacher, own: Reading, student: Reading) -> An
     target = align(rows, first_row, *tokens, teacher.translation)
     figures = report(rows, first_row, tokens, target, teacher.translation)
     return Answer(rows, first_row, own, target, figures, -float(rows.actual.mean(dtype=float)))
+
+
+def _unaligned(rows: Rows, teacher: Teacher, own: Reading, student: Reading) -> Answer:
+    """Its bits per byte are over the spans that it speaks of; listed mass and aligned bits per byte, as far as any."""
+    first_row, tokens = 1 - len(teacher.card.prefix), (own.tokens, student.tokens)
+    spans = span_likelihoods(rows, first_row, *tokens)
+    said: SpanLikelihoods | SortedProbs = spans
+    valid, mass = int(np.diff(spans.student).sum()), math.nan
+    if teacher.config.match == "sorted":
+        said = sorted_probs(rows, first_row, *tokens)
+        valid, mass = len(said), float(said.probs.sum(dtype=float))
+    nats, num_bytes = float(spans.logprobs.sum()), int(spans.num_bytes.sum())
+    figures = AlignmentReport(len(student), valid, mass, nats, math.nan, num_bytes)
+    nothing, per_token = Target.nothing(len(student)), -float(rows.actual.mean(dtype=float))
+    return Answer(rows, first_row, own, nothing, figures, per_token, unaligned=said)
 
 
 def address_of(teacher: TeacherConfig) -> TeacherAddress:
@@ -200,9 +227,11 @@ async def connected(
             if config.data.has_chats:
                 template = chat_template(files, vocabulary, teacher.roles, teacher.chat_template)
             reader = Reader(vocabulary, card.prefix, template)
-            translation = await asyncio.to_thread(
-                translate, vocabulary, student.vocabulary, card.vocab_size, cache=tables_dir()
-            )
+            translation = None
+            if teacher.match == "tokens":
+                translation = await asyncio.to_thread(
+                    translate, vocabulary, student.vocabulary, card.vocab_size, cache=tables_dir()
+                )
             teachers.append(Teacher(teacher, card, reader, translation))
         yield Teachers(pool, teachers, student, config)
 

@@ -153,8 +153,11 @@ class TeacherConfig(Section):
     """Folder with its tokenizer.json, for a plain vLLM server, which hands out none."""
     top_k: Positive = 64
     """Candidates asked for at every position."""
+    match: Literal["tokens", "spans", "sorted"] = "tokens"
+    """tokens: its tokens are translated and it is fused; for others it has a part of the loss of its own: spans matches
+    the likelihoods of what both tokenizations cut out (ALM), sorted how the probability is spread (ULD)."""
     weight: Weight = 1.0
-    """What its part in a fusion is multiplied by, relative to the other teachers."""
+    """What its part in a fusion, or of the loss, is multiplied by, relative to the other teachers."""
     final_weight: Weight | None = None
     """The same at the end of the run, where fusion.schedule moves; `weight` if absent."""
     roles: Roles = {}
@@ -208,7 +211,7 @@ class FusionConfig(Section):
 
 
 class LossConfig(Section):
-    """[loss] λ · cross-entropy + (1 − λ) · divergence from the fused target."""
+    """[loss] λ · cross-entropy + (1 − λ) · divergence from the fused target and from teachers that are not fused."""
 
     ce_weight: Share = 0.9
     """λ: 1 trains on the text alone, 0 on the teachers alone."""
@@ -226,6 +229,8 @@ class LossConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of target and student in the divergence. Over top-k the target's tail is taken as spread evenly over all tokens
     that are not listed: above 1 that makes it too heavy, so keep near 1 unless the listed mass is high."""
+    span_temperature: Annotated[float, Field(gt=0)] = 100.0
+    """τ of teachers matched by spans: likelihoods are compared as p^(1/τ). At 1 an unlikely span teaches little."""
     chunk_tokens: Positive = 512
     """Positions whose logits exist at once."""
 
@@ -339,6 +344,11 @@ class RunConfig(Section):
                 raise ValueError("teachers: the weights are all 0, expected one above it")
         if len(self.teachers) > MOST_TEACHERS:
             raise ValueError(f"teachers: expected at most {MOST_TEACHERS}")
+        unfused = [f"teacher {t.name} is matched by {t.match}" for t in self.teachers if t.match != "tokens"]
+        if unfused and self.data.has_chats:
+            raise ValueError(f"teachers: {unfused[0]}, which is for texts; of chats tokens alone are aligned")
+        if unfused and self.fusion.method == "router":
+            raise ValueError(f"teachers: {unfused[0]}; fusion by router needs all of them to be matched by tokens")
         if self.fusion.method == "router" and not self.data.names_teachers:
             raise ValueError("data.sources: fusion by router needs the teacher_column of every source")
         if self.data.close_documents and all(source.messages_column for source in self.data.sources):

@@ -55,7 +55,7 @@ def token_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Ten
     labels = labels_from([tokens.ids[student.first_position :]], [None]).to(student.device)
     objective = Objective(chunk_tokens=chunk_tokens)
     with at_rest(student):
-        _, ce_T, _ = student.compute(
+        _, ce_T, *_ = student.compute(
             [tokens], [np.ones(len(labels), dtype=bool)], partial(head_loss, labels=labels, objective=objective)
         )
     return ce_T.cpu()

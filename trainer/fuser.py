@@ -13,23 +13,25 @@ from numpy.typing import NDArray
 
 from alignment import Target, Tokens
 from alignment.report import AlignmentReport
+from alignment.unaligned import SortedProbs, SpanLikelihoods
 from trainer.asking import Asked
-from trainer.config import FusionConfig, RunConfig, TeacherConfig
+from trainer.config import FusionConfig, RunConfig
 from trainer.data import Sample, Samples
 from trainer.errors import CheckpointError, DataError
-from trainer.fusion import METHODS, Aligned, Rule, fuse, text_nats
+from trainer.fusion import METHODS, Aligned, Fused, Rule, fuse, text_nats
 from trainer.priors import RunningBpb, routed, scheduled
 from trainer.reading import Reading
 
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What the student learns from one sample; `target` is None in plain training.
+    """What the student learns from one sample; `target` is None where no teacher is fused.
 
-    shares, reports, left_out  of each teacher: its part in the fusion, how it arrived, positions it had no answer for
+    shares, reports, left_out  of each teacher: its part of what all say, how it arrived, positions it had no answer for
     absent                     of each teacher: whether it was lost when the sample was asked for
     vanished                   positions where a geometric mean left nothing and the arithmetic one stands in
     shortened                  whether some model could not take the sample whole
+    unaligned                  of each teacher: what it says, where that is not a part of the target
     """
 
     sample: Sample
@@ -41,6 +43,7 @@ class Lesson:
     absent: tuple[bool, ...] = ()
     vanished: int = 0
     shortened: bool = False
+    unaligned: tuple[SpanLikelihoods | SortedProbs | None, ...] = ()
 
     @property
     def tokens(self) -> Tokens:
@@ -51,6 +54,15 @@ def rule_of(fusion: FusionConfig, top_k: int | None) -> Rule:
     """`adaptive` and `router` are means whose weights are chosen before."""
     method = fusion.method if fusion.method in METHODS else "mean"
     return Rule(method, fusion.scope, fusion.temperature, top_k)
+
+
+def part_shares(config: RunConfig, progress: float) -> NDArray[np.float64]:
+    """[N] what each teacher weighs at a progress of 0 to 1 through the run; they sum to 1."""
+    if not config.teachers:
+        return np.zeros(0)
+    weights = [teacher.weight for teacher in config.teachers]
+    last = [teacher.last_weight for teacher in config.teachers]
+    return scheduled(weights, last, config.fusion.schedule, progress)
 
 
 def _continued(running: RunningBpb, state: dict[str, Any]) -> RunningBpb:
@@ -75,7 +87,7 @@ def check_routes(samples: Samples, config: RunConfig) -> None:
 
 
 class Fuser:
-    """Fuses batches in their order.
+    """Fuses batches in their order; what teachers say whose tokens are not translated is handed through.
 
     vocab_size is the student's; num_steps is the length of the schedule of weights; state is what an earlier Fuser
     of the same run has left; without `cut`, rows keep all their entries.
@@ -90,9 +102,9 @@ class Fuser:
         *,
         cut: bool = True,
     ):
-        self._fusion = config.fusion
-        self._teachers: Sequence[TeacherConfig] = config.teachers
-        self._names = tuple(teacher.name for teacher in config.teachers)
+        self._config = config
+        self._fused_N = np.array([teacher.match == "tokens" for teacher in config.teachers], dtype=bool)
+        self._names = tuple(teacher.name for teacher in config.teachers if teacher.match == "tokens")
         self._vocab_size = vocab_size
         self._num_steps = num_steps
         self._rule = rule_of(config.fusion, config.fusion.top_k if cut else None)
@@ -109,46 +121,52 @@ class Fuser:
 
     def fuse(self, batch: Sequence[Asked], step: int = 0) -> tuple[Lesson, ...]:
         """The lessons of one batch, the `step`-th from 0. `check_routes` has been passed."""
-        if not self._teachers:
+        if not self._config.teachers:
             return tuple(Lesson(asked.sample, asked.reading, shortened=asked.shortened) for asked in batch)
-        static = scheduled(
-            [teacher.weight for teacher in self._teachers],
-            [teacher.last_weight for teacher in self._teachers],
-            self._fusion.schedule,
-            min(step / max(self._num_steps - 1, 1), 1.0),
-        )
-        aligned = [self._aligned(asked, static) for asked in batch]
+        static_N = part_shares(self._config, min(step / max(self._num_steps - 1, 1), 1.0))
+        if not static_N[self._fused_N].any():
+            return tuple(self._lesson(asked, static_N) for asked in batch)
+        aligned = [self._aligned(asked, static_N[self._fused_N]) for asked in batch]
         fused = fuse(aligned, self._rule, self._vocab_size)
         if self._running is not None:
             for asked, sample in zip(batch, aligned, strict=True):
                 nats, num_bytes = text_nats(sample, self._vocab_size)
                 self._running = self._running.updated(asked.sample.domain, nats, num_bytes)
-        return tuple(
-            Lesson(
-                asked.sample,
-                asked.reading,
-                one.target,
-                tuple(one.shares_N.tolist()),
-                tuple(answer.report for answer in asked.answers),
-                tuple(one.left_out_N.tolist()),
-                tuple(answer.absent for answer in asked.answers),
-                one.num_vanished,
-                asked.shortened,
-            )
-            for asked, one in zip(batch, fused, strict=True)
+        return tuple(self._lesson(asked, static_N, one) for asked, one in zip(batch, fused, strict=True))
+
+    def _lesson(self, asked: Asked, static_N: NDArray[np.float64], fused: Fused | None = None) -> Lesson:
+        """A teacher that is not fused has the share of its weight where it has answered."""
+        answers = asked.answers
+        shares_N = np.where([a.unaligned is not None for a in answers], static_N, 0) / static_N.sum()
+        left_out_N = np.zeros(len(answers), dtype=np.int64)
+        if fused is not None:
+            shares_N[self._fused_N] = fused.shares_N * (static_N[self._fused_N].sum() / static_N.sum())
+            left_out_N[self._fused_N] = fused.left_out_N
+        return Lesson(
+            asked.sample,
+            asked.reading,
+            None if fused is None else fused.target,
+            tuple(shares_N.tolist()),
+            tuple(answer.report for answer in answers),
+            tuple(left_out_N.tolist()),
+            tuple(answer.absent for answer in answers),
+            0 if fused is None else fused.num_vanished,
+            asked.shortened,
+            tuple(answer.unaligned for answer in answers),
         )
 
     def _aligned(self, asked: Asked, static: NDArray[np.float64]) -> Aligned:
+        answers = [answer for answer, is_fused in zip(asked.answers, self._fused_N, strict=True) if is_fused]
         return Aligned(
-            targets=tuple(answer.target for answer in asked.answers),
+            targets=tuple(answer.target for answer in answers),
             labels_T=asked.reading.tokens.ids,
             num_bytes_T=asked.reading.num_bytes_T,
             prior_N=self._prior(asked.sample, static),
-            own_ce_N=np.array([answer.nats_per_token for answer in asked.answers]),
+            own_ce_N=np.array([answer.nats_per_token for answer in answers]),
         )
 
     def _prior(self, sample: Sample, static: NDArray[np.float64]) -> NDArray[np.float64]:
-        if self._fusion.method == "router":
+        if self._config.fusion.method == "router":
             return routed(self._names, sample.teacher or "")
         if self._running is None:
             return static

@@ -134,10 +134,12 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
             "aligned_bpb": _number(total.aligned_bpb),
             "fleet": batch.fleets.get(teacher.name, {}),
         }
+        if teacher.name in result.parts:
+            teachers[teacher.name]["loss"] = result.parts[teacher.name]
     return values | {
         "divergence": result.divergence,
-        "coverage": valid / sum(len(t) for t in targets),
-        "mass": sum(float(t.mass.sum()) for t in targets) / max(valid, 1),
+        "coverage": valid / sum(len(t) for t in targets) if targets else None,
+        "mass": sum(float(t.mass.sum()) for t in targets) / max(valid, 1) if targets else None,
         "vanished": sum(lesson.vanished for lesson in batch.lessons),
         "teachers": teachers,
     }

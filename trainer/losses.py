@@ -9,6 +9,10 @@ optimum is the teacher's own distribution with its own tail: a truncated loss le
 one makes the student overconfident. With r = softmax over what is not listed, q the student, g the derivatives of the
 divergence by log q of each bucket and G their sum, the derivative by logit j is g_j − G q_j where j is listed and
 r_j (g_tail − G q_tail) where not: everything that is as long as the vocabulary is one softmax, scaled.
+
+A teacher whose tokens have no names here gives its sorted probabilities (Universal Logit Distillation, arXiv
+2402.12030): they are held against the student's own K likeliest tokens, in their order, by total variation. Each such
+teacher takes one more pass over the logits, and no product.
 """
 
 from collections.abc import Sequence
@@ -18,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.divergences import NOTHING_NATS, Divergence, forward_kl, tempered
-from trainer.labels import Labels
+from trainer.divergences import NOTHING_NATS, Divergence, forward_kl, tempered, total_variation
+from trainer.labels import Labels, Spread
 
 # torch legend: T positions of a batch, C of a chunk, K listed tokens, B buckets (K and the tail), V vocabulary, D width
 
@@ -52,23 +56,36 @@ class Head:
 
 @dataclass(frozen=True)
 class Objective:
-    """ce_weight · cross-entropy + (1 − ce_weight) · temperature² · divergence of the tempered distributions."""
+    """ce_weight · cross-entropy + (1 − ce_weight) · what the teachers say.
+
+    Of that, target_share is the divergence from the fused target, temperature² times that of the tempered
+    distributions; the rest belongs to teachers whose tokens are not translated (Labels.spreads, parts.py).
+    """
 
     ce_weight: float = 1.0
     divergence: Divergence = forward_kl
     temperature: float = 1.0
     chunk_tokens: int = 512
+    target_share: float = 1.0
+    span_temperature: float = 100.0
+
+    @property
+    def target_weight(self) -> float:
+        """What the divergence from the fused target is multiplied by."""
+        return (1 - self.ce_weight) * self.target_share * self.temperature**2
 
 
 class Loss(NamedTuple):
     """total is the sum over T positions, with its gradient; the others are nats of each, without weights or gradient.
 
-    The divergence is not computed where it has no weight, and then 0.
+    The divergence is not computed where it has no weight, and then 0. spreads_NT are total variations, a row for
+    each of the labels' spreads.
     """
 
     total: Tensor
     ce_T: Tensor
     divergence_T: Tensor
+    spreads_NT: Tensor
 
 
 def head_loss(head: Head, hidden_TD: Tensor, labels: Labels, objective: Objective) -> Loss:
@@ -78,7 +95,8 @@ def head_loss(head: Head, hidden_TD: Tensor, labels: Labels, objective: Objectiv
     """
     if len(hidden_TD) != len(labels):
         raise ValueError(f"expected as many labels as hidden states, received {len(labels)} and {len(hidden_TD)}")
-    return Loss(*_HeadLoss.apply(hidden_TD, head.weight_VD, head.bias_V, _Job(head, labels, objective)))
+    job = _Job(head, labels, objective, torch.is_grad_enabled())
+    return Loss(*_HeadLoss.apply(hidden_TD, head.weight_VD, head.bias_V, job))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +104,7 @@ class _Job:
     head: Head
     labels: Labels
     objective: Objective
+    makes_gradients: bool
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -96,18 +115,20 @@ class _HeadLoss(torch.autograd.Function):
         kind, size = hidden_TD.device.type, job.objective.chunk_tokens
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
         head = replace(job.head, weight_VD=weight_VD.to(dtype))
-        gradients = _Gradients((hidden_TD, weight_VD, bias_V), ctx.needs_input_grad)
+        needed = [needs and job.makes_gradients for needs in ctx.needs_input_grad]  # said of inputs, whatever the mode
+        gradients = _Gradients((hidden_TD, weight_VD, bias_V), needed)
         parts = []
         with torch.autocast(kind, enabled=False):
             for n, (hidden_CD, chunk) in enumerate(zip(hidden_TD.split(size), job.labels.split(size), strict=True)):
                 hidden_CD = hidden_CD.to(dtype)
-                ce_C, divergence_C, slope_CV = _chunk(head, hidden_CD, chunk, job.objective)
+                *columns, slope_CV = _chunk(head, hidden_CD, chunk, job.objective)
                 gradients.add(n * size, hidden_CD, slope_CV, head.weight_VD)
-                parts.append((ce_C, divergence_C))
+                parts.append(columns)
         ctx.gradients = gradients.finished()
-        ce_T, divergence_T = (torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.mark_non_differentiable(ce_T, divergence_T)
-        return weighted(ce_T, divergence_T, job.objective).sum(), ce_T, divergence_T
+        ce_T, divergence_T, *spreads = (torch.cat(column) for column in zip(*parts, strict=True))
+        spreads_NT = torch.stack(spreads) if spreads else ce_T.new_zeros(0, len(ce_T))
+        ctx.mark_non_differentiable(ce_T, divergence_T, spreads_NT)
+        return weighted(job.labels, job.objective, ce_T, divergence_T, *spreads).sum(), ce_T, divergence_T, spreads_NT
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,30 +176,47 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def weighted(ce_T: Tensor, divergence_T: Tensor, objective: Objective) -> Tensor:
+def weighted(labels: Labels, objective: Objective, ce_T: Tensor, divergence_T: Tensor, *spreads_T: Tensor) -> Tensor:
     """[T] nats: each position's part of the loss."""
-    weight = objective.ce_weight
-    if weight == 1:
-        return ce_T
-    return weight * ce_T + (1 - weight) * objective.temperature**2 * divergence_T
+    text_T = ce_T * (objective.ce_weight if labels.text_weight_T is None else labels.text_weight_T)
+    total_T = text_T + objective.target_weight * divergence_T
+    for spread, apart_T in zip(labels.spreads, spreads_T, strict=True):
+        total_T = total_T + (1 - objective.ce_weight) * spread.share * apart_T
+    return total_T
 
 
-def _chunk(head: Head, hidden_CD: Tensor, labels: Labels, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """[C] cross-entropy, [C] divergence, and [C, V] the derivatives of their weighted sum by logits before the cap."""
+def _chunk(head: Head, hidden_CD: Tensor, labels: Labels, objective: Objective) -> list[Tensor]:
+    """[C] cross-entropy, [C] divergence, [C] of each of the spreads, and last the derivatives of their weighted sum.
+
+    Those are by the logits [C, V] before scale and cap.
+    """
     logits_CV = head.logits(hidden_CD)
     kept_CV = logits_CV.clone() if head.cap else None
-    if objective.ce_weight == 1:
+    sorted_out = [_spread(logits_CV, labels, spread, objective) for spread in labels.spreads]
+    text_C1 = _text_weight(labels, objective, logits_CV)
+    if objective.target_weight == 0:
         ce_C, slope_CV = _text(logits_CV, labels)
         divergence_C = torch.zeros_like(ce_C)
+        if objective.ce_weight != 1 or labels.text_weight_T is not None:
+            slope_CV *= text_C1
     elif objective.temperature == 1:
-        ce_C, divergence_C, slope_CV = _buckets(logits_CV, labels, objective)
+        ce_C, divergence_C, slope_CV = _buckets(logits_CV, labels, objective, text_C1)
     else:
         text_CV = logits_CV.clone()
         tempered = logits_CV.div_(objective.temperature)
-        _, divergence_C, slope_CV = _buckets(tempered, labels, objective, text_weight=0.0)
+        _, divergence_C, slope_CV = _buckets(tempered, labels, objective, torch.zeros_like(text_C1))
         ce_C, text_slope_CV = _text(text_CV, labels)
-        slope_CV = slope_CV.mul_(1 / objective.temperature).add_(text_slope_CV, alpha=objective.ce_weight)
-    return ce_C, divergence_C, head.through(slope_CV, kept_CV)
+        slope_CV = slope_CV.mul_(1 / objective.temperature).addcmul_(text_slope_CV, text_C1)
+    for _, own_slope_CV in sorted_out:
+        slope_CV += own_slope_CV
+    return [ce_C, divergence_C, *(apart_C for apart_C, _ in sorted_out), head.through(slope_CV, kept_CV)]
+
+
+def _text_weight(labels: Labels, objective: Objective, logits_CV: Tensor) -> Tensor:
+    """[C, 1] what each token's cross-entropy is weighed with; [1, 1] where it is the same for all."""
+    if labels.text_weight_T is None:
+        return logits_CV.new_full((1, 1), objective.ce_weight)
+    return labels.text_weight_T[:, None].to(logits_CV.dtype)
 
 
 def _text(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
@@ -190,14 +228,27 @@ def _text(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     return (log_z_C1 - label_C1).squeeze(1), q_CV.scatter_add_(1, tokens_C1, minus_one)
 
 
-def _buckets(
-    logits_CV: Tensor, labels: Labels, objective: Objective, text_weight: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _spread(logits_CV: Tensor, labels: Labels, spread: Spread, objective: Objective) -> tuple[Tensor, Tensor]:
+    """[C] total variation between sorted probabilities, and [C, V] the derivatives of its part of the loss.
+
+    The gradient goes to the tokens that lead in the student now. Raises ValueError for a longer list than its tokens.
+    """
+    top_k, vocab_size = spread.probs_TK.shape[1], logits_CV.shape[1]
+    if top_k > vocab_size:
+        raise ValueError(f"expected at most {vocab_size} sorted probabilities, as many as tokens, received {top_k}")
+    ids_CK = logits_CV.topk(top_k).indices
+    sorted_labels = Labels(labels.tokens_T, ids_CK, torch.ones_like(ids_CK).bool(), spread.probs_TK, spread.tail_T)
+    alone = Objective(0.0, total_variation, target_share=(1 - objective.ce_weight) * spread.share)
+    no_text = logits_CV.new_zeros((1, 1))
+    _, apart_C, slope_CV = _buckets(logits_CV.clone(), sorted_labels, alone, no_text)
+    return apart_C, slope_CV
+
+
+def _buckets(logits_CV: Tensor, labels: Labels, objective: Objective, text_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[C] cross-entropy, [C] divergence, and [C, V] the derivatives of their weighted sum, in the place of the logits.
 
-    text_weight is what the cross-entropy's derivatives are taken with, ce_weight if absent.
+    text_C1 is what the cross-entropy's derivatives are taken with, [1, 1] or for each position.
     """
-    text_weight = objective.ce_weight if text_weight is None else text_weight
     tokens_C1 = labels.tokens_T[:, None]
     label_C1 = logits_CV.gather(1, tokens_C1)
     listed_CK = logits_CV.gather(1, labels.ids_TK).masked_fill_(~labels.listed_TK, -torch.inf)
@@ -208,10 +259,10 @@ def _buckets(
 
     divergence_C, g_CB = _small(labels, log_q_CB, objective, logits_CV.shape[1])
     q_CB = log_q_CB.exp()
-    slope_CB = g_CB + q_CB * (text_weight - g_CB.sum(1, keepdim=True))  # g_j − G q_j, and the text's own q_j
+    slope_CB = g_CB + q_CB * (text_C1 - g_CB.sum(1, keepdim=True))  # g_j − G q_j, and the text's own q_j
     rest_CV *= slope_CB[:, -1:]
     rest_CV.scatter_add_(1, labels.ids_TK, slope_CB[:, :-1] * labels.listed_TK)
-    rest_CV.scatter_add_(1, tokens_C1, torch.full_like(label_C1, -text_weight))
+    rest_CV.scatter_add_(1, tokens_C1, (-text_C1).expand_as(label_C1))
     return (log_z_C1 - label_C1).squeeze(1), divergence_C, rest_CV
 
 
@@ -224,7 +275,7 @@ def _small(labels: Labels, log_q_CB: Tensor, objective: Objective, vocab_size: i
         leaf_CB = log_q_CB.detach().requires_grad_()
         divergence_C = objective.divergence(p_CB, leaf_CB) * has_target_C
         (g_CB,) = torch.autograd.grad(divergence_C.sum(), leaf_CB)
-    return divergence_C.detach(), g_CB * ((1 - objective.ce_weight) * objective.temperature**2)
+    return divergence_C.detach(), g_CB * objective.target_weight
 
 
 def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:

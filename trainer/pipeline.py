@@ -46,7 +46,7 @@ class _AnswerCache:
         nbytes = 0
         if asked is not None:
             asked = replace(asked, answers=tuple(answer.without_rows() for answer in asked.answers))
-            nbytes = asked.reading.nbytes + sum(a.target.nbytes + a.reading.nbytes for a in asked.answers)
+            nbytes = asked.reading.nbytes + sum(answer.nbytes for answer in asked.answers)
         if asked is not None and any(answer.absent for answer in asked.answers):
             return  # a teacher that is back by then is asked
         if sample.index not in self._known and self.nbytes + nbytes <= self._limit:

@@ -1,8 +1,8 @@
 """One optimizer step: forward and backward over the parts of a batch, divided once by its number of tokens."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,8 @@ from trainer.divergences import divergence
 from trainer.errors import DataError, NonFiniteLoss
 from trainer.fuser import Lesson
 from trainer.labels import labels_from
-from trainer.losses import Objective, head_loss, weighted
+from trainer.losses import Objective
+from trainer.parts import Part, parts_loss, parts_of, target_share, with_parts
 from trainer.pipeline import labels_of, supervised_from
 from trainer.priors import scheduled
 from trainer.ranks import Ranks
@@ -32,32 +33,38 @@ class StepPlan:
     clip_norm: float
     teachers: tuple[str, ...]
     seed: tuple[int, ...] = (0,)
+    parts: tuple[Part, ...] = ()
 
 
 def plan_step(config: RunConfig, step: int, num_steps: int) -> StepPlan:
     """`step` counts from 0."""
+    progress = min(step / max(num_steps - 1, 1), 1.0)
+    objective = objective_at(config.loss, progress, target_share(config, progress))
     return StepPlan(
         learning_rate(step, num_steps, config.optim),
-        objective_at(config.loss, step / max(num_steps - 1, 1)),
+        objective,
         config.train.accumulate,
         config.optim.clip_norm,
         tuple(teacher.name for teacher in config.teachers),
         (config.train.seed, 3, step),
+        parts_of(config, progress) if objective.ce_weight < 1 else (),
     )
 
 
-def objective_at(loss: LossConfig, progress: float) -> Objective:
-    """The loss at a progress of 0 to 1 through the run."""
+def objective_at(loss: LossConfig, progress: float, share: float = 1.0) -> Objective:
+    """The loss at a progress of 0 to 1 through the run; share is what the fused teachers weigh of all."""
     first, last = loss.ce_weight, loss.last_ce_weight
-    ce_weight = scheduled([first, 1 - first], [last, 1 - last], loss.schedule, min(progress, 1.0))[0]
-    return Objective(float(ce_weight), divergence(loss.divergence, loss.mix), loss.temperature, loss.chunk_tokens)
+    ce_weight = float(scheduled([first, 1 - first], [last, 1 - last], loss.schedule, progress)[0])
+    apart = divergence(loss.divergence, loss.mix)
+    return Objective(ce_weight, apart, loss.temperature, loss.chunk_tokens, share, loss.span_temperature)
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Means over the batch's predicted tokens, in nats; the gradient's norm before clipping.
 
-    divergence is None where it has no weight, for then it is not computed.
+    divergence is None where it has no weight, for then it is not computed. parts are the losses of teachers that are
+    not fused, by name, without their weights.
     """
 
     loss: float
@@ -66,6 +73,7 @@ class StepResult:
     num_tokens: int
     grad_norm: float
     lr: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_optimizer(student: Student, config: OptimConfig) -> torch.optim.AdamW:
@@ -102,7 +110,7 @@ def train_step(
     if num_tokens == 0:
         raise DataError(f"there is nothing to learn from in the samples {names}: nothing was updated")
     torch.manual_seed(int(np.random.SeedSequence([*plan.seed, ranks.rank]).generate_state(1)[0]))  # dropout
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(2 + len(plan.parts), dtype=torch.float64)
     for i in range(plan.accumulate):
         part = lessons[len(lessons) * i // plan.accumulate : len(lessons) * (i + 1) // plan.accumulate]
         sync_gradients(student.core, i == plan.accumulate - 1)
@@ -115,23 +123,34 @@ def train_step(
         group["lr"] = plan.lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    loss, ce, apart = (value / num_tokens for value in ranks.sum(sums.tolist()))
-    return StepResult(loss, ce, apart if plan.objective.ce_weight < 1 else None, num_tokens, float(norm), plan.lr)
+    ce, apart, *own = (value / num_tokens for value in ranks.sum(sums.tolist()))
+    objective, of_parts = plan.objective, list(zip(plan.parts, own, strict=True))
+    taught = objective.target_weight * apart
+    taught += (1 - objective.ce_weight) * sum(part.share * value for part, value in of_parts)
+    return StepResult(
+        objective.ce_weight * ce + taught,
+        ce,
+        apart if objective.target_weight > 0 else None,
+        num_tokens,
+        float(norm),
+        plan.lr,
+        {part.name: value for part, value in of_parts},
+    )
 
 
 def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, plan: StepPlan) -> torch.Tensor:
-    """Gradients of one part; returns the sums of loss, cross-entropy and divergence."""
+    """Gradients of one part; returns the sums of cross-entropy, divergence and each teacher's own part."""
     columns = [labels_of(lesson, student.first_position) for lesson in lessons]
-    labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns]).to(student.device)
-    total, ce_T, divergence_T = student.compute(
+    labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns])
+    labels, spans = with_parts(labels, lessons, plan.parts, student.first_position)
+    total, ce_T, divergence_T, *of_parts = student.compute(
         [lesson.tokens for lesson in lessons],
         [supervised_from(lesson, student.first_position) for lesson in lessons],
-        partial(head_loss, labels=labels, objective=plan.objective),
+        partial(parts_loss, labels=labels.to(student.device), objective=plan.objective, spans=spans),
     )
-    loss_T = weighted(ce_T, divergence_T, plan.objective)
-    _check_finite(loss_T, lessons, student.first_position, plan)
+    _check_finite(ce_T + divergence_T, lessons, student.first_position, plan)
     (total / num_tokens).backward()
-    return torch.stack([loss_T.double().sum(), ce_T.double().sum(), divergence_T.double().sum()]).cpu()
+    return torch.stack([column.double().sum() for column in (ce_T, divergence_T, *of_parts)]).cpu()
 
 
 def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int, plan: StepPlan) -> None:

@@ -29,8 +29,9 @@ from teachers.protocol import Card
 from teachers.rows import Rows
 
 CHUNK_TOKENS = 128  # [128, 262144] float32 is 134 MB
+MAX_CHOSEN = 64  # they are gathered from logits that are there already; a body of one megabyte holds far fewer
 
-# torch legend: B sequences, L padded length, C chunk of positions, D width, W teacher's vocabulary, K top-k
+# torch legend: B sequences, L padded length, C chunk of positions, D width, W teacher's vocabulary, K top-k, M chosen
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class _Job:
     sequence: list[int]
     start: int
     top_k: int
+    chosen: list[list[int]] | None = None
     answer: "Future[Rows]" = field(default_factory=Future)
 
 
@@ -65,7 +67,13 @@ class TransformersEngine:
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
         """Rows for positions start … len − 1. Cancelling the wait drops the work if it has not begun."""
-        job = _Job(sequence, start, top_k)
+        return await self._done(_Job(sequence, start, top_k))
+
+    async def score_chosen(self, sequence: list[int], start: int, top_k: int, chosen: list[list[int]]) -> Rows:
+        """`score`, with the log-probabilities of chosen ids, as many at every position."""
+        return await self._done(_Job(sequence, start, top_k, chosen))
+
+    async def _done(self, job: _Job) -> Rows:
         self._jobs.put(job)
         return await asyncio.wrap_future(job.answer)
 
@@ -129,13 +137,17 @@ class TransformersEngine:
     @torch.inference_mode()
     def _rows(self, hidden_LD: torch.Tensor, job: _Job) -> Rows:
         positions = torch.arange(job.start, len(job.sequence))
-        actual_ids = torch.tensor(job.sequence)[positions].to(hidden_LD.device)
+        wanted_SM = torch.tensor(job.sequence)[positions, None]  # the actual token, and what is chosen beside it
+        if job.chosen is not None:
+            wanted_SM = torch.cat([wanted_SM, torch.tensor(job.chosen)], 1)
+        wanted_SM = wanted_SM.to(hidden_LD.device)
         parts = [
-            _top_k(self._logits(hidden_LD[chunk - 1]), actual_ids[chunk - job.start], job.top_k)
+            _top_k(self._logits(hidden_LD[chunk - 1]), wanted_SM[chunk - job.start], job.top_k)
             for chunk in positions.split(CHUNK_TOKENS)
         ]
-        ids, logprobs, actual, tail = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-        return Rows(job.start, ids.astype(np.uint32), logprobs, actual, tail)
+        ids, logprobs, wanted, tail = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        chosen = None if job.chosen is None else wanted[:, 1:]
+        return Rows(job.start, ids.astype(np.uint32), logprobs, wanted[:, 0], tail, chosen)
 
     # --- before the thread starts ---
 
@@ -162,6 +174,7 @@ class TransformersEngine:
             expects_bos=options.bos == "yes" or (options.bos == "auto" and self._expects_bos(config.bos_token_id)),
             max_tokens=min(options.max_tokens or 1 << 31, getattr(config, "max_position_embeddings", 1 << 31)),
             max_top_k=min(options.max_top_k, config.vocab_size),
+            max_chosen=MAX_CHOSEN,
         )
 
     def _expects_bos(self, bos_id: int | None) -> bool:
@@ -189,14 +202,15 @@ def batches_by_length(jobs: list[_Job], batch_tokens: int) -> Iterator[list[_Job
 
 
 def _top_k(
-    logits_CW: torch.Tensor, actual_C: torch.Tensor, top_k: int
+    logits_CW: torch.Tensor, wanted_CM: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ids and log-probabilities of the K likeliest, log-probabilities of the wanted ids, and the tail."""
     logits_CK, ids_CK = logits_CW.topk(top_k, dim=-1)
     log_z = logits_CW.logsumexp(dim=-1, keepdim=True)
     logprobs_CK = (logits_CK - log_z).clamp(max=0.0)
     tail_C = (1.0 - logprobs_CK.double().exp().sum(-1)).clamp(min=0.0).float()
-    actual = (logits_CW.gather(1, actual_C[:, None]) - log_z).clamp(max=0.0)[:, 0]
-    return ids_CK, logprobs_CK, actual, tail_C
+    wanted_logprobs_CM = (logits_CW.gather(1, wanted_CM) - log_z).clamp(max=0.0)
+    return ids_CK, logprobs_CK, wanted_logprobs_CM, tail_C
 
 
 def _load(folder: Path, options: EngineOptions) -> Any:

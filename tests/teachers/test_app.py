@@ -95,6 +95,11 @@ def test_a_wrong_key_is_refused_everywhere_but_at_health(tiny_byte_level: Path, 
     ("body", "status", "says"),
     [
         ({"sequences": [[1, 2]], "starts": [1], "top_k": 65}, 422, "at most 64"),
+        (
+            {"sequences": [[1, 2]], "starts": [1], "top_k": 4, "chosen": [[[5]]]},
+            422,
+            "formula scores no chosen ids: leave chosen out",
+        ),
         ({"sequences": [[1, 2]], "starts": [1], "top_k": 0}, 422, "top_k"),
         ({"sequences": [[1, 2]], "starts": [], "top_k": 4}, 422, "one start per sequence"),
         ({"sequences": [], "starts": [], "top_k": 4}, 422, "one start per sequence"),

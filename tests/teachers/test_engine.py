@@ -2,21 +2,26 @@
 
 import asyncio
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from alignment import Vocabulary
+from teachers.client import TeacherClient
 from teachers.engine import EngineOptions
-from teachers.engines.transformers import CHUNK_TOKENS, TransformersEngine, batches_by_length
+from teachers.engines.transformers import CHUNK_TOKENS, MAX_CHOSEN, TransformersEngine, batches_by_length
 from teachers.errors import TeacherError
+from teachers.protocol import Card, ScoreRequest
 from teachers.rows import Rows
+from tests.serve import serving
 from tests.tiny import TEXT, tiny_vocabulary
 
 IDS = tiny_vocabulary("byte_level").encode(TEXT).ids.tolist()
@@ -53,6 +58,49 @@ def test_rows_are_those_of_a_plain_float32_forward_pass(tiny_byte_level: Path, b
         np.testing.assert_allclose(got.logprobs, expected.gather(1, torch.from_numpy(got.ids.astype(int))), atol=1e-4)
         np.testing.assert_allclose(got.actual, expected[range(len(sequence) - 1), sequence[1:]], atol=1e-4)
         np.testing.assert_allclose(got.tail, 1 - top.values.double().exp().sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [0, 4096])
+def test_chosen_ids_are_scored_as_a_plain_forward_pass_does_in_the_order_asked(
+    tiny_byte_level: Path, batch_tokens: int
+) -> None:
+    sequence, start = IDS[:300], 3
+    chosen = [[(7 * t + m) % 400 for m in (200, 3, 3)] for t in range(start, len(sequence))]
+    with serving(TransformersEngine(tiny_byte_level, EngineOptions(dtype="float32", batch_tokens=batch_tokens))) as url:
+        (got,), card = asyncio.run(ask_chosen(url, sequence, start, chosen))
+    expected = plain_logprobs(tiny_byte_level, sequence)[start - 1 :]
+    assert card.max_chosen >= 3
+    assert got.chosen is not None
+    np.testing.assert_allclose(got.chosen, expected.gather(1, torch.tensor(chosen)), atol=1e-4)
+    np.testing.assert_allclose(got.actual, expected[range(len(chosen)), sequence[start:]], atol=1e-4)
+
+
+def test_chosen_ids_that_cannot_be_scored_are_refused_with_one_sentence(tiny_byte_level: Path) -> None:
+    sequence, most = IDS[:300], MAX_CHOSEN
+    wrongs: tuple[tuple[list[list[list[int]]], str], ...] = (
+        ([[[1] * (most + 1)] * 297], f"from 1 to {most}, received {most + 1}"),
+        ([[[1]] * 296 + [[1, 2]]], "the same number of ids at every position, .* received 1, 2"),
+        ([[[]] * 297], "received 0"),
+        ([[[1]] * 5], r"expected ids for \[297\] positions, as many as are scored, received \[5\]"),
+        ([[[1]] * 297] * 2, r"received \[297, 297\]"),
+        ([[[10**6]] * 297], "chosen holds id 1000000; the vocabulary ends at"),
+    )
+    with serving(TransformersEngine(tiny_byte_level, EngineOptions(dtype="float32"))) as url:
+        for wrong, said in wrongs:
+            question = {"sequences": [sequence], "starts": [3], "top_k": 4, "chosen": wrong}
+            answer = httpx.post(f"{url}/v1/score", json=question)
+            assert answer.status_code == 422
+            assert re.search(said, answer.json()["detail"])
+
+
+async def ask_chosen(url: str, sequence: list[int], start: int, chosen: list[list[int]]) -> tuple[list[Rows], Card]:
+    client = TeacherClient("t", url)
+    try:
+        card = await client.card()
+        request = ScoreRequest(sequences=[sequence], starts=[start], top_k=4, chosen=[chosen])
+        return await client.score(request, card, 30.0), card
+    finally:
+        await client.aclose()
 
 
 def test_a_real_model_in_bfloat16_stays_near_float32(smollm2: Path) -> None:

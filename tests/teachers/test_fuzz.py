@@ -147,7 +147,12 @@ def test_a_question_cut_short_is_refused(http: httpx.Client, cut: int, more: byt
     assert asked(http, RIGHT[:cut] + more).status_code == 422
 
 
-@given(JSON, st.sampled_from([*QUESTION, "extra", None]))
+@given(st.lists(st.lists(st.lists(st.integers(-1, 10**6), max_size=70), max_size=4), max_size=2))
+def test_any_chosen_ids_are_rows_or_a_problem(http: httpx.Client, chosen: list[list[list[int]]]) -> None:
+    asked(http, json.dumps({**QUESTION, "chosen": chosen}).encode())
+
+
+@given(JSON, st.sampled_from([*QUESTION, "chosen", "extra", None]))
 def test_any_json_in_any_place_is_rows_or_a_problem(http: httpx.Client, value: object, key: str | None) -> None:
     asked(http, json.dumps(value if key is None else {**QUESTION, key: value}).encode())
 

@@ -58,6 +58,77 @@ def test_a_stream_cut_anywhere_is_truncated_and_never_a_short_answer(percent: in
         read_stream(data[: complete * percent // 100 - 1], request, CARD)
 
 
+def with_chosen(num_chosen: int, top_k: int = 8) -> tuple[ScoreRequest, list[Rows]]:
+    """Two sequences; of each row the last one listed is chosen too, and others anywhere."""
+    request, rows = question([[1, 2, 3, 4], [5, 6]], top_k)
+    chosen, answers = [], []
+    for i, (sequence, own) in enumerate(zip(request.sequences, rows, strict=True)):
+        full = random_rows(np.array(sequence), VOCAB_SIZE, VOCAB_SIZE, seed=i, start=1)
+        every = np.take_along_axis(full.logprobs, np.argsort(full.ids, axis=1), axis=1)
+        ids = (own.ids[:, -1:] + np.arange(num_chosen) * 7) % VOCAB_SIZE
+        chosen.append(ids.tolist())
+        answers.append(replace(own, chosen=np.take_along_axis(every, ids.astype(np.int64), axis=1)))
+    return request.model_copy(update={"chosen": chosen}), answers
+
+
+def chosen_stream(rows: list[Rows], num_chosen: int, top_k: int = 8) -> bytes:
+    writer = StreamWriter(top_k, CARD.fingerprint, num_chosen)
+    return b"".join(writer.write(i, one) for i, one in enumerate(rows)) + writer.close()
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_chosen_ids_arrive_exactly_and_in_the_order_asked(num_chosen: int, top_k: int) -> None:
+    request, rows = with_chosen(num_chosen, top_k)
+    for got, sent in zip(read_stream(chosen_stream(rows, num_chosen, top_k), request, CARD), rows, strict=True):
+        assert got.chosen is not None
+        np.testing.assert_array_equal(got.chosen, sent.chosen)
+    for index, sent in enumerate(rows):
+        assert check_rows(sent, request, index, CARD) is sent
+
+
+def test_without_chosen_ids_the_stream_is_as_it_was() -> None:
+    request, rows = question([[1, 2, 3]], 4)
+    assert schema(4, CARD.fingerprint).names == ["ids", "logprobs", "actual", "tail"]
+    (got,) = read_stream(stream(rows, [0], 4), request, CARD)
+    assert got.chosen is None
+    assert b"chosen" not in request.model_dump_json(exclude_defaults=True).encode()  # for servers that do not know it
+
+
+@pytest.mark.parametrize(
+    ("value", "m", "said"),
+    [
+        (np.nan, 1, "no log-probability"),
+        (-np.inf, 1, "no log-probability"),
+        (0.25, 2, "no log-probability"),
+        (-0.001, 1, "unlisted and likelier than the whole tail"),
+        (-30.0, 0, "not what the row lists of it"),
+    ],
+)
+def test_a_chosen_id_that_cannot_have_its_value_is_refused(value: float, m: int, said: str) -> None:
+    request, rows = with_chosen(3)
+    assert rows[0].chosen is not None
+    rows[0].chosen[1, m] = value
+    named = rf"sequence 0, position 2: the chosen id {request.chosen[0][1][m]} has {value:.6g}, {said}"
+    with pytest.raises(InvalidRows, match=named):
+        read_stream(chosen_stream(rows, 3), request, CARD)
+    with pytest.raises(InvalidRows, match=named):
+        check_rows(rows[0], request, 0, CARD)
+
+
+def test_chosen_ids_that_were_not_asked_or_not_answered_are_refused() -> None:
+    request, rows = with_chosen(3)
+    plain = [replace(one, chosen=None) for one in rows]
+    for asked, answer in (
+        (request, stream(plain, [0, 1], 8)),
+        (request.model_copy(update={"chosen": []}), chosen_stream(rows, 3)),
+    ):
+        with pytest.raises(ProtocolError, match=rf"expected 8 candidates and {asked.num_chosen} chosen ids a row"):
+            read_stream(answer, asked, CARD)
+    for asked, one in ((request, plain[0]), (request.model_copy(update={"chosen": []}), rows[0])):
+        with pytest.raises(ProtocolError, match=f"sequence 0: expected {asked.num_chosen} chosen ids a row"):
+            check_rows(one, asked, 0, CARD)
+
+
 def test_a_row_costs_392_bytes_at_k_64() -> None:
     _, rows = question([[7] * 101], 64)
     one, two = (len(StreamWriter(64, CARD.fingerprint).write(0, r)) for r in (rows[0], _half(rows[0])))

@@ -63,6 +63,16 @@ def test_it_is_frozen(tmp_path: Path) -> None:
         ),
         ("[[teachers]]\nname = 'two'", "teachers.1: urls: expected at least one address, or a urls_file"),
         ("[[teachers]]\nname = 'two'\nurls = ['http://x']\non_loss = 'go'", "on_loss: .*'wait', 'drop' or 'stop'"),
+        (
+            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'spans'\n[fusion]\nmethod = 'router'",
+            "teachers: teacher two is matched by spans; fusion by router needs all of them to be matched by tokens",
+        ),
+        (
+            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'sorted'\n"
+            "[[data.sources]]\nfiles = ['c.jsonl']\nmessages_column = 'm'",
+            "teachers: teacher two is matched by sorted, which is for texts; of chats tokens alone are aligned",
+        ),
+        ("[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'bytes'", "'tokens', 'spans' or 'sorted'"),
         ("[train\n", "is not TOML"),
     ],
 )

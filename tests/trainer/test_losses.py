@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 
 from alignment.target import Target, target_from_entries
 from trainer.divergences import NAMES, NOTHING_NATS, divergence, tempered
-from trainer.labels import Labels, labels_from
+from trainer.labels import Labels, Spread, labels_from
 from trainer.losses import Head, Loss, Objective, head_loss, weighted
+from trainer.parts import Spans, weigh_spans
 
 VOCAB_SIZE = 40
 WIDTH = 8
@@ -31,6 +33,16 @@ def some_labels() -> Labels:
     targets = [target_with_mass(0.7, 5), target_with_mass(0.9, 9), None, target_with_mass(1.0, VOCAB_SIZE, seed=3)]
     tokens = [np.array([int(t.ids[0]) if t is not None else 0, 1, 2]) for t in targets]
     return labels_from(tokens, targets)
+
+
+def some_spread(share: float, top_k: int, seed: int) -> Spread:
+    """At 12 positions; nothing said of two of them, an empty tail at another."""
+    generator = torch.Generator().manual_seed(seed)
+    probs_TK = torch.rand(12, top_k, generator=generator).softmax(1).sort(1, descending=True).values
+    mass_T = torch.rand(12, generator=generator)
+    mass_T[0] = 1.0
+    said_T = (torch.arange(12) % 6 != 4).float()
+    return Spread(probs_TK * (mass_T * said_T)[:, None], (1 - mass_T) * said_T, share)
 
 
 def some_head(seed: int = 0, dtype: torch.dtype = torch.float64, **given: float) -> Head:
@@ -56,7 +68,14 @@ def dense(head: Head, hidden: torch.Tensor, labels: Labels, objective: Objective
     has_target = p.sum(1) > 0
     p = tempered(p, objective.temperature, VOCAB_SIZE - labels.listed_TK.sum(1))
     apart = objective.divergence(p, torch.cat([listed, tail], 1)) * has_target
-    return objective.ce_weight * ce + (1 - objective.ce_weight) * objective.temperature**2 * apart
+    total = ce * (objective.ce_weight if labels.text_weight_T is None else labels.text_weight_T)
+    total = total + (1 - objective.ce_weight) * objective.target_share * objective.temperature**2 * apart
+    for spread in labels.spreads:
+        top = logits.softmax(-1).sort(1, descending=True).values[:, : spread.probs_TK.shape[1]]
+        moved = (spread.probs_TK - top).abs().sum(1) + (spread.tail_T - (1 - top.sum(1))).abs()
+        said = (spread.probs_TK.sum(1) + spread.tail_T) > 0
+        total = total + (1 - objective.ce_weight) * spread.share * 0.5 * moved * said
+    return total
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 100])
@@ -71,13 +90,41 @@ def test_loss_and_gradients_are_those_of_dense_logits(
     objective = Objective(ce_weight, divergence(name), temperature, chunk)
     got = head_loss(head, hidden, labels, objective)
     expected = dense(head, hidden, labels, objective)
-    torch.testing.assert_close(weighted(got.ce_T, got.divergence_T, objective), expected, atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(weighted(labels, objective, got.ce_T, got.divergence_T), expected, atol=1e-7, rtol=1e-6)
     assert head.bias_V is not None
     inputs = [hidden, head.weight_VD, head.bias_V]
     for one, two in zip(
         torch.autograd.grad(got.total / 7, inputs), torch.autograd.grad(expected.sum() / 7, inputs), strict=True
     ):
         torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+@pytest.mark.parametrize("target_share", [0.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+def test_spreads_and_weights_of_the_text_are_those_of_dense_logits(
+    ce_weight: float, temperature: float, target_share: float, chunk: int
+) -> None:
+    hidden, head = some_hidden(12), some_head(scale=0.4, cap=3.0)
+    weights = torch.linspace(-0.5, 1.5, 12, dtype=torch.float64)
+    labels = replace(some_labels(), text_weight_T=weights, spreads=(some_spread(0.3, 7, 1), some_spread(0.2, 3, 2)))
+    objective = Objective(ce_weight, divergence("reverse_kl"), temperature, chunk, target_share)
+    for given in (labels, replace(labels, text_weight_T=None), replace(labels, spreads=())):
+        got, expected = head_loss(head, hidden, given, objective), dense(head, hidden, given, objective)
+        torch.testing.assert_close(got.total, expected.sum(), atol=1e-6, rtol=1e-6)
+        assert len(got.spreads_NT) == len(given.spreads)
+        inputs = [hidden, head.weight_VD]
+        for one, two in zip(
+            torch.autograd.grad(got.total, inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+        ):
+            torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-6)
+
+
+def test_more_sorted_probabilities_than_tokens_are_refused() -> None:
+    labels = replace(some_labels(), spreads=(some_spread(1.0, VOCAB_SIZE + 1, 1),))
+    with pytest.raises(ValueError, match=f"at most {VOCAB_SIZE} sorted probabilities, .* received {VOCAB_SIZE + 1}"):
+        head_loss(some_head(), some_hidden(12), labels, Objective(0.0))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,9 +179,9 @@ def test_free_logits_come_to_rest_on_the_teacher_with_its_tail(name: str) -> Non
 FREE = Head(torch.eye(VOCAB_SIZE, dtype=torch.float64))  # hidden states are the logits
 
 
-def at_rest(loss: Callable[[torch.Tensor], torch.Tensor], labels: Labels) -> np.ndarray:
-    """Probabilities at the end of a student that is free at every position and begins even."""
-    logits = torch.zeros(len(labels), VOCAB_SIZE, dtype=torch.float64, requires_grad=True)
+def at_rest(loss: Callable[[torch.Tensor], torch.Tensor], labels: Labels, lean: float = 0.0) -> np.ndarray:
+    """Probabilities at the end of a student that is free at every position and begins even, or leans to high ids."""
+    logits = (lean * torch.arange(VOCAB_SIZE, dtype=torch.float64)).repeat(len(labels), 1).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
     for _ in range(600):
@@ -192,11 +239,27 @@ def fixed_points() -> list[str]:
     labels = labels_from([np.zeros(1, dtype=np.int64)], [target])
     ours = {f"{name}, tail as a bucket": Objective(0.0, divergence(name)) for name in NAMES}
     losses = {name: partial(_ours, objective=objective) for name, objective in ours.items()} | PEERS
+
+    def row(name: str, q: np.ndarray) -> str:
+        return f"| {name} | {q[0]:.2f} | {q[:8].sum():.2f} | {q[8:].sum():.2f} |"
+
     rows = [f"| the teacher | {target.probs[0]:.2f} | {target.mass[0]:.2f} | {target.tail[0]:.2f} |"]
     for name, loss in losses.items():
-        (q,) = at_rest(partial(loss, labels=labels), labels)
-        rows.append(f"| {name} | {q[0]:.2f} | {q[:8].sum():.2f} | {q[8:].sum():.2f} |")
+        rows.append(row(name, at_rest(partial(loss, labels=labels), labels)[0]))
+    rows.append(row("ALM, the text being the likeliest token", at_rest(partial(_spans, labels=labels), labels)[0]))
+    spreads = (Spread(labels.probs_TK, labels.tail_T, 1.0),)
+    ranked = partial(_ours, labels=replace(labels, spreads=spreads), objective=Objective(0.0, target_share=0.0))
+    (q,) = at_rest(ranked, labels, lean=0.01)
+    rows.append(row("sorted ULD, for a student that leans to other tokens", q))
+    rows.append(row("the same, over the student's own likeliest tokens", np.sort(q)[::-1]))
     return rows
+
+
+def _spans(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+    objective = Objective(0.0, target_share=0.0)
+    spans = Spans(torch.zeros(1, dtype=torch.int64), labels.probs_TK[0, :1].log(), 1.0)
+    labels, _ = weigh_spans(FREE, logits, labels, objective, [spans])
+    return head_loss(FREE, logits, labels, objective).total
 
 
 def _ours(logits: torch.Tensor, labels: Labels, objective: Objective) -> torch.Tensor:

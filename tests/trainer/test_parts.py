@@ -1,0 +1,308 @@
+"""Teachers whose tokens are not translated: the loss on spans against autograd, its fixed points, and whole runs."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from alignment import Vocabulary
+from alignment.unaligned import SortedProbs, SpanLikelihoods
+from tests.tiny import save_tiny_model
+from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
+from tests.trainer.test_losses import FREE, some_head, some_hidden, some_labels
+from tests.trainer.test_ranks import assert_equal_runs, torchrun
+from trainer.config import RunConfig
+from trainer.data import Sample
+from trainer.divergences import NAMES, divergence
+from trainer.errors import DataError
+from trainer.fuser import Lesson
+from trainer.labels import Labels, labels_from
+from trainer.loop import train
+from trainer.losses import Objective, head_loss
+from trainer.metrics import read_metrics
+from trainer.parts import Part, Spans, spans_from, spread_from, weigh_spans
+from trainer.preview import preview
+from trainer.reading import Reader
+from trainer.step import plan_step
+
+# --- the loss on spans ---
+
+
+def some_spans(share: float = 1.0, seed: int = 0) -> Spans:
+    """Of 12 positions: spans of one, two and four tokens, positions in none, likelihoods from sure to hopeless."""
+    logprobs_S = -torch.logspace(-4, 1.5, 5) * (1 + seed)
+    return Spans(torch.tensor([0, 1, 1, 5, 2, 2, 2, 2, 5, 3, 4, 4]), logprobs_S, share)
+
+
+def dense_spans(logits_TV: torch.Tensor, labels: Labels, spans: Spans, objective: Objective) -> torch.Tensor:
+    """[S] the same loss, written out over all logits, for autograd."""
+    log_q_T = logits_TV.log_softmax(-1).gather(1, labels.tokens_T[:, None])[:, 0]
+    every = range(len(spans.logprobs_S))
+    q_S = torch.stack([log_q_T[spans.span_T == s].sum() for s in every]).div(objective.span_temperature).exp()
+    p_S = spans.logprobs_S.double().div(objective.span_temperature).exp()
+    p_SB, q_SB = (torch.stack([share, 1 - share], 1) for share in (p_S, q_S))
+    return objective.span_temperature * objective.divergence(p_SB, q_SB.log())
+
+
+@pytest.mark.parametrize("span_temperature", [1.0, 100.0])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_on_spans_and_its_gradient_are_those_of_dense_logits(
+    name: str, ce_weight: float, span_temperature: float
+) -> None:
+    head, hidden, labels = some_head(), some_hidden(12), some_labels()
+    objective = Objective(ce_weight, divergence(name), 1.0, 5, 0.0, span_temperature)
+    two = [some_spans(0.7), some_spans(0.3, seed=1)]
+    weighed, of_spans = weigh_spans(head, hidden, labels, objective, two)
+    got = head_loss(head, hidden, weighed, objective)
+    logits = hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V)
+    each = [dense_spans(logits, labels, spans, objective).sum() for spans in two]
+    torch.testing.assert_close(
+        torch.stack([one.sum() for one in of_spans]), torch.stack(each).detach(), atol=1e-6, rtol=1e-6
+    )
+    ce = torch.nn.functional.cross_entropy(logits, labels.tokens_T, reduction="sum")
+    expected = ce_weight * ce + (1 - ce_weight) * (0.7 * each[0] + 0.3 * each[1])
+    inputs = [hidden, head.weight_VD]
+    for one, other in zip(torch.autograd.grad(got.total, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("span_temperature", [1.0, 100.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_free_spans_come_to_rest_on_the_teachers_likelihoods(name: str, span_temperature: float) -> None:
+    """And the tokens within a span share it as they like: only their sum is known."""
+    labels, likely = some_labels(), torch.tensor([0.9, 0.3, 0.05, 0.5, 0.01])
+    spans = replace(some_spans(), logprobs_S=likely.log())
+    objective = Objective(0.0, divergence(name), target_share=0.0, span_temperature=span_temperature)
+    logits = torch.zeros(12, 40, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    for _ in range(500):
+        optimizer.zero_grad()
+        weighed, of_spans = weigh_spans(FREE, logits, labels, objective, [spans])
+        head_loss(FREE, logits, weighed, objective).total.backward()
+        optimizer.step()
+        schedule.step()
+    log_q_T = logits.detach().log_softmax(-1).gather(1, labels.tokens_T[:, None])[:, 0]
+    found = [float(log_q_T[spans.span_T == s].sum().exp()) for s in range(5)]
+    np.testing.assert_allclose(found, likely, rtol=0.02)
+    assert float(of_spans[0].sum()) == pytest.approx(0, abs=1e-3 * span_temperature**0.5)
+    untouched = logits.detach()[spans.span_T == 5]
+    assert not untouched.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_span_that_is_certain_on_either_side_keeps_the_gradient_finite(name: str) -> None:
+    logits = torch.tensor([[80.0, 0.0], [0.0, 80.0], [0.0, 0.0]], requires_grad=True)
+    labels = labels_from([np.zeros(3, dtype=np.int64)], [None])
+    spans = Spans(torch.arange(3), torch.tensor([0.0, 0.0, -80.0]), 1.0)
+    head = replace(FREE, weight_VD=torch.eye(2))
+    for temperature in (1.0, 100.0):
+        objective = Objective(0.0, divergence(name), target_share=0.0, span_temperature=temperature)
+        weighed, of_spans = weigh_spans(head, logits, labels, objective, [spans])
+        (slope,) = torch.autograd.grad(head_loss(head, logits, weighed, objective).total, logits)
+        assert bool(torch.isfinite(slope).all())
+        assert bool(torch.isfinite(of_spans[0]).all())
+
+
+# --- from lessons to tensors ---
+
+PART = Part(0, "t", "spans", 0.5)
+
+
+def lesson_of(said: SpanLikelihoods | SortedProbs | None, supervised: str, model: Path) -> Lesson:
+    """Supervised where there is a 1."""
+    reading = Reader(Vocabulary.load(model), []).read(Sample(0, "s", "x" * len(supervised)))
+    assert len(reading) == len(supervised)
+    return Lesson(
+        Sample(0, "s"),
+        replace(reading, supervised_T=np.array([c == "1" for c in supervised])),
+        unaligned=(said,),
+    )
+
+
+def spans_at(*bounds: tuple[int, int]) -> SpanLikelihoods:
+    at = np.array(bounds, dtype=np.int64).reshape(-1, 2)
+    return SpanLikelihoods(at, at, -1.0 - at[:, 0].astype(np.float64), np.diff(at)[:, 0])
+
+
+def test_spans_that_are_not_supervised_whole_are_left_out(tiny_byte_level: Path) -> None:
+    lessons = [
+        lesson_of(spans_at((0, 2), (2, 4), (4, 5), (6, 8)), "11111111", tiny_byte_level),
+        lesson_of(None, "1111", tiny_byte_level),
+        lesson_of(spans_at(), "111", tiny_byte_level),
+        lesson_of(spans_at((1, 2), (2, 4), (4, 6)), "0110111", tiny_byte_level),
+    ]
+    without_bos = spans_from(lessons, PART, 1)
+    none = 5
+    assert without_bos.span_T.tolist() == [none, 0, 0, 1, none, 2, 2, *[none] * 5, 3, none, 4, 4, none]
+    assert without_bos.logprobs_S.tolist() == [-3, -5, -7, -2, -5]
+    with_bos = spans_from(lessons, PART, 0)
+    assert with_bos.span_T.tolist()[:8] == [0, 0, 1, 1, 2, 6, 3, 3]
+    assert with_bos.share == 0.5
+
+
+def test_sorted_probabilities_stand_at_their_positions(tiny_byte_level: Path) -> None:
+    said = SortedProbs(
+        np.array([0, 2]), np.array([[0.5, 0.2], [0.6, 0.1]], np.float32), np.array([0.3, 0.3], np.float32)
+    )
+    lessons = [lesson_of(None, "11", tiny_byte_level), lesson_of(said, "1110", tiny_byte_level)]
+    spread = spread_from(lessons, replace(PART, match="sorted"), 1)
+    np.testing.assert_allclose(spread.probs_TK, np.array([[0, 0], [0, 0], [0.6, 0.1]]))
+    np.testing.assert_allclose(spread.tail_T, [0, 0, 0.3])
+
+
+# --- whole runs ---
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece teacher that has learned the page."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = save_tiny_model(folder / "base", kind="sentencepiece", seed=2)
+    config = run_config(base, write_corpus(folder), folder / "out", [], train={"epochs": 20}, optim={"lr": 1e-2})
+    model = train(config).model
+    assert model is not None
+    return model
+
+
+def matched(config: RunConfig, *matches: str, **more: Any) -> RunConfig:
+    raw = config.model_dump()
+    for teacher, match in zip(raw["teachers"], matches, strict=True):
+        teacher |= {"match": match} | more
+    return RunConfig.model_validate(raw)
+
+
+def steps_of(out: Path) -> list[dict[str, Any]]:
+    return [e for e in read_metrics(out / "metrics.jsonl") if e["event"] == "step"]
+
+
+def test_a_student_learns_from_the_likelihoods_of_spans_alone(
+    tmp_path: Path, tiny_byte_level: Path, trained: Path
+) -> None:
+    with served_models(trained) as urls:
+        config = run_config(
+            tiny_byte_level,
+            write_corpus(tmp_path),
+            tmp_path / "out",
+            urls,
+            loss={"ce_weight": 0.0},
+            train={"epochs": 10},
+            optim={"lr": 1e-2},
+        )
+        train(matched(config, "spans"))
+    bpb = list(held_out(tmp_path / "out").values())
+    assert bpb[-1] < bpb[0] - 1.0
+    steps = steps_of(tmp_path / "out")
+    first, last = steps[0]["teachers"]["t0"], steps[-1]["teachers"]["t0"]
+    assert last["loss"] < first["loss"] / 2
+    assert steps[0]["loss"] == pytest.approx(first["loss"])
+    assert (first["mass"], first["aligned_bpb"], steps[0]["coverage"], steps[0]["divergence"]) == (None,) * 4
+    assert 0 < first["own_bpb"] < bpb[0]
+
+
+def test_sorted_probabilities_teach_how_sure_to_be_but_not_of_what(
+    tmp_path: Path, tiny_byte_level: Path, trained: Path
+) -> None:
+    with served_models(trained) as urls:
+        config = run_config(
+            tiny_byte_level,
+            write_corpus(tmp_path),
+            tmp_path / "out",
+            urls,
+            loss={"ce_weight": 0.0},
+            train={"epochs": 10},
+            optim={"lr": 1e-2},
+        )
+        train(matched(config, "sorted"))
+    steps = steps_of(tmp_path / "out")
+    first, last = steps[0]["teachers"]["t0"], steps[-1]["teachers"]["t0"]
+    assert last["loss"] < first["loss"] / 2
+    assert 0 < first["mass"] < 1
+    assert first["aligned_bpb"] is None
+    bpb = list(held_out(tmp_path / "out").values())
+    assert bpb[-1] > bpb[0]  # sure of the wrong tokens: cross-entropy has to say which
+
+
+@pytest.mark.parametrize("match", ["spans", "sorted"])
+def test_the_student_as_its_own_teacher_has_nothing_to_learn(tmp_path: Path, tiny_byte_level: Path, match: str) -> None:
+    with served_models(tiny_byte_level) as urls:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, loss={"ce_weight": 0.5})
+        train(matched(config, match), stop_at=1)
+    (step,) = steps_of(tmp_path / "out")
+    assert step["teachers"]["t0"]["loss"] == pytest.approx(0, abs=1e-3)
+    assert step["loss"] == pytest.approx(0.5 * step["cross_entropy"], abs=1e-3)
+
+
+def test_the_loss_is_the_sum_of_its_parts_by_weight(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    """Two fused teachers, one by spans, one sorted; weights move until the fused ones have none."""
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        four = [urls[0], urls[1], urls[1], urls[1]]
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", four)
+        raw = matched(config, "tokens", "tokens", "spans", "sorted").model_dump()
+        raw["fusion"]["schedule"] = "linear"
+        for teacher, weight, final in zip(raw["teachers"], (2.0, 1.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), strict=True):
+            teacher |= {"weight": weight, "final_weight": final}
+        config = RunConfig.model_validate(raw)
+        train(config)
+    steps = steps_of(tmp_path / "out")
+    for number, step in enumerate(steps):
+        plan, teachers = plan_step(config, number, len(steps)), step["teachers"]
+        assert sum(t["share"] for t in teachers.values()) == pytest.approx(1)
+        assert {part.name: part.share for part in plan.parts} == pytest.approx(
+            {name: teachers[name]["share"] for name in ("t2", "t3")}
+        )
+        fused = teachers["t0"]["share"] + teachers["t1"]["share"]
+        assert fused == pytest.approx(plan.objective.target_share)
+        assert "loss" not in teachers["t0"]
+        taught = fused * (step["divergence"] or 0) + sum(
+            teachers[n]["share"] * teachers[n]["loss"] for n in ("t2", "t3")
+        )
+        assert step["loss"] == pytest.approx(0.3 * step["cross_entropy"] + 0.7 * taught, rel=1e-5)
+    assert steps[0]["teachers"]["t3"]["share"] == 0
+    assert (steps[-1]["divergence"], steps[-1]["coverage"]) == (None, None)
+    assert steps[0]["coverage"] == 1
+
+
+@pytest.mark.parametrize("match", ["spans", "sorted"])
+def test_accumulation_and_what_is_cached_change_nothing(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, match: str
+) -> None:
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_sentencepiece) as urls:
+        for name, sections in (("1", {"accumulate": 1}), ("2", {"accumulate": 2, "target_cache_bytes": 0})):
+            config = run_config(tiny_byte_level, corpus, tmp_path / name, urls, train=sections)
+            train(matched(config, match))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
+
+
+def test_one_and_two_ranks_give_the_same_losses_with_parts(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_sentencepiece) as urls:
+        for name in ("one", "two"):
+            sections: dict[str, Any] = {"train": {"accumulate": 2}, "loss": {"divergence": "jensen_shannon"}}
+            config = run_config(tiny_byte_level, corpus, tmp_path / name, [*urls, *urls, *urls], **sections)
+            config = matched(config, "tokens", "spans", "sorted")
+            train(config) if name == "one" else torchrun(config, 2)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    one, two = (steps_of(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for teacher in ("t1", "t2"):
+            assert a["teachers"][teacher]["loss"] == pytest.approx(b["teachers"][teacher]["loss"], abs=1e-5)
+
+
+def test_a_preview_is_of_the_teachers_that_are_fused(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls)
+        assert [teacher.name for teacher in preview(matched(config, "spans", "tokens")).teachers] == ["t1"]
+    with pytest.raises(DataError, match="no teacher to preview: add .*, matched by tokens"):
+        preview(matched(config, "spans", "sorted"))
