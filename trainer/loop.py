@@ -83,6 +83,7 @@ def train(
                 step=done,
                 steps=num_steps,
                 samples=len(corpus.train),
+                connect_s=stream.connect_s,
                 sources=[asdict(source) for source in corpus.sources],
                 **run.counts,
                 run=config.model_dump(),
@@ -203,7 +204,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
         "tokens": result.num_tokens,
         "tokens_per_s": result.num_tokens / (step_s + batch.waited_s),
         "step_s": step_s,
-        "waited_s": batch.waited_s,
+        **batch.times,
         "shortened": sum(lesson.shortened for lesson in batch.lessons),
         "skipped": batch.num_skipped,
         "folded_system": sum(bool(r and r.folded_system) for r in (le.reading.rendered for le in batch.lessons)),
@@ -217,6 +218,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
     for i, teacher in enumerate(config.teachers):
         total = sum((lesson.reports[i] for lesson in batch.lessons[1:]), batch.lessons[0].reports[i])
         share = float(np.mean([lesson.shares[i] for lesson in batch.lessons]))
+        fleet = dict(batch.fleets.get(teacher.name, {}))
         teachers[teacher.name] = {
             "share": share,
             "left_out": sum(lesson.left_out[i] for lesson in batch.lessons),
@@ -224,12 +226,15 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
             "mass": _number(total.mean_mass),
             "own_bpb": _number(total.teacher_bpb),
             "aligned_bpb": _number(total.aligned_bpb),
-            "fleet": batch.fleets.get(teacher.name, {}),
+            "waited_s": batch.waited_on.get(teacher.name, 0.0),
+            "tokens_per_s": fleet.pop("tokens_per_s", 0.0),
+            "fleet": fleet,
         }
     return values | {
         "divergence": result.divergence,
         "coverage": valid / sum(len(t) for t in targets),
         "mass": sum(float(t.mass.sum()) for t in targets) / max(valid, 1),
+        "tail": sum(float(t.tail.sum()) for t in targets) / max(valid, 1),
         "vanished": sum(lesson.vanished for lesson in batch.lessons),
         "teachers": teachers,
     }
