@@ -8,8 +8,8 @@ student everything is real: windows of text, tokenizing, HTTP, decoding, byte ch
 
 The student's step makes the labels and then sleeps, as a process does that waits for its accelerator. What it takes
 alone is measured after each run, on the same lessons and with nothing beside it. A teacher's time is the set one. So a
-ratio of 1 means that the targets cost nothing. `control` is what `sleep` itself overshoots meanwhile, on a thread that
-only sleeps: what the machine takes and no pipeline could give back. CPU times are seconds on threads beside the step.
+ratio of 1 means that the targets cost nothing. `control` is how much longer than asked a process sleeps meanwhile that
+does nothing else: what the machine itself takes. CPU times are seconds on threads beside the step.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -50,7 +49,7 @@ from trainer.windows import cut_windows
 STUDENT = "smollm2-135m-instruct"
 MODELS = ("gemma-3-270m", STUDENT, "gemma-3-270m")
 TOP_K, WINDOW_TOKENS, BATCH_SAMPLES, AHEAD_BATCHES = 64, 256, 8, 4
-STEP_S, LATENCY_S = 0.25, 0.2
+STEP_S, LATENCY_S, CONTROL_S = 0.25, 0.2, 0.05
 WARM_UP_STEPS, STEPS = 6, 16
 SPEEDS = (4.0, 2.0, 1.0, 0.5, 0.25)
 REACH = {1: 1.05, 3: 1.10}
@@ -205,49 +204,50 @@ def student_step(batch: Batch) -> None:
     time.sleep(STEP_S)
 
 
+def run_control(late: Any) -> None:
+    """Sleep, and add up how often and by how many seconds that took too long."""
+    while True:
+        began = time.monotonic()
+        time.sleep(CONTROL_S)
+        late[0] += 1
+        late[1] += time.monotonic() - began - CONTROL_S
+
+
 @contextmanager
-def overshoot() -> Iterator[list[float]]:
-    """How much longer than asked a thread sleeps, each time that it does."""
-    late: list[float] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            began = time.monotonic()
-            time.sleep(0.05)
-            late.append(time.monotonic() - began - 0.05)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+def control() -> Iterator[Any]:
+    """A process that does nothing but sleep: what it loses, the machine takes."""
+    context = multiprocessing.get_context("spawn")
+    late = context.Array("d", 2)
+    process = context.Process(target=run_control, args=(late,), daemon=True)
+    process.start()
     try:
         yield late
     finally:
-        done.set()
-        thread.join()
+        process.terminate()
+        process.join()
 
 
-def measure(case: Case, urls: Sequence[str], samples: Sequence[Sample], vocabulary: Vocabulary) -> Figures:
+def measure(case: Case, urls: Sequence[str], samples: Sequence[Sample], late: Any) -> Figures:
     """One run."""
+    vocabulary = Vocabulary.load(find_model(STUDENT))
     used = urls[: len(case.speeds)]
     for url, speed in zip(used, case.speeds, strict=True):
         httpx.post(f"{url}/pace/{STEP_S / BATCH_SAMPLES / speed}", trust_env=False).raise_for_status()
     config = config_of(used)
     batches = [samples[i : i + BATCH_SAMPLES] for i in range(0, len(samples), BATCH_SAMPLES)]
     seen: list[Batch] = []
-    ends: list[float] = []
     fuser = Fuser(config, len(vocabulary))
     with TargetStream(config, Reader(vocabulary, vocabulary.prefix), batches, fuser=fuser) as stream:
         iterator = iter(stream)
         for _ in range(WARM_UP_STEPS):
             student_step(next(iterator))
-        cpu, began = time.process_time(), time.monotonic()
-        with overshoot() as late:
-            for _ in range(STEPS):
-                seen.append(next(iterator))
-                student_step(seen[-1])
-                ends.append(time.monotonic())
+        cpu, began, before = time.process_time(), time.monotonic(), late[:]
+        for _ in range(STEPS):
+            seen.append(next(iterator))
+            student_step(seen[-1])
+        step_s = (time.monotonic() - began) / STEPS
         cpu = time.process_time() - cpu
-    step_s = (ends[-1] - began) / STEPS
+        overshoot_s = (late[1] - before[1]) / max(late[0] - before[0], 1)
     began = time.monotonic()
     for batch in seen[:4]:
         student_step(batch)
@@ -270,7 +270,7 @@ def measure(case: Case, urls: Sequence[str], samples: Sequence[Sample], vocabula
         fuse_s=mean(b.fuse_s for b in seen),
         process_cpu_s=cpu / STEPS,
         queued_batches=mean(b.queued_batches for b in seen),
-        control_s=statistics.mean(late),
+        control_s=overshoot_s,
     )
 
 
@@ -301,9 +301,10 @@ def main() -> None:
     samples = [Sample(i, f"window {i}", text) for i, text in enumerate(windows)]
     figures: dict[str, Figures] = {}
     with ExitStack() as stack:
+        late = stack.enter_context(control())
         urls = [stack.enter_context(teacher(model)) for model in MODELS]
         for case in CASES:
-            figures[case.name] = medians([measure(case, urls, samples, vocabulary) for _ in range(arguments.rounds)])
+            figures[case.name] = medians([measure(case, urls, samples, late) for _ in range(arguments.rounds)])
             sys.stderr.write(table({case.name: figures[case.name]}).splitlines()[1] + "\n")
     sys.stdout.write(table(figures))
     sys.stdout.write(f"load of the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
