@@ -73,8 +73,8 @@ def tiny_vocabulary(kind: Kind) -> Vocabulary:
     return Vocabulary.parse(tokenizer_json(kind).encode(), json.dumps(tokenizer_config(kind)).encode(), name=kind)
 
 
-def save_tiny_model(folder: Path, *, kind: Kind, seed: int, head_dim: int = 8) -> Path:
-    """A 2-layer Llama with tied embeddings and its tokenizer, as a Hugging Face directory. vLLM wants heads of 32."""
+def save_tiny_model(folder: Path, *, kind: Kind, seed: int, head_dim: int = 8, tied: bool = True) -> Path:
+    """A 2-layer Llama and its tokenizer, as a Hugging Face directory. vLLM wants heads of 32."""
     vocabulary = tiny_vocabulary(kind)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -88,7 +88,7 @@ def save_tiny_model(folder: Path, *, kind: Kind, seed: int, head_dim: int = 8) -
         max_position_embeddings=512,
         bos_token_id=vocabulary.roles["bos"],
         eos_token_id=vocabulary.roles["eos"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config)

@@ -1,7 +1,9 @@
-"""Checkpoints: what is trained, the optimizer, the step and the random state, written whole or not at all.
+"""Checkpoints: what is trained, the optimizer and the step, written beside the training, whole or not at all.
 
-A checkpoint is a folder step-N made by torch.distributed.checkpoint under another name and renamed when it is
-complete, so one that was cut off is never found. Frozen weights are not saved; they are the base model's.
+A checkpoint is a folder step-N that torch.distributed.checkpoint writes under another name, from a copy, on a thread of
+its own, and that is renamed when every rank has written its part: one that was cut off is never found. It can be read
+by any number of ranks. Frozen weights are not saved, they are the base model's; nor is random state, which every step
+makes anew from the seed (step.py). What the data needs is the step.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,18 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from trainer.config import RunConfig
 from trainer.data import Corpus
 from trainer.errors import CheckpointError
+from trainer.ranks import Ranks
 from trainer.student import Student
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _IDENTITY = "identity.json"  # what a checkpoint is worth nothing without
 _FUSION = "fusion.json"
+_WRITING = (OSError, RuntimeError, CheckpointException)
 
 Identity = Mapping[str, Any]
 
@@ -41,35 +45,84 @@ class Kept:
     fusion_state: dict[str, Any] | None = None
 
 
-def save_checkpoint(
-    folder: Path, step: int, student: Student, optimizer: torch.optim.Optimizer, kept: Kept, *, keep: int
-) -> Path:
-    """Save after `step` steps, and keep the last `keep` checkpoints.
+class Checkpoints:
+    """The checkpoints of one run. All ranks call the same methods in the same order."""
 
-    Raises CheckpointError; earlier checkpoints stay.
-    """
-    final, partial = folder / f"step-{step:08d}", folder / f".partial-{step:08d}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with _single_process():
-            save(_state(student, optimizer, step), checkpoint_id=partial, no_dist=True)
-        (partial / _IDENTITY).write_text(json.dumps(kept.identity), encoding="utf-8")
-        (partial / _FUSION).write_text(json.dumps(kept.fusion_state), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    except (OSError, RuntimeError, CheckpointException) as error:
+    def __init__(self, folder: Path, keep: int, ranks: Ranks = Ranks()) -> None:
+        self._folder = folder
+        self._keep = keep
+        self._ranks = ranks
+        self._writing: tuple[int, Future[Any]] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self._ranks.size == 1:  # another rank that has failed will not come to the end of it
+            self.finish()
+
+    def save(self, step: int, student: Student, optimizer: torch.optim.Optimizer, kept: Kept) -> None:
+        """Begin to save after `step` steps; training goes on beside it. Ends the save before this one first.
+
+        Raises CheckpointError; earlier checkpoints stay.
+        """
+        self.finish()
+        final, partial = self._paths(step)
+        try:
+            if self._ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                (partial / _IDENTITY).write_text(json.dumps(kept.identity), encoding="utf-8")
+                (partial / _FUSION).write_text(json.dumps(kept.fusion_state), encoding="utf-8")
+            self._ranks.wait()
+            alone = self._ranks.size == 1
+            _quietly()
+            state = _state(student, optimizer, step)
+            future = async_save(state, checkpoint_id=partial, process_group=self._ranks.apart, no_dist=alone)
+            assert isinstance(future, Future)
+        except _WRITING as error:
+            raise self._cannot(final, partial, error) from error
+        self._writing = (step, future)
+
+    def finish(self) -> int | None:
+        """Wait for what is being written, take it in, and say after which step it was; None if there is nothing.
+
+        Raises CheckpointError if it could not be written.
+        """
+        if self._writing is None:
+            return None
+        (step, future), self._writing = self._writing, None
+        final, partial = self._paths(step)
+        try:
+            future.result()
+            if self._ranks.first:
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+                for old in list(_checkpoints(self._folder))[: -self._keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        except _WRITING as error:
+            raise self._cannot(final, partial, error) from error
+        self._ranks.wait()
+        return step
+
+    def settle(self) -> int | None:
+        """The same, if all ranks have written their part already."""
+        return self.finish() if self._writing and self._ranks.all(self._writing[1].done()) else None
+
+    def _paths(self, step: int) -> tuple[Path, Path]:
+        return self._folder / f"step-{step:08d}", self._folder / f".partial-{step:08d}"
+
+    def _cannot(self, final: Path, partial: Path, error: BaseException) -> CheckpointError:
+        folder = self._folder
         free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free" if folder.exists() else "no folder"
-        shutil.rmtree(partial, ignore_errors=True)
+        if self._ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
         last = latest_checkpoint(folder)
         before = f"the last good one is {last.name}" if last else "there is none yet"
-        raise CheckpointError(
+        return CheckpointError(
             f"cannot write checkpoint {final} ({free}: {_reason(error)}); {before}: make room, then run again "
             "with --resume"
-        ) from error
-    for old in list(_checkpoints(folder))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+        )
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -77,7 +130,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(_checkpoints(folder), default=None, key=lambda path: path.name)
 
 
-def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimizer, identity: Identity) -> int:
+def load_checkpoint(
+    path: Path, student: Student, optimizer: torch.optim.Optimizer, identity: Identity, ranks: Ranks = Ranks()
+) -> int:
     """Restore and return the number of steps done. Raises CheckpointError if it belongs to another run."""
     try:
         saved = dict(json.loads((path / _IDENTITY).read_text(encoding="utf-8")))
@@ -85,14 +140,13 @@ def load_checkpoint(path: Path, student: Student, optimizer: torch.optim.Optimiz
             if saved.get(key) != value:
                 raise CheckpointError(f"{path} was written with {key} = {saved.get(key)!r}, this run has {value!r}")
         state = _state(student, optimizer, 0)
-        with _single_process():
-            load(state, checkpoint_id=path, no_dist=True)
+        _quietly()
+        load(state, checkpoint_id=path, no_dist=ranks.size == 1)
     except (OSError, TypeError, ValueError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(f"cannot read checkpoint {path} ({_reason(error)})") from error
     set_state_dict(
         student.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
     )
-    torch.set_rng_state(state["rng"])
     return int(state["step"])
 
 
@@ -105,17 +159,14 @@ def load_fusion_state(path: Path) -> dict[str, Any] | None:
     return state
 
 
-@contextmanager
-def _single_process() -> Iterator[None]:
-    """torch warns that there is only one process; there is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _quietly() -> None:
+    """torch warns, on whatever thread it writes, that there is only one process; there is."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _state(student: Student, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
     model, optim = get_state_dict(student.model, optimizer, options=_OPTIONS)
-    return {"model": model, "optimizer": optim, "step": torch.tensor(step), "rng": torch.get_rng_state()}
+    return {"model": model, "optimizer": optim, "step": torch.tensor(step)}
 
 
 def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity:

@@ -33,17 +33,36 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class LoraConfig(Section):
+    """[student.lora] train low-rank adapters instead of the weights; they are merged into them on export."""
+
+    rank: Positive = 16
+    """Rank of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: Share = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get one, as peft has them; all-linear leaves out the head."""
+
+
 class StudentConfig(Section):
     """[student] the model that learns."""
 
     model: str
     """A Hugging Face directory, or the name of one under $TUTELAGE_CACHE/models."""
     device: str = "cpu"
-    """Where it trains: cpu, cuda, cuda:1, …"""
+    """Where it trains: cpu, cuda, cuda:1, … ; with several processes cuda is each one's own."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 autocasts over float32 weights; fp32 computes in float32 throughout."""
+    """bf16 computes in bf16 over float32 weights; fp32 computes in float32 throughout."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the layer again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile each layer with torch.compile."""
     train_layers: Positive | None = None
     """Train only this many of the uppermost layers (and the final norm); all parameters if absent."""
+    lora: LoraConfig | None = None
+    """[student.lora] train adapters instead."""
     roles: Roles = {}
     """Special tokens by role (bos, eos, end_of_turn, pad, unk), as spelled, where the tokenizer's word is wrong."""
     chat_template: str | None = None
@@ -306,6 +325,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        if self.student.lora and self.student.train_layers:
+            raise ValueError("student.lora: adapters leave all weights as they are; leave student.train_layers out")
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError("teachers: two teachers have the same name")

@@ -13,9 +13,9 @@ from trainer.config import DataConfig, RunConfig, TeacherConfig
 from trainer.data import Corpus, Sample, SourceCounts, load_corpus
 from trainer.errors import UserError
 from trainer.fuser import check_routes
-from trainer.loop import total_steps
 from trainer.places import find_model
 from trainer.reading import Reader, chat_template, readable
+from trainer.run import total_steps
 from trainer.student import check_folder, reader_of
 from trainer.template import ChatError
 

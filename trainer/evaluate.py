@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 
 from alignment.report import bits_per_byte
@@ -28,11 +30,13 @@ class Evaluation:
 
 def token_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tensor:
     """[T − first_position] nats that the student pays for each predicted token of one sample."""
-    labels = labels_from([tokens.ids[student.first_position :]], [None])
-    with torch.no_grad(), student.precision():
-        hidden = student.hidden([tokens])
-        loss = head_loss(student.head, hidden, labels.to(student.device), Objective(chunk_tokens=chunk_tokens))
-    return loss.ce_T.cpu()
+    labels = labels_from([tokens.ids[student.first_position :]], [None]).to(student.device)
+    objective = Objective(chunk_tokens=chunk_tokens)
+    with torch.no_grad():
+        _, ce_T, _ = student.compute(
+            [tokens], [np.ones(len(labels), dtype=bool)], partial(head_loss, labels=labels, objective=objective)
+        )
+    return ce_T.cpu()
 
 
 def evaluate(student: Student, samples: Sequence[Reading], chunk_tokens: int) -> Evaluation:

@@ -45,9 +45,9 @@ class Labels:
 def labels_from(tokens: Sequence[np.ndarray], targets: Sequence[Target | None]) -> Labels:
     """Labels of several samples, one after another; None where a sample has no target."""
     wide = max([1, *(int(np.diff(t.offsets).max(initial=0)) for t in targets if t is not None)])
-    parts = [_dense(len(t), target, wide) for t, target in zip(tokens, targets, strict=True)]
+    parts = [_dense(0, None, wide), *(_dense(len(t), target, wide) for t, target in zip(tokens, targets, strict=True))]
     columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
-    return Labels(torch.from_numpy(np.concatenate(tokens)), *columns)
+    return Labels(torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *tokens])), *columns)
 
 
 def _dense(length: int, target: Target | None, wide: int) -> tuple[np.ndarray, ...]:

@@ -1,38 +1,25 @@
 """A run from beginning to end: next batch, step, log, evaluate, save."""
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
 
-from trainer.checkpoint import (
-    Kept,
-    identity_of,
-    latest_checkpoint,
-    load_checkpoint,
-    load_fusion_state,
-    save_checkpoint,
-)
 from trainer.config import RunConfig
-from trainer.data import Corpus, Sample, load_corpus
-from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.evaluate import evaluate
-from trainer.fuser import Fuser, check_routes
+from trainer.data import Corpus, Sample
 from trainer.metrics import Listener, Metrics
 from trainer.order import batch_indices
 from trainer.pipeline import Batch, TargetStream, labels_of
-from trainer.reading import Reader, readable
-from trainer.step import StepResult, make_optimizer, plan_step, train_step
-from trainer.student import Student, load_student, reader_of
-from trainer.tracking import check_trackers, tracked
+from trainer.ranks import Ranks, joined
+from trainer.run import begin
+from trainer.step import StepResult, plan_step, train_step
+from trainer.stopping import on_sigterm
+from trainer.student import Student
 
 
 @dataclass(frozen=True)
@@ -47,131 +34,50 @@ class RunResult:
 def train(
     config: RunConfig, *, resume: bool = False, stop_at: int | None = None, listener: Listener | None = None
 ) -> RunResult:
-    """Run to the end, or save and leave after step `stop_at`. Raises the errors of trainer, teachers, alignment."""
-    out = Path(config.output.dir).expanduser()
-    last = latest_checkpoint(out / "checkpoints")
-    if out.is_file():
-        raise ConfigError(f"output.dir: {out} is a file")
-    if out.exists() and any(out.iterdir()) and not resume:
-        raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
-    check_trackers(config.tracking)
-    torch.manual_seed(config.train.seed)
-    student = load_student(config.student)
-    longest = config.data.window_tokens + config.data.close_documents
-    if longest > student.max_tokens:
-        closing = " with EOS" if config.data.close_documents else ""
-        raise ConfigError(f"data.window_tokens is {longest}{closing}, the student takes {student.max_tokens}")
-    corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
-    check_routes(corpus.train, config)
-    optimizer = make_optimizer(student, config.optim)
-    identity = identity_of(config, student, corpus)
-    done = load_checkpoint(last, student, optimizer, identity) if resume and last else 0
-    num_steps = total_steps(config, corpus)
-    end = min(num_steps, stop_at or num_steps)
-    reader = reader_of(student.folder, student.vocabulary, config)
-    run = _Run(config, student, reader, corpus)
-    fusion_state = load_fusion_state(last) if resume and last else None
-    fuser = Fuser(config, len(student.vocabulary), num_steps, fusion_state)
+    """Run to the end, or save and leave after step `stop_at` or on SIGTERM. Every rank calls it alike.
 
-    with TargetStream(config, reader, _batches(config, corpus, done, end), fuser=fuser, first_step=done) as stream:
+    Raises the errors of trainer, teachers, alignment.
+    """
+    with joined(config.student.device) as ranks:
+        return _train(config, ranks, resume, stop_at, listener)
+
+
+def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, listener: Listener | None) -> RunResult:
+    run = begin(config, ranks, resume)
+    done, fusion_state = run.done, run.fuser.state
+    end = min(run.num_steps, stop_at or run.num_steps)
+    samples = _batches(config, run.corpus, ranks, range(done, end))
+    with TargetStream(config, run.reader, samples, fuser=run.fuser, first_step=done) as stream:
         batches = iter(stream)
         first = list(islice(batches, 1))  # nothing is written before every teacher has been checked
-        make_folder(out)
-        with tracked(config, done) as trackers, Metrics(out / "metrics.jsonl", listener, *trackers) as metrics:
-            metrics.emit(
-                "start",
-                step=done,
-                steps=num_steps,
-                samples=len(corpus.train),
-                connect_s=stream.connect_s,
-                sources=[asdict(source) for source in corpus.sources],
-                **run.counts,
-                run=config.model_dump(),
-            )
+        with on_sigterm(stream.stop), run.opened(listener, stream.connect_s) as metrics:
             run.measure(metrics, done)
-            for batch in noted(chain(first, batches), stream, metrics):
+            ready = noted(chain(first, batches), stream, metrics)
+            while not ranks.any((batch := next(ready, None)) is None):
+                assert batch is not None
                 began = time.monotonic()
-                plan = plan_step(config, done, num_steps)
-                result = train_step(student, optimizer, batch.lessons, plan)
-                done += 1
+                plan = plan_step(config, done, run.num_steps)
+                result = train_step(run.student, run.optimizer, batch.lessons, plan, ranks)
+                done, fusion_state = done + 1, batch.fusion_state
                 step_s = time.monotonic() - began
-                metrics.emit(
-                    "step",
-                    step=done,
-                    ce_weight=plan.objective.ce_weight,
-                    **step_values(config, student, batch, result, step_s),
-                )
+                values = step_values(config, run.student, batch, result, step_s)
+                metrics.emit("step", step=done, ce_weight=plan.objective.ce_weight, **values)
                 if done == end or _due(done, config.eval.every_steps):
                     run.measure(metrics, done)
-                if done == end or _due(done, config.output.checkpoint_every_steps):
-                    kept = Kept(identity, batch.fusion_state)
-                    keep = config.output.keep_checkpoints
-                    save_checkpoint(out / "checkpoints", done, student, optimizer, kept, keep=keep)
-                    metrics.emit("checkpoint", step=done)
-            model = run.export(out / "model") if done == num_steps else None
+                if _due(done, config.output.checkpoint_every_steps):
+                    run.save(done, fusion_state)
+                run.settle(metrics)
+            run.leave(metrics, done, fusion_state)
+            model = run.export() if done == run.num_steps else None
             metrics.emit("end", step=done, model=str(model) if model else None)
     return RunResult(done, tuple(run.held_out), model)
 
 
-def make_folder(out: Path) -> None:
-    """Make the run's folder. Raises ConfigError if it cannot be made."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output.dir: cannot make {out}: {error.strerror}") from error
-
-
-class _Run:
-    """What measuring and exporting need."""
-
-    def __init__(self, config: RunConfig, student: Student, reader: Reader, corpus: Corpus) -> None:
-        self._config = config
-        self._student = student
-        self._samples = list(readable(corpus.held_out, reader, config.data))
-        self.num_skipped = len(corpus.held_out) - len(self._samples)
-        if corpus.held_out and not self._samples:
-            raise DataError(f"none of the {len(corpus.held_out)} held-out chats can be read: see data.broken_chats")
-        self.held_out: list[tuple[int, float]] = []
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"held_out": len(self._samples), "held_out_skipped": self.num_skipped}
-
-    def measure(self, metrics: Metrics, step: int) -> None:
-        if self._samples and not (self.held_out and self.held_out[-1][0] == step):
-            result = evaluate(self._student, self._samples, self._config.loss.chunk_tokens)
-            self.held_out.append((step, result.bpb))
-            per_token = result.nats / result.num_tokens
-            metrics.emit("eval", step=step, held_out_bpb=result.bpb, held_out_nats_per_token=per_token)
-
-    def export(self, folder: Path) -> Path:
-        partial = folder.with_name(".partial-model")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            self._student.export(partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(f"cannot export to {folder} ({error}): make room, then run with --resume") from error
-        return folder
-
-
-def total_steps(config: RunConfig, corpus: Corpus) -> int:
-    """Whole batches in all epochs, or train.steps if that is fewer. Raises DataError if there is no whole batch."""
-    in_epochs = config.train.epochs * corpus.order.epoch_samples // config.train.batch_samples
-    steps = min(in_epochs, config.train.steps or in_epochs)
-    if steps == 0:
-        raise DataError(
-            f"{corpus.order.epoch_samples} samples in {config.train.epochs} epochs do not fill one batch of "
-            f"{config.train.batch_samples}: lower train.batch_samples or give more text"
-        )
-    return steps
-
-
-def _batches(config: RunConfig, corpus: Corpus, begin: int, end: int) -> Iterator[list[Sample]]:
-    for step in range(begin, end):
-        yield [corpus.train[i] for i in batch_indices(corpus.order, config.train.batch_samples, step)]
+def _batches(config: RunConfig, corpus: Corpus, ranks: Ranks, steps: range) -> Iterator[list[Sample]]:
+    """This rank's part of every batch."""
+    for step in steps:
+        indices = batch_indices(corpus.order, config.train.batch_samples, step)
+        yield [corpus.train[i] for i in ranks.part(indices)]
 
 
 def noted(batches: Iterator[Batch], stream: TargetStream, metrics: Metrics) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ r_j (g_tail − G q_tail) where not: everything that is as long as the vocabular
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +60,7 @@ class Objective:
     chunk_tokens: int = 512
 
 
-@dataclass(frozen=True, eq=False)
-class Loss:
+class Loss(NamedTuple):
     """total is the sum over T positions, with its gradient; the others are nats of each, without weights or gradient.
 
     The divergence is not computed where it has no weight, and then 0.

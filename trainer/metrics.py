@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ Listener = Callable[[Event], None]
 class Metrics:
     """Appends events to a JSONL file, then hands them to each listener. Use as a context manager.
 
-    Raises MetricsError if the file cannot be written. A line that an earlier run left half-written is cut off first.
+    Without a path nothing is written or handed on: of several ranks only the first speaks. Raises MetricsError if the
+    file cannot be written. A line that an earlier run left half-written is cut off first.
     """
 
-    def __init__(self, path: Path, *listeners: Listener | None) -> None:
+    def __init__(self, path: Path | None, *listeners: Listener | None) -> None:
         self._path = path
         self._listeners = [listener for listener in listeners if listener is not None]
+        self._file: RawIOBase | None = None
+        if path is None:
+            return
         try:
             self._file = path.open("ab+", buffering=0)
             self._file.seek(0)
@@ -33,10 +38,13 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def emit(self, event: str, **values: Any) -> None:
         """One line: the event's name, the time (Unix seconds) and its values."""
+        if self._file is None:
+            return
         record = {"event": event, "time": round(time.time(), 3), **values}
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:

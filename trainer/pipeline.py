@@ -128,9 +128,15 @@ class TargetStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def stop(self) -> None:
+        """End the iteration, whatever it waits for. A signal handler may call it: SimpleQueue.put is reentrant."""
+        if not self._stopping:  # a second time would end what the first time began
+            self._stopping = True
+            self._tell(lambda: self._main and self._main.cancel())
+            self._ready.put(_END)
+
     def close(self) -> None:
-        self._stopping = True
-        self._tell(lambda: self._main and self._main.cancel())
+        self.stop()
         self._thread.join(timeout=30)
 
     @property
@@ -144,7 +150,7 @@ class TargetStream:
             yield self._events.get_nowait()
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
+        while not self._stopping:
             began = time.monotonic()
             depth = self._made - self._taken, self._made_tokens - self._taken_tokens
             item = self._ready.get()
@@ -177,14 +183,20 @@ class TargetStream:
         try:
             async with connected(self._config, self._student, self._events.put) as teachers:
                 self._connected = time.monotonic()
-                ahead = Ahead(self._config, teachers, self._batches)
-                async with aclosing(ahead.batches()) as batches:
-                    async for answered in batches:
-                        batch = await self._fused([asked for asked, _ in answered], teachers)
-                        self._hand_over(batch, answered, ahead)
+                try:
+                    await self._make(teachers)
+                finally:
+                    self._main = None  # or it could be ended while it closes its connections
             self._ready.put(_END)
         except Exception as error:  # whatever it is, it is raised from the iteration
             self._ready.put(error)
+
+    async def _make(self, teachers: Teachers) -> None:
+        ahead = Ahead(self._config, teachers, self._batches)
+        async with aclosing(ahead.batches()) as batches:
+            async for answered in batches:
+                batch = await self._fused([asked for asked, _ in answered], teachers)
+                self._hand_over(batch, answered, ahead)
 
     def _hand_over(self, batch: Batch, answered: Sequence[tuple[Asked | None, Place]], ahead: Ahead) -> None:
         places = [place for asked, place in answered if asked is not None]

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from trainer.config import LossConfig, OptimConfig, RunConfig
 from trainer.divergences import divergence
@@ -15,6 +17,8 @@ from trainer.labels import labels_from
 from trainer.losses import Objective, head_loss, weighted
 from trainer.pipeline import labels_of, supervised_from
 from trainer.priors import scheduled
+from trainer.ranks import Ranks
+from trainer.sharding import sync_gradients
 from trainer.student import Student
 
 
@@ -27,6 +31,7 @@ class StepPlan:
     accumulate: int
     clip_norm: float
     teachers: tuple[str, ...]
+    seed: tuple[int, ...] = (0,)
 
 
 def plan_step(config: RunConfig, step: int, num_steps: int) -> StepPlan:
@@ -37,6 +42,7 @@ def plan_step(config: RunConfig, step: int, num_steps: int) -> StepPlan:
         config.train.accumulate,
         config.optim.clip_norm,
         tuple(teacher.name for teacher in config.teachers),
+        (config.train.seed, 3, step),
     )
 
 
@@ -80,26 +86,36 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 def train_step(
-    student: Student, optimizer: torch.optim.Optimizer, lessons: Sequence[Lesson], plan: StepPlan
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    lessons: Sequence[Lesson],
+    plan: StepPlan,
+    ranks: Ranks = Ranks(),
 ) -> StepResult:
-    """Move the student once. Raises NonFiniteLoss, naming sample and teachers, before the optimizer is touched."""
-    num_tokens = sum(int(supervised_from(lesson, student.first_position).sum()) for lesson in lessons)
+    """Move the student once; `lessons` are this rank's part of the batch.
+
+    Raises NonFiniteLoss, naming sample and teachers, before the optimizer is touched.
+    """
+    tokens = sum(int(supervised_from(lesson, student.first_position).sum()) for lesson in lessons)
+    num_tokens = int(ranks.sum([tokens])[0])
+    names = ", ".join(lesson.sample.name for lesson in lessons)
     if num_tokens == 0:
-        names = ", ".join(lesson.sample.name for lesson in lessons)
         raise DataError(f"there is nothing to learn from in the samples {names}: nothing was updated")
-    size = max(len(lessons) // plan.accumulate, 1)
+    torch.manual_seed(int(np.random.SeedSequence([*plan.seed, ranks.rank]).generate_state(1)[0]))  # dropout
     sums = torch.zeros(3, dtype=torch.float64)
-    for begin in range(0, len(lessons), size):
-        sums += _backward(student, lessons[begin : begin + size], num_tokens, plan)
+    for i in range(plan.accumulate):
+        part = lessons[len(lessons) * i // plan.accumulate : len(lessons) * (i + 1) // plan.accumulate]
+        sync_gradients(student.core, i == plan.accumulate - 1)
+        sums += _backward(student, part, num_tokens, plan)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), plan.clip_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if not bool(torch.isfinite(norm)):
-        names = ", ".join(lesson.sample.name for lesson in lessons)
         raise NonFiniteLoss(f"the gradient's norm is {float(norm)} for the samples {names}; nothing was updated")
     for group in optimizer.param_groups:
         group["lr"] = plan.lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    loss, ce, apart = (sums / num_tokens).tolist()
+    loss, ce, apart = (value / num_tokens for value in ranks.sum(sums.tolist()))
     return StepResult(loss, ce, apart if plan.objective.ce_weight < 1 else None, num_tokens, float(norm), plan.lr)
 
 
@@ -107,20 +123,15 @@ def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, plan
     """Gradients of one part; returns the sums of loss, cross-entropy and divergence."""
     columns = [labels_of(lesson, student.first_position) for lesson in lessons]
     labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns]).to(student.device)
-    with student.precision():
-        hidden_TD = student.hidden([lesson.tokens for lesson in lessons])
-        hidden_TD = _supervised(hidden_TD, lessons, student.first_position)
-        loss = head_loss(student.head, hidden_TD, labels, plan.objective)
-    loss_T = weighted(loss.ce_T, loss.divergence_T, plan.objective)
+    total, ce_T, divergence_T = student.compute(
+        [lesson.tokens for lesson in lessons],
+        [supervised_from(lesson, student.first_position) for lesson in lessons],
+        partial(head_loss, labels=labels, objective=plan.objective),
+    )
+    loss_T = weighted(ce_T, divergence_T, plan.objective)
     _check_finite(loss_T, lessons, student.first_position, plan)
-    (loss.total / num_tokens).backward()
-    return torch.stack([loss_T.double().sum(), loss.ce_T.double().sum(), loss.divergence_T.double().sum()]).cpu()
-
-
-def _supervised(hidden_TD: torch.Tensor, lessons: Sequence[Lesson], first_position: int) -> torch.Tensor:
-    """The states that predict what is learned from: all of a text, of a chat the answers."""
-    wanted = np.concatenate([supervised_from(lesson, first_position) for lesson in lessons])
-    return hidden_TD if wanted.all() else hidden_TD[torch.from_numpy(wanted).to(hidden_TD.device)]
+    (total / num_tokens).backward()
+    return torch.stack([loss_T.double().sum(), ce_T.double().sum(), divergence_T.double().sum()]).cpu()
 
 
 def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int, plan: StepPlan) -> None:

@@ -1,29 +1,38 @@
 """The student: a causal language model that is trained, split into its trunk and its head.
 
 The trunk gives hidden states, the head turns chosen ones into logits, so that the loss decides how many logits
-exist at once. Weights are float32; bf16 is autocast.
+exist at once. Weights are float32; bf16 is what is computed in.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alignment import Vocabulary
 from alignment.spans import Tokens
-from trainer.config import RunConfig, StudentConfig
+from trainer.adapters import add_adapters, merged
+from trainer.config import LoraConfig, RunConfig, StudentConfig
 from trainer.errors import ConfigError
 from trainer.losses import Head
+from trainer.packing import pack
 from trainer.places import find_model
+from trainer.ranks import Ranks
 from trainer.reading import Reader, chat_template
+from trainer.sharding import layers_of, shard
 
+log = logging.getLogger("tutelage.student")
 NEWLINE = "\n"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -53,15 +62,40 @@ def check_head(model: Any) -> None:
         )
 
 
+Work = Callable[[Head, Tensor], tuple[Tensor, ...]]
+
+
+class Core(nn.Module):
+    """The model, and what is done with its head and hidden states, as one module: sharded, all of it is whole here."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BL: Tensor, positions_BL: Tensor, states_T: Tensor, work: Work) -> tuple[Tensor, ...]:
+        trunk = self.model.get_decoder()
+        hidden_BLD = trunk(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).last_hidden_state
+        return work(head_of(self.model), hidden_BLD.flatten(0, 1)[states_T])
+
+
 @dataclass(frozen=True, eq=False)
 class Student:
-    """model and tokenizer; `first_position` is the first token it predicts: 0 with BOS in front, else 1."""
+    """model and tokenizer; `first_position` is the first token it predicts: 0 with BOS in front, else 1.
 
-    model: Any
+    packs: whether several samples in one row do not see each other in this model.
+    """
+
+    core: Core
     vocabulary: Vocabulary
     folder: Path
     device: str
     autocast: bool
+    packs: bool
+    lora: LoraConfig | None = None
+
+    @property
+    def model(self) -> Any:
+        return self.core.model
 
     @property
     def first_position(self) -> int:
@@ -73,40 +107,61 @@ class Student:
         limit: int = getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 31)
         return limit - len(self.vocabulary.prefix)
 
-    @property
-    def head(self) -> Head:
-        return head_of(self.model)
-
     def precision(self) -> AbstractContextManager[Any]:
         kind = self.device.partition(":")[0]
         return torch.autocast(kind, dtype=torch.bfloat16) if self.autocast else nullcontext()
 
-    def hidden(self, samples: Sequence[Tokens]) -> Tensor:
-        """[T, D] the states that predict tokens first_position … of every sample, one sample after another."""
+    def compute(self, samples: Sequence[Tokens], wanted: Sequence[NDArray[np.bool_]], work: Work) -> tuple[Tensor, ...]:
+        """What `work` makes of the head and [T, D] the states that predict the wanted tokens, sample after sample.
+
+        wanted[i]: of its tokens first_position … , which. The only way to hidden states, for they are never kept.
+        """
         prefix = self.vocabulary.prefix
-        rows = [np.concatenate([prefix, tokens.ids]).astype(np.int64) for tokens in samples]
-        longest = max(map(len, rows))
-        ids_BL = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask_BL = torch.zeros_like(ids_BL)
-        for i, row in enumerate(rows):
-            ids_BL[i, : len(row)] = torch.from_numpy(row)
-            mask_BL[i, : len(row)] = 1
-        out = self.model.get_decoder()(
-            ids_BL.to(self.device), attention_mask=mask_BL.to(self.device), use_cache=False
-        ).last_hidden_state
-        return torch.cat([out[i, : len(row) - 1] for i, row in enumerate(rows)])
+        sequences = [np.concatenate([prefix, tokens.ids]).astype(np.int64) for tokens in samples]
+        packed = pack(sequences, wanted, together=self.packs)
+        arrays = (packed.ids_BL, packed.positions_BL, packed.states_T)
+        with self.precision():
+            result: tuple[Tensor, ...] = self.core(*(torch.from_numpy(a).to(self.device) for a in arrays), work)
+        return result
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def export(self, folder: Path) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, whole and on the CPU, adapters merged. All ranks call it together."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=whole)
+        return merged(self.folder, self.lora, weights) if self.lora else weights
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a Hugging Face directory that transformers loads, in the base model's own type, with its tokenizer."""
         dtype = AutoConfig.from_pretrained(self.folder, local_files_only=True).dtype or torch.float32
-        weights = {name: tensor.detach().to(dtype) for name, tensor in self.model.state_dict().items()}
-        self.model.save_pretrained(folder, state_dict=weights)
+        model = self.model if self.lora is None else _loaded(self.folder)
+        model.save_pretrained(folder, state_dict={name: tensor.detach().to(dtype) for name, tensor in weights.items()})
         for path in self.folder.iterdir():
             if path.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
                 (folder / path.name).write_bytes(path.read_bytes())
+
+
+def keeps_apart(model: Any) -> bool:
+    """Whether two samples in one row give the states that each gives alone. Warns where they do not."""
+    two = [torch.arange(length, device=model.device) % model.config.get_text_config().vocab_size for length in (5, 7)]
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        run = partial(model.get_decoder(), use_cache=False)
+        alone = [run(input_ids=ids[None], position_ids=_counted(ids)).last_hidden_state[0] for ids in two]
+        positions = torch.cat([_counted(ids) for ids in two], 1)
+        row = run(input_ids=torch.cat(two)[None], position_ids=positions).last_hidden_state[0]
+    model.train(was_training)
+    apart = float((row - torch.cat(alone)).abs().max()) <= 1e-3 * max(1.0, float(row.abs().max()))
+    if not apart:
+        log.warning("%s sees from one sample to the next in a row: each has a row of its own", type(model).__name__)
+    return apart
+
+
+def _counted(ids: Tensor) -> Tensor:
+    return torch.arange(len(ids), device=ids.device)[None]
 
 
 def reader_of(folder: Path, vocabulary: Vocabulary, config: RunConfig) -> Reader:
@@ -134,20 +189,37 @@ def check_folder(folder: Path, config: RunConfig) -> None:
         raise ConfigError(f"data.window_tokens is {config.data.window_tokens}, the student takes {limit}")
 
 
-def load_student(config: StudentConfig) -> Student:
-    """Load and choose what is trained. Raises ConfigError if the model is not there or has too few layers."""
-    folder = find_model(config.model)
+def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
+    """Load, choose what is trained, and share it out over the ranks.
+
+    Raises ConfigError if the model is not there or cannot be trained as the run file says.
+    """
+    folder, device = find_model(config.model), ranks.device(config.device)
     vocabulary = Vocabulary.load(folder).with_roles(config.roles)
-    loader: Any = AutoModelForCausalLM
     try:
-        model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(config.device).train()
+        model = _loaded(folder).to(device).train()
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"student.model: cannot load {folder} on {config.device}: {reason}") from error
+        raise ConfigError(f"student.model: cannot load {folder} on {device}: {reason}") from error
     check_head(model)
+    packs, core = keeps_apart(model), Core(model)
     if config.train_layers is not None:
         train_upper_layers(model, config.train_layers)
-    return Student(model, vocabulary, folder, config.device, config.precision == "bf16")
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers_of(model) if config.compile else ():
+        layer.compile()
+    bf16 = config.precision == "bf16"
+    if ranks.size > 1:
+        shard(core, layers_of(model), ranks, device=device, bf16=bf16)
+    return Student(core, vocabulary, folder, device, bf16 and ranks.size == 1, packs, config.lora)
+
+
+def _loaded(folder: Path) -> Any:
+    loader: Any = AutoModelForCausalLM
+    return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def train_upper_layers(model: Any, num_layers: int) -> None:

@@ -1,0 +1,132 @@
+"""Samples in rows: every sample once, none too wide, and the same losses as each alone."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from alignment import Vocabulary
+from alignment.spans import Tokens
+from trainer.labels import labels_from
+from trainer.losses import Loss, Objective, head_loss
+from trainer.packing import fitted, pack
+from trainer.student import Core, Student, keeps_apart
+
+LENGTHS = (31, 4, 17, 9, 2, 12, 31, 6)
+SIZES: Any = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+
+UNDROPPED: Any = {"attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30))
+def test_every_sample_is_in_one_row_and_no_row_is_too_long(lengths: list[int]) -> None:
+    rows = fitted(lengths, max(lengths))
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= max(lengths) for row in rows)
+    assert len(rows) <= 2 * -(-sum(lengths) // max(lengths))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.booleans())
+def test_states_are_those_of_the_wanted_tokens(lengths: list[int], together: bool) -> None:
+    sequences = [np.arange(n) + 100 * i for i, n in enumerate(lengths)]
+    wanted = [np.arange(n) % 3 != 1 for n in lengths]
+    packed = pack(sequences, wanted, together=together)
+    expected = np.concatenate([s[w] for s, w in zip(sequences, wanted, strict=True)])
+    np.testing.assert_array_equal(packed.ids_BL.ravel()[packed.states_T], expected)
+    places = np.concatenate([np.arange(n)[w] for n, w in zip(lengths, wanted, strict=True)])
+    np.testing.assert_array_equal(packed.positions_BL.ravel()[packed.states_T], places)
+
+
+def test_no_sample_at_all_is_one_row_of_one_unused_token() -> None:
+    packed = pack([], [])
+    assert packed.ids_BL.shape == (1, 1)
+    assert len(packed.states_T) == 0
+
+
+@pytest.fixture
+def vocabulary(tiny_sentencepiece: Path) -> Vocabulary:
+    vocabulary = Vocabulary.load(tiny_sentencepiece)
+    assert len(vocabulary.prefix) == 1  # a BOS, which stands in front of every sample
+    return vocabulary
+
+
+def losses_of(model: Any, vocabulary: Vocabulary, *, packs: bool) -> Loss:
+    rng = np.random.default_rng(0)
+    samples = [Tokens(b"", rng.integers(0, 400, n), np.zeros(n, dtype=np.int64)) for n in LENGTHS]
+    wanted = [rng.random(n) < 0.8 for n in LENGTHS]
+    labels = labels_from([s.ids[w] for s, w in zip(samples, wanted, strict=True)], [None] * len(samples))
+    student = Student(Core(model), vocabulary, Path(), "cpu", False, packs)
+    return Loss(*student.compute(samples, wanted, partial(head_loss, labels=labels, objective=Objective())))
+
+
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gemma3, window of 8": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=64, **UNDROPPED)
+    ),
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_packed_losses_and_gradients_are_those_of_each_sample_alone(
+    kind: str, attention: str, vocabulary: Vocabulary
+) -> None:
+    torch.manual_seed(0)
+    model: Any = MODELS[kind]()
+    model.set_attn_implementation(attention)
+    assert keeps_apart(model)
+    gradients = []
+    losses = []
+    for packs in (True, False):
+        model.zero_grad()
+        loss = losses_of(model, vocabulary, packs=packs)
+        loss.total.backward()
+        losses.append(loss)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(losses[0].ce_T, losses[1].ce_T, atol=1e-5, rtol=1e-5)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_sees_across_samples_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    trunk = model.get_decoder()
+    plain = trunk.forward
+
+    def blurred(**given: Any) -> Any:
+        out = plain(**given)
+        out.last_hidden_state = out.last_hidden_state.cumsum(1)
+        return out
+
+    trunk.forward = blurred
+    assert not keeps_apart(model)
+    assert "LlamaForCausalLM sees from one sample to the next" in caplog.text

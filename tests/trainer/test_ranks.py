@@ -1,0 +1,78 @@
+"""Several processes train as one: real torchrun, gloo, FSDP2."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.serve import free_port
+from tests.tiny import save_tiny_model
+from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
+from trainer.config import RunConfig
+from trainer.loop import train
+from trainer.ranks import Ranks
+
+
+def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """`tutelage train` of this run file in several processes."""
+    done = subprocess.run(command(config, ranks, *more), capture_output=True, text=True, timeout=240, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def command(config: RunConfig, ranks: int, *more: str) -> list[str]:
+    path = Path(config.output.dir).with_suffix(".json")
+    path.write_text(config.model_dump_json(), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    return [sys.executable, *launcher, "-m", "tests.trainer.rank_main", str(path), *more]
+
+
+def assert_equal_runs(one: Path, two: Path, tolerance: float = 1e-5) -> None:
+    assert losses(one) == pytest.approx(losses(two), abs=tolerance)
+    assert held_out(one) == pytest.approx(held_out(two), abs=tolerance)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_and_two_ranks_give_the_same_losses(tmp_path: Path, tiny_sentencepiece: Path, tied: bool) -> None:
+    student = save_tiny_model(tmp_path / "student", kind="byte_level", seed=1, tied=tied)
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_sentencepiece) as urls:
+        sections: dict[str, Any] = {"train": {"accumulate": 2}, "loss": {"divergence": "jensen_shannon"}}
+        config = {n: run_config(student, corpus, tmp_path / n, urls, **sections) for n in ("one", "two")}
+        train(config["one"])
+        torchrun(config["two"], 2)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in ("one", "two")]
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_a_run_of_one_rank_goes_on_with_two_and_with_one_again(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [])
+    train(straight)
+    changing = run_config(tiny_byte_level, corpus, tmp_path / "changing", [])
+    train(changing, stop_at=2)
+    torchrun(changing, 2, "--resume", "--stop-at=4")
+    train(changing, resume=True)
+    assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
+
+
+def test_a_batch_of_fewer_samples_than_processes_is_refused(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], train={"batch_samples": 1})
+    done = subprocess.run(command(config, 2), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert "train.batch_samples is 1, fewer than the 2 processes" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_all_ranks_together_are_the_batch() -> None:
+    for size in range(1, 9):
+        for items in range(12):
+            parts = [Ranks(rank, size).part(range(items)) for rank in range(size)]
+            assert [i for part in parts for i in part] == list(range(items))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1

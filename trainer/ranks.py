@@ -1,0 +1,98 @@
+"""The processes that train one student together: which one I am, my part of a batch, what all of us add up to.
+
+torchrun or Ray Train starts them and says so in the environment; a process alone is the plain case, and nothing here
+then costs anything. Small numbers travel by gloo, whatever the weights travel by.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # one rank may wait for a teacher while the others wait for it
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """rank of size; local_rank counts on one machine. `apart` is a group for what another thread sends."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    apart: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def part(self, items: Sequence[T]) -> Sequence[T]:
+        """Mine, in order: neighbours stay together, and all parts together are the items."""
+        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Over all ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, mine: bool) -> bool:
+        return self.sum([mine])[0] > 0
+
+    def all(self, mine: bool) -> bool:
+        return self.sum([not mine])[0] == 0
+
+    def agreed(self, value: T) -> T:
+        """What the first rank says."""
+        if self.size == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.sum([0.0])
+
+    @contextmanager
+    def one_before_the_others(self) -> Iterator[None]:
+        """One process of each machine does it first, and the others find it done."""
+        if self.local_rank:
+            self.wait()
+        yield
+        if not self.local_rank:
+            self.wait()
+
+    def device(self, name: str) -> str:
+        """Mine, where the run file says only `cuda`."""
+        return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The ranks that this process was started as one of; alone if nothing says so."""
+    if dist.is_initialized():  # Ray Train has done it
+        yield _ranks()
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        backend = "gloo" if device.startswith("cpu") else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            yield _ranks()
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield Ranks()
+
+
+def _ranks() -> Ranks:
+    if dist.get_world_size() == 1:
+        return Ranks()
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), group)

@@ -1,0 +1,179 @@
+"""What a run has at hand: made once and checked before anything is spent, measured, saved, exported."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from trainer.checkpoint import (
+    Checkpoints,
+    Identity,
+    Kept,
+    identity_of,
+    latest_checkpoint,
+    load_checkpoint,
+    load_fusion_state,
+)
+from trainer.config import RunConfig
+from trainer.data import Corpus, load_corpus
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.evaluate import evaluate
+from trainer.fuser import Fuser, check_routes
+from trainer.metrics import Listener, Metrics
+from trainer.ranks import Ranks
+from trainer.reading import Reader, Reading, readable
+from trainer.step import make_optimizer
+from trainer.student import Student, load_student, reader_of
+from trainer.tracking import check_trackers, tracked
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One start of a run: `done` of num_steps steps were done before it. Every rank has one and calls it alike."""
+
+    config: RunConfig
+    ranks: Ranks
+    student: Student
+    reader: Reader
+    corpus: Corpus
+    held_out_samples: tuple[Reading, ...]
+    optimizer: torch.optim.Optimizer
+    fuser: Fuser
+    checkpoints: Checkpoints
+    identity: Identity
+    num_steps: int
+    done: int
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output.dir).expanduser()
+
+    @contextmanager
+    def opened(self, listener: Listener | None, connect_s: float) -> Iterator[Metrics]:
+        """The run's folder and its metrics, which the first rank writes. connect_s: what reaching the teachers took."""
+        make_folder(self.folder)
+        with ExitStack() as stack:
+            listeners = stack.enter_context(tracked(self.config, self.done)) if self.ranks.first else []
+            path = self.folder / "metrics.jsonl" if self.ranks.first else None
+            metrics = stack.enter_context(Metrics(path, listener, *listeners))
+            stack.enter_context(self.checkpoints)
+            metrics.emit("start", step=self.done, connect_s=connect_s, run=self.config.model_dump(), **self._counts())
+            yield metrics
+
+    def _counts(self) -> dict[str, Any]:
+        return {
+            "steps": self.num_steps,
+            "ranks": self.ranks.size,
+            "samples": len(self.corpus.train),
+            "sources": [asdict(source) for source in self.corpus.sources],
+            "held_out": len(self.held_out_samples),
+            "held_out_skipped": len(self.corpus.held_out) - len(self.held_out_samples),
+        }
+
+    def measure(self, metrics: Metrics, step: int) -> None:
+        if self.held_out_samples and not (self.held_out and self.held_out[-1][0] == step):
+            result = evaluate(self.student, self.held_out_samples, self.config.loss.chunk_tokens)
+            self.held_out.append((step, result.bpb))
+            per_token = result.nats / result.num_tokens
+            metrics.emit("eval", step=step, held_out_bpb=result.bpb, held_out_nats_per_token=per_token)
+
+    def save(self, step: int, fusion_state: dict[str, Any] | None) -> None:
+        """Begin to write a checkpoint; training goes on."""
+        self.checkpoints.save(step, self.student, self.optimizer, Kept(self.identity, fusion_state))
+        self.saved.append(step)
+
+    def settle(self, metrics: Metrics) -> None:
+        """Take in a checkpoint that has been written meanwhile."""
+        if (step := self.checkpoints.settle()) is not None:
+            metrics.emit("checkpoint", step=step)
+
+    def leave(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
+        """Have everything up to this step on disk."""
+        if step > self.done and step not in self.saved:
+            self.save(step, fusion_state)
+        if (written := self.checkpoints.finish()) is not None:
+            metrics.emit("checkpoint", step=written)
+
+    def export(self) -> Path:
+        """Write the student as a Hugging Face directory, whole or not at all."""
+        folder, partial = self.folder / "model", self.folder / ".partial-model"
+        weights = self.student.weights()
+        try:
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                self.student.export(partial, weights)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"cannot export to {folder} ({error}): make room, then run with --resume") from error
+        return folder
+
+
+def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
+    """Everything but the teachers. Raises before anything is written."""
+    out = Path(config.output.dir).expanduser()
+    last = ranks.agreed(latest_checkpoint(out / "checkpoints")) if resume else None
+    _check(config, ranks, out, resume)
+    student = load_student(config.student, ranks)
+    longest = config.data.window_tokens + config.data.close_documents
+    if longest > student.max_tokens:
+        closing = " with EOS" if config.data.close_documents else ""
+        raise ConfigError(f"data.window_tokens is {longest}{closing}, the student takes {student.max_tokens}")
+    with ranks.one_before_the_others():
+        corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
+    check_routes(corpus.train, config)
+    reader = reader_of(student.folder, student.vocabulary, config)
+    held_out = tuple(readable(corpus.held_out, reader, config.data))
+    if corpus.held_out and not held_out:
+        raise DataError(f"none of the {len(corpus.held_out)} held-out chats can be read: see data.broken_chats")
+    optimizer = make_optimizer(student, config.optim)
+    identity = identity_of(config, student, corpus)
+    done = load_checkpoint(last, student, optimizer, identity, ranks) if last else 0
+    num_steps = total_steps(config, corpus)
+    fuser = Fuser(config, len(student.vocabulary), num_steps, load_fusion_state(last) if last else None)
+    checkpoints = Checkpoints(out / "checkpoints", config.output.keep_checkpoints, ranks)
+    return Run(
+        config, ranks, student, reader, corpus, held_out, optimizer, fuser, checkpoints, identity, num_steps, done
+    )
+
+
+def _check(config: RunConfig, ranks: Ranks, out: Path, resume: bool) -> None:
+    """What can be refused before a model is loaded."""
+    if out.is_file():
+        raise ConfigError(f"output.dir: {out} is a file")
+    if ranks.agreed(out.exists() and any(out.iterdir())) and not resume:
+        raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
+    if config.train.batch_samples < ranks.size:
+        raise ConfigError(f"train.batch_samples is {config.train.batch_samples}, fewer than the {ranks.size} processes")
+    by_batch = config.fusion.scope == "batch" and config.fusion.method in ("min_ce", "avg_ce", "confidence")
+    if ranks.size > 1 and (by_batch or config.fusion.method == "adaptive"):
+        raise ConfigError("fusion: adaptive, and scope batch, compare over a whole batch: train with one process")
+    check_trackers(config.tracking)
+
+
+def make_folder(out: Path) -> None:
+    """Make the run's folder. Raises ConfigError if it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output.dir: cannot make {out}: {error.strerror}") from error
+
+
+def total_steps(config: RunConfig, corpus: Corpus) -> int:
+    """Whole batches in all epochs, or train.steps if that is fewer. Raises DataError if there is no whole batch."""
+    in_epochs = config.train.epochs * corpus.order.epoch_samples // config.train.batch_samples
+    steps = min(in_epochs, config.train.steps or in_epochs)
+    if steps == 0:
+        raise DataError(
+            f"{corpus.order.epoch_samples} samples in {config.train.epochs} epochs do not fill one batch of "
+            f"{config.train.batch_samples}: lower train.batch_samples or give more text"
+        )
+    return steps
