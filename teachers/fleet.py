@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from teachers.address import TeacherAddress
+from teachers.backlog import Backlog
 from teachers.errors import FingerprintMismatch, NotFound, Overloaded, ProtocolError, Unauthorized, Unavailable
 from teachers.pacing import Stragglers
 from teachers.protocol import Card, ScoreRequest
@@ -26,7 +27,10 @@ DISTRUSTED = (ProtocolError, Unauthorized, NotFound)  # the replica is at fault,
 
 @dataclass(frozen=True)
 class FleetStats:
-    """Counts since the beginning, how many replicas there are and serve now, and questions they take at once."""
+    """Counts since the beginning, how many replicas there are and serve now, and questions they take at once.
+
+    tokens_per_s  answered lately in a second in which something was asked for
+    """
 
     questions: int = 0
     tokens: int = 0
@@ -36,6 +40,7 @@ class FleetStats:
     replicas: int = 0
     serving: int = 0
     at_once: int = 0
+    tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,20 @@ class Fleet:
         self._timeout_s = address.timeout_s
         self._turn = asyncio.Lock()  # questions get their replicas in the order in which they came
         self._stragglers = Stragglers()
+        self._backlog = Backlog()
         self._counts = {"questions": 0, "tokens": 0, "asked_again": 0, "hedged": 0, "rejected": 0}
 
     @property
     def stats(self) -> FleetStats:
         serving = self._roster.serving
         at_once = sum(replica.pace.limit for replica in serving)
-        return FleetStats(**self._counts, replicas=len(self._roster.replicas), serving=len(serving), at_once=at_once)
+        return FleetStats(
+            **self._counts,
+            replicas=len(self._roster.replicas),
+            serving=len(serving),
+            at_once=at_once,
+            tokens_per_s=self._backlog.tokens_per_s,
+        )
 
     async def connect(self) -> tuple[Card, dict[str, bytes]]:
         """The teacher's card and its tokenizer's files; see Roster.connect."""
@@ -80,14 +92,27 @@ class Fleet:
         Raises TeacherLost if the teacher is dropped, Rejected at once, ProtocolError if a second answer cannot be
         trusted either, and the last Unavailable if the teacher is lost or only this question fails again and again.
         """
+        question, answered = _Question(request, sample), False
         self._stragglers.asked()
-        question, failures = _Question(request, sample), 0
+        self._backlog.enter(question.tokens)
+        try:
+            rows = await self._answer(question)
+            answered = True
+        finally:
+            self._backlog.leave(question.tokens, answered)
+        self._counts["questions"] += 1
+        self._counts["tokens"] += len(rows)
+        return rows
+
+    async def _answer(self, question: _Question) -> Rows:
+        """Of whoever gives one, asked until somebody does."""
+        failures = 0
         while True:
             async with self._turn:
                 replica = await self._roster.wait(question.rejected_by)
                 replica.hold(question.tokens)
             try:
-                rows = await self._first_of(replica, question)
+                return await self._first_of(replica, question)
             except (Overloaded, FingerprintMismatch):
                 pass  # not the question's fault, and seen to where it happened
             except Unavailable:
@@ -97,10 +122,6 @@ class Fleet:
             except DISTRUSTED:
                 if len(question.rejected_by) > 1:
                     raise
-            else:
-                self._counts["questions"] += 1
-                self._counts["tokens"] += len(rows)
-                return rows
             self._counts["asked_again"] += 1
 
     async def _first_of(self, replica: Replica, question: _Question) -> Rows:

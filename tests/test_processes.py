@@ -59,7 +59,7 @@ def test_a_teacher_killed_in_mid_run_and_restarted_changes_no_loss(
     corpus.write_text("".join(json.dumps({"text": f"{n} {TEXT}"}) + "\n" for n in range(60)), encoding="utf-8")
     ports = [free_port(), free_port()]
     urls = [f"http://127.0.0.1:{port}" for port in ports]
-    train = {"epochs": 1, "batch_samples": 4, "prefetch_batches": 1}
+    train = {"epochs": 1, "batch_samples": 4, "prefetch_tokens": 1}
     data = {"max_samples": 400, "window_tokens": 50}
     runs = {
         name: run_config(tiny_byte_level, corpus, tmp_path / name, urls, train=train, data=data)

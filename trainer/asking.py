@@ -6,6 +6,7 @@ one sample, which all models see whole: one that a model cannot take is refused,
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,15 @@ from trainer.template import ChatError
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Timing:
+    """When an answer was asked for and when it came, by time.monotonic(); CPU seconds of its alignment."""
+
+    asked_at: float
+    came_at: float
+    align_s: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Answer:
     """One teacher's answer for one sample, before and after alignment.
@@ -50,14 +60,24 @@ class Answer:
     nats_per_token: float = math.inf  # that the teacher pays for its own tokens; inf where it has said nothing
     absent: bool = False  # the teacher was lost, and the run goes on without it
     unaligned: SpanLikelihoods | SortedProbs | None = None
+    timing: Timing | None = None  # None where nothing was asked, and of an answer that is kept
 
     @property
     def nbytes(self) -> int:
-        """What it takes in memory without its rows, nearly."""
+        """What it takes in memory, without its rows."""
         return self.target.nbytes + self.reading.nbytes + (self.unaligned.nbytes if self.unaligned else 0)
 
-    def without_rows(self) -> "Answer":
-        return replace(self, rows=None)
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One sample that all models can take whole, as the student and every teacher reads it; `shortened` if it had to
+    be. read_s: CPU seconds of reading it."""
+
+    sample: Sample
+    reading: Reading
+    own: tuple[Reading, ...]
+    shortened: bool
+    read_s: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +88,19 @@ class Asked:
     reading: Reading
     answers: tuple[Answer, ...]
     shortened: bool = False
+    read_s: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, without rows."""
+        return self.reading.nbytes + sum(answer.nbytes for answer in self.answers)
+
+    def without_rows(self) -> "Asked":
+        return replace(self, answers=tuple(replace(answer, rows=None) for answer in self.answers))
+
+    def without_cost(self) -> "Asked":
+        """As it is given a second time: nothing was read, asked or aligned for it."""
+        return replace(self, answers=tuple(replace(answer, timing=None) for answer in self.answers), read_s=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,26 +126,35 @@ class Teachers:
         self._data = config.data
         self.teachers = tuple(teachers)
 
-    def stats(self) -> dict[str, dict[str, int]]:
+    def stats(self) -> dict[str, dict[str, float]]:
         """By a teacher's name, how its replicas did so far, as teachers.fleet.FleetStats has it."""
         return {name: asdict(stats) for name, stats in self._pool.stats().items()}
 
     async def ask(self, sample: Sample) -> Asked | None:
-        """Ask all teachers at once; the first error ends the others. None for a chat that is to be skipped."""
+        """Read the sample and ask all teachers about it. None for a chat that is to be skipped."""
+        read = await self.read(sample)
+        return None if read is None else await self.answers(read)
+
+    async def read(self, sample: Sample) -> Read | None:
+        """The sample as everybody reads it, shortened until all can take it. None for a chat that is to be skipped."""
         try:
-            fitted, reading, readings = await asyncio.to_thread(self._fitted, sample)
+            read, read_s = await in_thread(self._fitted, sample)
         except ChatError:
             if self._data.broken_chats == "skip":
                 return None
             raise
-        asked = zip(self.teachers, readings, strict=True)
-        answers = await together(self._answer(teacher, fitted, (own, reading)) for teacher, own in asked)
-        if answers and all(answer.absent for answer in answers):
-            raise TeacherLost(f"every teacher is lost, there is nobody left to learn from (sample {fitted.name})")
-        return Asked(fitted, reading, tuple(answers), shortened=fitted is not sample)
+        return replace(read, read_s=read_s)
 
-    def _fitted(self, sample: Sample) -> tuple[Sample, Reading, list[Reading]]:
-        """The sample as everybody reads it, shortened until all can take it."""
+    async def answers(self, read: Read) -> Asked:
+        """Ask all teachers at once; the first error ends the others."""
+        asked = zip(self.teachers, read.own, strict=True)
+        answers = await together(self._answer(teacher, read.sample, (own, read.reading)) for teacher, own in asked)
+        if answers and all(answer.absent for answer in answers):
+            raise TeacherLost(f"every teacher is lost, there is nobody left to learn from (sample {read.sample.name})")
+        return Asked(read.sample, read.reading, tuple(answers), read.shortened, read.read_s)
+
+    def _fitted(self, given: Sample) -> Read:
+        sample = given
         while True:
             reading = self._student.read(sample)
             readings = [teacher.reader.read(sample) for teacher in self.teachers]
@@ -121,7 +163,7 @@ class Teachers:
             read = zip([*readings, reading], limits, strict=True)
             too_long = [(own, limit, who) for own, (limit, who) in read if len(own) > limit]
             if not too_long:
-                return sample, reading, readings
+                return Read(sample, reading, tuple(readings), sample is not given)
             sample = shorter(sample, *too_long[0], self._data)
 
     async def _answer(self, teacher: Teacher, sample: Sample, readings: tuple[Reading, Reading]) -> Answer:
@@ -131,6 +173,7 @@ class Teachers:
         silent = Answer(None, 0, own, nothing, AlignmentReport(positions=len(nothing)))
         if len(sequence) < 2:  # one token with nothing in front: there is no position to predict
             return silent
+        asked_at = time.monotonic()
         try:
             rows = await self._pool.score(teacher.config.name, sequence, 1, teacher.config.top_k, sample.name)
         except TeacherLost:  # said loudly where it was lost
@@ -138,10 +181,12 @@ class Teachers:
         except TeacherError as error:
             error.args = (f"{error} (sample {sample.name})",)
             raise
+        came_at = time.monotonic()
         try:
-            return await asyncio.to_thread(_aligned, rows, teacher, own, student)
+            answer, align_s = await in_thread(_aligned, rows, teacher, own, student)
         except AlignmentError as error:
             raise AlignmentError(f"teacher {teacher.config.name}, sample {sample.name}: {error}") from error
+        return replace(answer, timing=Timing(asked_at, came_at, align_s))
 
 
 def _aligned(rows: Rows, teacher: Teacher, own: Reading, student: Reading) -> Answer:
@@ -234,6 +279,17 @@ async def connected(
                 )
             teachers.append(Teacher(teacher, card, reader, translation))
         yield Teachers(pool, teachers, student, config)
+
+
+async def in_thread(work: Callable[..., T], *given: Any) -> tuple[T, float]:
+    """What `work` returns on a thread beside the event loop and the step, and the CPU seconds that it took there."""
+
+    def timed() -> tuple[T, float]:
+        began = time.thread_time()
+        result = work(*given)
+        return result, time.thread_time() - began
+
+    return await asyncio.to_thread(timed)
 
 
 async def together(questions: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

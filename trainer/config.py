@@ -269,8 +269,14 @@ class TrainConfig(Section):
     """Forward passes that one step is split into."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides the order of samples and the held-out documents."""
-    prefetch_batches: Positive = 4
-    """Batches under way ahead of the step: asked for, aligned, fused. Two more may be done and waiting."""
+    prefetch_tokens: Positive = 1 << 16
+    """Most tokens of the student under way ahead of the step, of each rank: read, asked for, aligned, fused or waiting.
+    A sample counts as a whole window until it is read. The next step's batch is always under way, however long: a
+    longer one follows it only when the step has taken it. 65,536 hide a teacher that answers after 3 s from a student
+    of 20,000 tokens/s."""
+    prefetch_bytes: Positive = 1 << 30
+    """Most memory of their answers and targets, of each rank, with the same exception. What has not come yet counts as
+    20 bytes a candidate: 65,536 tokens at K = 64 take 84 MB a teacher, and 1 GiB holds those of twelve."""
     target_cache_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     """Memory for targets of samples that come again in a later epoch; never on disk."""
 

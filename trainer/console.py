@@ -25,6 +25,7 @@ class _Watcher:
         self._steps = 0
         self._shown_at = 0.0
         self._waited_s = 0.0
+        self._waited_on: dict[str, float] = {}
 
     def show(self, event: Event) -> None:
         match event["event"]:
@@ -34,6 +35,8 @@ class _Watcher:
                 console.print(f"{event['samples']} samples, steps {event['step']} to {event['steps']}")
             case "step":
                 self._waited_s += event["waited_s"]
+                for name, teacher in event.get("teachers", {}).items():
+                    self._waited_on[name] = self._waited_on.get(name, 0.0) + teacher["waited_s"]
                 if time.monotonic() - self._shown_at > REFRESH_S or event["step"] == self._steps:
                     self._shown_at = time.monotonic()
                     console.print(self._line(event), highlight=False, soft_wrap=True)
@@ -46,8 +49,12 @@ class _Watcher:
         shares = "  ".join(f"{name} {t['share']:.0%}" for name, t in event.get("teachers", {}).items())
         return (
             f"step {event['step']:>4}/{self._steps}  loss {event['loss']:.4f}  {event['tokens_per_s']:5.0f} tokens/s  "
-            f"waited on teachers {self._waited_s:5.1f} s  {shares}"
+            f"waited {self._waited_s:.1f} s{self._most_on()}  {shares}"
         )
+
+    def _most_on(self) -> str:
+        name, seconds = max(self._waited_on.items(), key=lambda each: each[1], default=("", 0.0))
+        return f", {seconds:.1f} of them on {name}" if seconds > 0 else ""
 
 
 def show_preview(preview: Preview) -> None:

@@ -51,7 +51,7 @@ def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, l
         batches = iter(stream)
         first = list(islice(batches, 1))  # nothing is written before every teacher has been checked
         outcome.hear_teachers()
-        with on_sigterm(stream.stop), run.opened(listener) as metrics:
+        with on_sigterm(stream.stop), run.opened(listener, stream.connect_s) as metrics:
             outcome.measure(metrics, done, fusion_state)
             ready = noted(chain(first, batches), stream, metrics)
             while not outcome.stalled and not ranks.any((batch := next(ready, None)) is None):
@@ -111,7 +111,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
         "tokens": result.num_tokens,
         "tokens_per_s": result.num_tokens / (step_s + batch.waited_s),
         "step_s": step_s,
-        "waited_s": batch.waited_s,
+        **batch.times,
         "shortened": sum(lesson.shortened for lesson in batch.lessons),
         "skipped": batch.num_skipped,
         "folded_system": sum(bool(r and r.folded_system) for r in (le.reading.rendered for le in batch.lessons)),
@@ -125,6 +125,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
     for i, teacher in enumerate(config.teachers):
         total = sum((lesson.reports[i] for lesson in batch.lessons[1:]), batch.lessons[0].reports[i])
         share = float(np.mean([lesson.shares[i] for lesson in batch.lessons]))
+        fleet = dict(batch.fleets.get(teacher.name, {}))
         teachers[teacher.name] = {
             "share": share,
             "left_out": sum(lesson.left_out[i] for lesson in batch.lessons),
@@ -132,7 +133,9 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
             "mass": _number(total.mean_mass),
             "own_bpb": _number(total.teacher_bpb),
             "aligned_bpb": _number(total.aligned_bpb),
-            "fleet": batch.fleets.get(teacher.name, {}),
+            "waited_s": batch.waited_on.get(teacher.name, 0.0),
+            "tokens_per_s": fleet.pop("tokens_per_s", 0.0),
+            "fleet": fleet,
         }
         if teacher.name in result.parts:
             teachers[teacher.name]["loss"] = result.parts[teacher.name]
@@ -140,6 +143,7 @@ def step_values(config: RunConfig, student: Student, batch: Batch, result: StepR
         "divergence": result.divergence,
         "coverage": valid / sum(len(t) for t in targets) if targets else None,
         "mass": sum(float(t.mass.sum()) for t in targets) / max(valid, 1) if targets else None,
+        "tail": sum(float(t.tail.sum()) for t in targets) / max(valid, 1) if targets else None,
         "vanished": sum(lesson.vanished for lesson in batch.lessons),
         "teachers": teachers,
     }

@@ -16,7 +16,7 @@ from trainer.history import FILE, History, read_history
 from trainer.metrics import flat
 from trainer.summary import Comparison, Summary, compare, sentence, summarise
 
-PLUMBING = ("chunk_tokens", "prefetch_batches", "target_cache_bytes", "text_column", "device")
+PLUMBING = ("chunk_tokens", "prefetch_tokens", "prefetch_bytes", "target_cache_bytes", "text_column", "device")
 COUNTS = (("samples", "to train on"), ("held_out", "held out"), ("held_out_skipped", "held out, but skipped"))
 
 

@@ -53,15 +53,15 @@ class Run:
         return Path(self.config.output.dir).expanduser()
 
     @contextmanager
-    def opened(self, listener: Listener | None) -> Iterator[Metrics]:
-        """The run's folder and its metrics, which the first rank writes."""
+    def opened(self, listener: Listener | None, connect_s: float) -> Iterator[Metrics]:
+        """The run's folder and its metrics, which the first rank writes. connect_s: what reaching the teachers took."""
         make_folder(self.folder)
         with ExitStack() as stack:
             listeners = stack.enter_context(tracked(self.config, self.done)) if self.ranks.first else []
             path = self.folder / "metrics.jsonl" if self.ranks.first else None
             metrics = stack.enter_context(Metrics(path, listener, *listeners))
             stack.enter_context(self.checkpoints)
-            metrics.emit("start", step=self.done, run=self.config.model_dump(), **self._counts())
+            metrics.emit("start", step=self.done, connect_s=connect_s, run=self.config.model_dump(), **self._counts())
             yield metrics
 
     def _counts(self) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_samples_that_come_again_are_asked_again_only_without_a_cache(
     tmp_path: Path, tiny_byte_level: Path, cache_bytes: int, asked: int
 ) -> None:
     engine = FormulaEngine(tiny_byte_level)
-    sections = {"epochs": 3, "target_cache_bytes": cache_bytes, "prefetch_batches": 1}
+    sections = {"epochs": 3, "target_cache_bytes": cache_bytes, "prefetch_tokens": 1}
     with serving(engine) as url:
         train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url], train=sections))
     assert engine.asked == asked

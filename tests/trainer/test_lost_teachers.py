@@ -26,7 +26,7 @@ def config_of(duo: list[FaultyTeacher], student: Path, folder: Path, on_loss: st
         write_corpus(folder),
         folder / "out",
         [teacher.url for teacher in duo],
-        train={"epochs": epochs, "prefetch_batches": 1, "target_cache_bytes": 0},
+        train={"epochs": epochs, "prefetch_tokens": 1, "target_cache_bytes": 0},
     )
     teachers = [t.model_copy(update={"on_loss": on_loss, "patience_s": 0.5}) for t in config.teachers]
     return config.model_copy(update={"teachers": teachers})
