@@ -77,7 +77,7 @@ async def _hear(config: RunConfig, reader: Reader, samples: Sequence[Sample]) ->
     async with connected(config, reader) as teachers:
         answers = await together(teachers.ask(sample) for sample in samples)
         cards = {teacher.config.name: teacher.card for teacher in teachers.teachers}
-    kept = [replace(a, answers=tuple(own.without_rows() for own in a.answers)) for a in answers if a is not None]
+    kept = [asked.without_rows() for asked in answers if asked is not None]
     return Heard(cards, tuple(kept))
 
 
