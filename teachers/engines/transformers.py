@@ -67,6 +67,8 @@ class TransformersEngine:
         """Rows for positions start … len − 1. Cancelling the wait drops the work if it has not begun."""
         job = _Job(sequence, start, top_k)
         self._jobs.put(job)
+        if self._closing.is_set():  # nobody may look into the queue any more
+            job.answer.cancel()
         return await asyncio.wrap_future(job.answer)
 
     async def check(self) -> None:
@@ -91,6 +93,9 @@ class TransformersEngine:
                     for job in batch:
                         job.answer.cancel()
                 self._answer([job for job in batch if job.answer.set_running_or_notify_cancel()])
+        while not self._jobs.empty():  # what came while the last batch was worked on
+            if (left := self._jobs.get_nowait()) is not None:
+                left.answer.cancel()
 
     def _answer(self, batch: list[_Job]) -> None:
         if not batch:
