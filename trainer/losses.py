@@ -269,7 +269,7 @@ def _buckets(logits_CV: Tensor, labels: Labels, objective: Objective, text_C1: T
 def _small(labels: Labels, log_q_CB: Tensor, objective: Objective, vocab_size: int) -> tuple[Tensor, Tensor]:
     """[C] divergence over the buckets, and [C, B] the derivatives of its part of the loss; nothing without a target."""
     p_CB = torch.cat([labels.probs_TK, labels.tail_T[:, None]], 1).to(log_q_CB.dtype)
-    has_target_C = p_CB.sum(1) > 0
+    has_target_C = labels.probs_TK.sum(1) > 0  # a tail alone, one bucket of everything, says nothing
     p_CB = tempered(p_CB, objective.temperature, vocab_size - labels.listed_TK.sum(1))
     with torch.enable_grad():
         leaf_CB = log_q_CB.detach().requires_grad_()

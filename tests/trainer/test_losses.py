@@ -65,7 +65,7 @@ def dense(head: Head, hidden: torch.Tensor, labels: Labels, objective: Objective
     tail = log_q.masked_fill(inside, -NOTHING_NATS).logsumexp(-1, keepdim=True).clamp(min=-NOTHING_NATS)
     listed = log_q.gather(1, labels.ids_TK).masked_fill(~labels.listed_TK, -NOTHING_NATS)
     p = torch.cat([labels.probs_TK, labels.tail_T[:, None]], 1).to(logits.dtype)
-    has_target = p.sum(1) > 0
+    has_target = labels.probs_TK.sum(1) > 0
     p = tempered(p, objective.temperature, VOCAB_SIZE - labels.listed_TK.sum(1))
     apart = objective.divergence(p, torch.cat([listed, tail], 1)) * has_target
     total = ce * (objective.ce_weight if labels.text_weight_T is None else labels.text_weight_T)
@@ -281,6 +281,17 @@ def test_a_position_without_a_target_adds_no_divergence_and_no_gradient() -> Non
         assert hidden.grad is not None
         assert not loss.divergence_T.any()
         assert not hidden.grad.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_target_that_lists_nothing_pushes_no_token(name: str) -> None:
+    nothing = Target.nothing(3)
+    tail_only = replace(nothing, tail=np.ones(3, dtype=np.float32), valid=np.ones(3, dtype=bool))
+    hidden = some_hidden(3)
+    labels = labels_from([np.arange(3)], [tail_only])
+    head_loss(some_head(), hidden, labels, Objective(0.0, divergence(name))).total.backward()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
 
 
 def test_short_rows_are_padded_without_effect() -> None:
