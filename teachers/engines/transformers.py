@@ -75,6 +75,8 @@ class TransformersEngine:
 
     async def _done(self, job: _Job) -> Rows:
         self._jobs.put(job)
+        if self._closing.is_set():  # nobody may look into the queue any more
+            job.answer.cancel()
         return await asyncio.wrap_future(job.answer)
 
     async def check(self) -> None:
@@ -99,6 +101,9 @@ class TransformersEngine:
                     for job in batch:
                         job.answer.cancel()
                 self._answer([job for job in batch if job.answer.set_running_or_notify_cancel()])
+        while not self._jobs.empty():  # what came while the last batch was worked on
+            if (left := self._jobs.get_nowait()) is not None:
+                left.answer.cancel()
 
     def _answer(self, batch: list[_Job]) -> None:
         if not batch:

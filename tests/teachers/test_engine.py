@@ -136,6 +136,28 @@ def test_bos_is_what_the_tokenizer_says_where_it_says_something(
     assert engine.card.expects_bos is flag is Vocabulary.load(folder).expects_bos
 
 
+def test_closing_drops_what_came_while_the_engine_was_busy(tiny_byte_level: Path) -> None:
+    class Slow(TransformersEngine):
+        def _hidden(self, sequences: list[list[int]]) -> torch.Tensor:
+            time.sleep(0.1)
+            return super()._hidden(sequences)
+
+    engine = Slow(tiny_byte_level, EngineOptions(dtype="float32"))
+
+    async def ask() -> list[object]:
+        first = asyncio.create_task(engine.score(IDS[:9], 1, 4))
+        await asyncio.sleep(0.05)
+        more = [asyncio.create_task(engine.score(IDS[:9], 1, 4)) for _ in range(5)]
+        await asyncio.sleep(0)
+        await asyncio.to_thread(engine.close)
+        more.append(asyncio.create_task(engine.score(IDS[:9], 1, 4)))
+        return await asyncio.wait_for(asyncio.gather(first, *more, return_exceptions=True), 5)
+
+    answers = asyncio.run(ask())
+    assert isinstance(answers[0], Rows)
+    assert all(isinstance(answer, asyncio.CancelledError) for answer in answers[1:])
+
+
 def test_closing_drops_what_waits_and_does_not_hang(tiny_byte_level: Path) -> None:
     engine = TransformersEngine(tiny_byte_level, EngineOptions(dtype="float32"))
 
