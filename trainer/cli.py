@@ -164,20 +164,30 @@ def train(
     sets: Overrides = [],
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     stop_at: Annotated[int | None, typer.Option(help="Save and leave after this step.", min=1)] = None,
+    ray_workers: Annotated[int | None, typer.Option(help="Train on Ray with this many processes.", min=1)] = None,
+    max_failures: Annotated[int, typer.Option(help="Times to begin again from a checkpoint, on Ray.", min=0)] = 3,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; else a local one.", envvar="RAY_ADDRESS")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train the student of a run file."""
+    """Train the student of a run file. Under torchrun, every process of it runs this."""
     with _one_sentence_errors(as_json):
         from trainer.console import watching
         from trainer.run_file import load_config
 
         _quiet()
         config = load_config(run, sets)
-        from trainer.loop import train as run_loop
+        if ray_workers is not None:
+            from trainer.launch import train_on_ray
 
-        listener = None if as_json else watching("training")
-        result = run_loop(config, resume=resume, stop_at=stop_at, listener=listener)
-        if as_json:
+            result = train_on_ray(
+                config, workers=ray_workers, max_failures=max_failures, resume=resume, address=address
+            )
+        else:
+            from trainer.loop import train as run_loop
+
+            listener = None if as_json else watching("training")
+            result = run_loop(config, resume=resume, stop_at=stop_at, listener=listener)
+        if as_json and os.environ.get("RANK", "0") == "0":
             _print_json(asdict(result) | {"model": str(result.model) if result.model else None})
 
 

@@ -122,6 +122,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
     out = Path(config.output.dir).expanduser()
     last = ranks.agreed(latest_checkpoint(out / "checkpoints")) if resume else None
     _check(config, ranks, out, resume)
+    torch.manual_seed(config.train.seed)  # of new adapters
     student = load_student(config.student, ranks)
     longest = config.data.window_tokens + config.data.close_documents
     if longest > student.max_tokens:

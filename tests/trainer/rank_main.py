@@ -1,6 +1,10 @@
-"""`python -m tests.trainer.rank_main RUN.json [--resume] [--stop-at=N]`: what each process of a test of ranks runs."""
+"""`python -m tests.trainer.rank_main RUN.json [--resume] [--stop-at=N] [--pause=SECONDS]`: a rank of a test's run.
+
+A pause after every step gives a test the time to kill it in the middle of its run.
+"""
 
 import sys
+import time
 from pathlib import Path
 
 from trainer.config import RunConfig
@@ -8,9 +12,11 @@ from trainer.loop import train
 
 
 def main(path: str, *more: str) -> None:
-    stops = [int(word.partition("=")[2]) for word in more if word.startswith("--stop-at=")]
+    given = dict(word.removeprefix("--").partition("=")[::2] for word in more)
     config = RunConfig.model_validate_json(Path(path).read_text(encoding="utf-8"))
-    train(config, resume="--resume" in more, stop_at=stops[0] if stops else None)
+    pause = float(given.get("pause", 0))
+    stop_at = int(given["stop-at"]) if "stop-at" in given else None
+    train(config, resume="resume" in given, stop_at=stop_at, listener=lambda _: time.sleep(pause))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.serve import free_port
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from trainer.config import RunConfig
 from trainer.loop import train
+from trainer.metrics import read_metrics
 from trainer.ranks import Ranks
 
 
@@ -27,7 +28,7 @@ def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subp
 def command(config: RunConfig, ranks: int, *more: str) -> list[str]:
     path = Path(config.output.dir).with_suffix(".json")
     path.write_text(config.model_dump_json(), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return [sys.executable, *launcher, "-m", "tests.trainer.rank_main", str(path), *more]
 
 
@@ -68,6 +69,25 @@ def test_a_batch_of_fewer_samples_than_processes_is_refused(tmp_path: Path, tiny
     assert done.returncode != 0
     assert "train.batch_samples is 1, fewer than the 2 processes" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_sigterm_saves_and_ends_cleanly(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus, sections = write_corpus(tmp_path), {"train": {"epochs": 20}}
+    straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [], **sections)
+    train(straight)
+    told = run_config(tiny_byte_level, corpus, tmp_path / "told", [], **sections)
+    process = subprocess.Popen([sys.executable, *command(told, 1, "--pause=0.1")[5:]])
+    while not (tmp_path / "told" / "metrics.jsonl").exists() or not losses(tmp_path / "told"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+    events = read_metrics(tmp_path / "told" / "metrics.jsonl")
+    done = max(losses(tmp_path / "told"))
+    assert events[-1] == events[-1] | {"event": "end", "step": done, "model": None}
+    assert (tmp_path / "told" / "checkpoints" / f"step-{done:08d}").is_dir()
+    train(told, resume=True)
+    assert losses(tmp_path / "told") == pytest.approx(losses(tmp_path / "straight"), abs=1e-6)
 
 
 def test_parts_of_all_ranks_together_are_the_batch() -> None:

@@ -1,0 +1,103 @@
+"""What of a student is trained and how: adapters, activation checkpointing, heads of all families."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from tests.tiny import save_tiny_model
+from tests.trainer.runs import held_out, losses, run_config, write_corpus
+from trainer.config import LoraConfig, StudentConfig
+from trainer.errors import ConfigError
+from trainer.evaluate import evaluate
+from trainer.loop import train
+from trainer.reading import Reader
+from trainer.student import check_head, head_of, load_student
+
+SIZES: Any = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def test_adapters_learn_and_are_merged_on_export(tmp_path: Path, tiny_byte_level: Path) -> None:
+    sections: dict[str, Any] = {"student": {"lora": {"rank": 4, "dropout": 0.1}}, "train": {"epochs": 6}}
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], optim={"lr": 1e-2}, **sections)
+    train(config, stop_at=9)
+    result = train(config, resume=True)
+    before, after = held_out(tmp_path / "out")[0], held_out(tmp_path / "out")[18]
+    assert after < before - 0.05
+    assert result.model is not None
+    exported = StudentConfig(model=str(result.model), precision="fp32")
+    student = load_student(exported)
+    assert not [name for name, _ in student.model.named_parameters() if "lora" in name]
+    from trainer.data import load_corpus
+
+    corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
+    reader = Reader(student.vocabulary, student.vocabulary.prefix)
+    measured = evaluate(student, [reader.read(s) for s in corpus.held_out], 64)
+    assert measured.bpb == pytest.approx(after, abs=2e-3)
+
+
+def test_a_run_of_adapters_is_the_same_after_a_resume(tmp_path: Path, tiny_byte_level: Path) -> None:
+    """Dropout too: a step's random state comes from the seed and the step."""
+    corpus = write_corpus(tmp_path)
+    sections: dict[str, Any] = {"student": {"lora": {"rank": 4, "dropout": 0.2}}}
+    straight, halves = (
+        run_config(tiny_byte_level, corpus, tmp_path / n, [], **sections) for n in ("straight", "halves")
+    )
+    train(straight)
+    train(halves, stop_at=3)
+    train(halves, resume=True)
+    assert losses(tmp_path / "straight") == pytest.approx(losses(tmp_path / "halves"), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [(["nowhere"], "student.lora.targets"), (["lm_head"], "the head cannot have an adapter")],
+)
+def test_adapters_of_no_layer_and_of_the_head_are_refused(tmp_path: Path, targets: list[str], message: str) -> None:
+    model = save_tiny_model(tmp_path / "m", kind="byte_level", seed=1, tied=False)
+    with pytest.raises(ConfigError, match=message):
+        load_student(StudentConfig(model=str(model), lora=LoraConfig(targets=targets)))
+
+
+def test_activation_checkpointing_changes_no_loss(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    train(run_config(tiny_byte_level, corpus, tmp_path / "plain", [], train={"steps": 3}))
+    less = {"activation_checkpointing": True}
+    train(run_config(tiny_byte_level, corpus, tmp_path / "less", [], train={"steps": 3}, student=less))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "less"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
+        lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    ],
+    ids=["cohere", "granite"],
+)
+def test_heads_that_scale_their_logits_are_known(model: Any) -> None:
+    torch.manual_seed(0)
+    built = model()
+    assert head_of(built).scale != 1
+    check_head(built)
+
+
+def test_a_model_that_makes_its_logits_otherwise_is_refused(tiny_byte_level: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_byte_level)
+    model.lm_head.register_forward_hook(lambda _module, _given, logits: logits * 2)
+    with pytest.raises(ConfigError, match="makes its logits in a way that is not known here"):
+        check_head(model)
+
+
+def test_adapters_and_upper_layers_exclude_each_other(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with pytest.raises(ValueError, match="leave student.train_layers out"):
+        run_config(tiny_byte_level, tmp_path, tmp_path, [], student={"lora": {}, "train_layers": 1})

@@ -1,0 +1,62 @@
+"""The same run on a Ray cluster: a worker for each rank, all begun again from the last checkpoint when one dies."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.errors import UserError
+from trainer.history import FILE
+from trainer.loop import RunResult, train
+from trainer.metrics import read_metrics
+from trainer.ranks import PATIENCE
+
+
+def train_on_ray(
+    config: RunConfig, *, workers: int, max_failures: int, resume: bool, address: str | None = None
+) -> RunResult:
+    """Run with that many ranks, on a GPU each if the student is on cuda. output.dir is on a disk that all of them see.
+
+    `address` is a cluster's, as ray.init takes it; a local Ray otherwise. Raises UserError with Ray's last word if
+    more than max_failures attempts end early, or if output.dir holds a run and `resume` is not given.
+    """
+    out = Path(config.output.dir).expanduser().absolute()
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise UserError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported: its ports run what they are sent
+    import ray
+    from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = config.model_copy(update={"output": config.output.model_copy(update={"dir": str(out)})})
+    on_gpu = config.student.device.startswith("cuda")
+    if not ray.is_initialized():
+        ray.init(address=address)
+    trainer = TorchTrainer(
+        _rank,
+        train_loop_config={"config": config.model_dump_json()},
+        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=int(PATIENCE.total_seconds())),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpu),
+        run_config=RayRunConfig(
+            name=out.name, storage_path=str(out / "ray"), failure_config=FailureConfig(max_failures=max_failures)
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise UserError(f"the run ended early: {error}; --resume continues it") from error
+    return _result(out)
+
+
+def _rank(given: dict[str, Any]) -> None:
+    """One rank. It always resumes: after a failure there is something to resume."""
+    train(RunConfig.model_validate_json(given["config"]), resume=True)
+
+
+def _result(out: Path) -> RunResult:
+    """As the first rank has written it."""
+    events = read_metrics(out / FILE)
+    held_out = {event["step"]: event["held_out_bpb"] for event in events if event["event"] == "eval"}
+    last = [event for event in events if event["event"] == "end"][-1]
+    return RunResult(last["step"], tuple(held_out.items()), Path(last["model"]) if last["model"] else None)
