@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from alignment import AlignmentError, Target, Translation, Vocabulary, align, translate
+from alignment.fusellm import TokenMap, fusellm_target, token_map
 from alignment.report import AlignmentReport, report
 from alignment.unaligned import SortedProbs, SpanLikelihoods, sorted_probs, span_likelihoods
 from teachers.address import TeacherAddress
@@ -105,12 +106,14 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A connected teacher, seen from one student; its tokens are not translated where it is matched otherwise."""
+    """A connected teacher, seen from one student. Its tokens are translated where it is fused; `mapping` is how the
+    paper maps them, where it is matched so."""
 
     config: TeacherConfig
     card: Card
     reader: Reader
     translation: Translation | None
+    mapping: TokenMap | None = None
 
     def sequence(self, reading: Reading) -> list[int]:
         """The ids to score."""
@@ -201,7 +204,10 @@ def _aligned(rows: Rows, teacher: Teacher, own: Reading, student: Reading) -> An
         nats = -float(supervised.mean(dtype=float)) if len(supervised) else math.inf
         return Answer(rows, first_row, own, target, chat.report, nats)
     tokens = (own.tokens, student.tokens)
-    target = align(rows, first_row, *tokens, teacher.translation)
+    if teacher.mapping is None:
+        target = align(rows, first_row, *tokens, teacher.translation)
+    else:
+        target = fusellm_target(rows, first_row, *tokens, teacher.mapping)
     figures = report(rows, first_row, tokens, target, teacher.translation)
     return Answer(rows, first_row, own, target, figures, -float(rows.actual.mean(dtype=float)))
 
@@ -272,13 +278,23 @@ async def connected(
             if config.data.has_chats:
                 template = chat_template(files, vocabulary, teacher.roles, teacher.chat_template)
             reader = Reader(vocabulary, card.prefix, template)
-            translation = None
-            if teacher.match == "tokens":
-                translation = await asyncio.to_thread(
-                    translate, vocabulary, student.vocabulary, card.vocab_size, cache=tables_dir()
-                )
-            teachers.append(Teacher(teacher, card, reader, translation))
-        yield Teachers(pool, teachers, student, config)
+            translation, mapping = await asyncio.to_thread(_matched, teacher, card, vocabulary, student.vocabulary)
+            teachers.append(Teacher(teacher, card, reader, translation, mapping))
+        try:
+            yield Teachers(pool, teachers, student, config)
+        finally:
+            for mapping in (teacher.mapping for teacher in teachers if teacher.mapping):
+                mapping.save()
+
+
+def _matched(
+    teacher: TeacherConfig, card: Card, own: Vocabulary, student: Vocabulary
+) -> tuple[Translation | None, TokenMap | None]:
+    """What its alignment needs, found or made."""
+    if not teacher.is_fused:
+        return None, None
+    translation = translate(own, student, card.vocab_size, cache=tables_dir())
+    return translation, None if teacher.match == "chain" else token_map(own, student, teacher.match, tables_dir())
 
 
 async def in_thread(work: Callable[..., T], *given: Any) -> tuple[T, float]:

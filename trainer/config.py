@@ -153,9 +153,10 @@ class TeacherConfig(Section):
     """Folder with its tokenizer.json, for a plain vLLM server, which hands out none."""
     top_k: Positive = 64
     """Candidates asked for at every position."""
-    match: Literal["tokens", "spans", "sorted"] = "tokens"
-    """tokens: its tokens are translated and it is fused; for others it has a part of the loss of its own: spans matches
-    the likelihoods of what both tokenizations cut out (ALM), sorted how the probability is spread (ULD)."""
+    match: Literal["chain", "em", "min_ed", "spans", "sorted"] = "chain"
+    """chain: it is fused, its tokens translated by byte chains; em, min_ed: fused too, aligned as FuseLLM aligns, for
+    comparison; spans, sorted: it has a part of the loss of its own, which matches the likelihoods of what both
+    tokenizations cut out (ALM), or how the probability is spread (ULD)."""
     weight: Weight = 1.0
     """What its part in a fusion, or of the loss, is multiplied by, relative to the other teachers."""
     final_weight: Weight | None = None
@@ -185,6 +186,11 @@ class TeacherConfig(Section):
     @property
     def last_weight(self) -> float:
         return self.weight if self.final_weight is None else self.final_weight
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether what it says becomes a target over the student's tokens."""
+        return self.match in ("chain", "em", "min_ed")
 
 
 class FusionConfig(Section):
@@ -350,11 +356,12 @@ class RunConfig(Section):
                 raise ValueError("teachers: the weights are all 0, expected one above it")
         if len(self.teachers) > MOST_TEACHERS:
             raise ValueError(f"teachers: expected at most {MOST_TEACHERS}")
-        unfused = [f"teacher {t.name} is matched by {t.match}" for t in self.teachers if t.match != "tokens"]
-        if unfused and self.data.has_chats:
-            raise ValueError(f"teachers: {unfused[0]}, which is for texts; of chats tokens alone are aligned")
+        for_texts = [f"teacher {t.name} is matched by {t.match}" for t in self.teachers if t.match != "chain"]
+        if for_texts and self.data.has_chats:
+            raise ValueError(f"teachers: {for_texts[0]}, which is for texts; chats are matched by chain")
+        unfused = [f"teacher {t.name} is matched by {t.match}" for t in self.teachers if not t.is_fused]
         if unfused and self.fusion.method == "router":
-            raise ValueError(f"teachers: {unfused[0]}; fusion by router needs all of them to be matched by tokens")
+            raise ValueError(f"teachers: {unfused[0]}; fusion by router needs a target from each of them")
         if self.fusion.method == "router" and not self.data.names_teachers:
             raise ValueError("data.sources: fusion by router needs the teacher_column of every source")
         if self.data.close_documents and all(source.messages_column for source in self.data.sources):

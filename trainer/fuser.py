@@ -103,8 +103,8 @@ class Fuser:
         cut: bool = True,
     ):
         self._config = config
-        self._fused_N = np.array([teacher.match == "tokens" for teacher in config.teachers], dtype=bool)
-        self._names = tuple(teacher.name for teacher in config.teachers if teacher.match == "tokens")
+        self._fused_N = np.array([teacher.is_fused for teacher in config.teachers], dtype=bool)
+        self._names = tuple(teacher.name for teacher in config.teachers if teacher.is_fused)
         self._vocab_size = vocab_size
         self._num_steps = num_steps
         self._rule = rule_of(config.fusion, config.fusion.top_k if cut else None)

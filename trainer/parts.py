@@ -59,7 +59,7 @@ def parts_of(config: RunConfig, progress: float) -> tuple[Part, ...]:
     parts = [
         Part(i, teacher.name, teacher.match, float(share))
         for i, (teacher, share) in enumerate(zip(config.teachers, part_shares(config, progress), strict=True))
-        if teacher.match != "tokens"
+        if teacher.match == "spans" or teacher.match == "sorted"
     ]
     return tuple(sorted(parts, key=lambda part: part.match))
 
@@ -67,7 +67,7 @@ def parts_of(config: RunConfig, progress: float) -> tuple[Part, ...]:
 def target_share(config: RunConfig, progress: float) -> float:
     """What the fused teachers weigh of all."""
     teachers = zip(config.teachers, part_shares(config, progress), strict=True)
-    fused = [float(share) for teacher, share in teachers if teacher.match == "tokens"]
+    fused = [float(share) for teacher, share in teachers if teacher.is_fused]
     return 1.0 if len(fused) == len(config.teachers) else sum(fused)
 
 

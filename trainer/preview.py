@@ -71,11 +71,11 @@ class _Common:
 
 def preview(config: RunConfig) -> Preview:
     """Ask every teacher about the held-out text. Raises DataError if nothing is held out."""
-    config = config.model_copy(update={"teachers": [t for t in config.teachers if t.match == "tokens"]})
+    config = config.model_copy(update={"teachers": [t for t in config.teachers if t.is_fused]})
     student = load_student(config.student)
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
     if not config.teachers:
-        raise DataError("there is no teacher to preview: add [[teachers]], matched by tokens, to the run file")
+        raise DataError("there is no teacher to preview: add [[teachers]] that are fused to the run file")
     if not corpus.held_out:
         raise DataError("nothing is held out: set eval.held_out_documents")
     samples = list(asyncio.run(_ask(config, student, corpus.held_out)))

@@ -65,14 +65,17 @@ def test_it_is_frozen(tmp_path: Path) -> None:
         ("[[teachers]]\nname = 'two'\nurls = ['http://x']\non_loss = 'go'", "on_loss: .*'wait', 'drop' or 'stop'"),
         (
             "[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'spans'\n[fusion]\nmethod = 'router'",
-            "teachers: teacher two is matched by spans; fusion by router needs all of them to be matched by tokens",
+            "teachers: teacher two is matched by spans; fusion by router needs a target from each of them",
         ),
         (
             "[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'sorted'\n"
             "[[data.sources]]\nfiles = ['c.jsonl']\nmessages_column = 'm'",
-            "teachers: teacher two is matched by sorted, which is for texts; of chats tokens alone are aligned",
+            "teachers: teacher two is matched by sorted, which is for texts; chats are matched by chain",
         ),
-        ("[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'bytes'", "'tokens', 'spans' or 'sorted'"),
+        (
+            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'bytes'",
+            "'chain', 'em', 'min_ed', 'spans' or 'sorted'",
+        ),
         ("[train\n", "is not TOML"),
     ],
 )

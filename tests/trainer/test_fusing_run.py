@@ -66,6 +66,23 @@ def test_a_router_asks_the_teacher_that_the_data_names(
     assert 0 < sum(shares) < len(shares)
 
 
+def test_the_papers_alignments_teach_where_they_find_tokens(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    coverage = {}
+    with served_models(tiny_sentencepiece) as urls:
+        for match in ("chain", "min_ed", "em"):
+            fusion = {"method": "fusellm_min_ce"}
+            config = config_of(tmp_path, tiny_byte_level, urls, match, fusion=fusion, train={"epochs": 1})
+            raw = config.model_dump()
+            raw["teachers"][0]["match"] = match
+            train(RunConfig.model_validate(raw))
+            coverage[match] = [step["coverage"] for step in steps_of(tmp_path / match)]
+    assert min(coverage["chain"]) == 1
+    for some, more in zip(coverage["em"], coverage["min_ed"], strict=True):
+        assert 0 < some <= more < 1
+
+
 def test_weights_move_from_the_first_step_to_the_last(
     tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
 ) -> None:

@@ -244,7 +244,7 @@ def test_the_loss_is_the_sum_of_its_parts_by_weight(
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
         four = [urls[0], urls[1], urls[1], urls[1]]
         config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", four)
-        raw = matched(config, "tokens", "tokens", "spans", "sorted").model_dump()
+        raw = matched(config, "chain", "chain", "spans", "sorted").model_dump()
         raw["fusion"]["schedule"] = "linear"
         for teacher, weight, final in zip(raw["teachers"], (2.0, 1.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), strict=True):
             teacher |= {"weight": weight, "final_weight": final}
@@ -289,7 +289,7 @@ def test_one_and_two_ranks_give_the_same_losses_with_parts(
         for name in ("one", "two"):
             sections: dict[str, Any] = {"train": {"accumulate": 2}, "loss": {"divergence": "jensen_shannon"}}
             config = run_config(tiny_byte_level, corpus, tmp_path / name, [*urls, *urls, *urls], **sections)
-            config = matched(config, "tokens", "spans", "sorted")
+            config = matched(config, "chain", "spans", "sorted")
             train(config) if name == "one" else torchrun(config, 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     one, two = (steps_of(tmp_path / name) for name in ("one", "two"))
@@ -303,6 +303,6 @@ def test_a_preview_is_of_the_teachers_that_are_fused(
 ) -> None:
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
         config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls)
-        assert [teacher.name for teacher in preview(matched(config, "spans", "tokens")).teachers] == ["t1"]
-    with pytest.raises(DataError, match="no teacher to preview: add .*, matched by tokens"):
+        assert [teacher.name for teacher in preview(matched(config, "spans", "chain")).teachers] == ["t1"]
+    with pytest.raises(DataError, match="no teacher to preview: add .* that are fused"):
         preview(matched(config, "spans", "sorted"))
