@@ -166,10 +166,10 @@ def test_the_card_is_that_of_the_transformers_engine_but_for_the_engine(vllm_ser
     engine = TransformersEngine(smollm2)
     engine.close()
     card = call(vllm_server, lambda c: c.card())
-    differs = {"engine", "max_tokens", "max_top_k"}
+    differs = {"engine", "max_tokens", "max_top_k", "max_chosen"}
     assert card.model_dump(exclude=differs) == engine.card.model_dump(exclude=differs)
     assert card.engine.startswith("vllm 0.")
-    assert (card.max_tokens, card.max_top_k) == (1023, K)
+    assert (card.max_tokens, card.max_top_k, card.max_chosen) == (1023, K, 0)
     files = call(vllm_server, lambda c: c.tokenizer_files(card))
     assert files["tokenizer.json"] == (smollm2 / "tokenizer.json").read_bytes()
 
