@@ -13,6 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from trainer.errors import ConfigError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # one rank may wait for a teacher while the others wait for it
@@ -57,6 +61,14 @@ class Ranks:
         dist.broadcast_object_list(said, src=0)
         return said[0]
 
+    def gathered(self, mine: T) -> list[T]:
+        """What each rank says, in their order."""
+        if self.size == 1:
+            return [mine]
+        said: list[Any] = [None] * self.size
+        dist.all_gather_object(said, mine)
+        return said
+
     def wait(self) -> None:
         """Until all are here."""
         self.sum([0.0])
@@ -82,13 +94,33 @@ def joined(device: str) -> Iterator[Ranks]:
         yield _ranks()
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "gloo" if device.startswith("cpu") else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = _meeting_place()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         try:
             yield _ranks()
         finally:
             dist.destroy_process_group()
     else:
         yield Ranks()
+
+
+def _meeting_place() -> tuple[Any, int, int]:
+    """Where the ranks find each other, mine, and how many there are.
+
+    torchrun keeps one store over its restarts unless it is told otherwise (pytorch/pytorch#135712), and there a rank
+    would wait for one that died. So each attempt has a corner of its own; but only the agents of one machine count
+    attempts alike. Raises ConfigError for several.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    said = os.environ.get
+    if said("TORCHELASTIC_USE_AGENT_STORE") != "True" or said("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return store, rank, size
+    if said("GROUP_WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "torchrun --max-restarts on several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or "
+            "restarted ranks wait for those that died"
+        )
+    return PrefixStore(f"attempt {said('TORCHELASTIC_RESTART_COUNT')}", store), rank, size
 
 
 def _ranks() -> Ranks:

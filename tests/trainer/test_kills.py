@@ -1,0 +1,98 @@
+"""Ranks that die: kill -9 at random steps, under torchrun and under Ray Train, and the losses stay as they were."""
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.trainer.runs import held_out, losses, run_config, write_corpus
+from tests.trainer.test_ranks import command, torchrun
+from trainer.config import RunConfig
+
+KILLS = 5  # under each launcher
+STEPS = 36
+PATIENCE_S = 240
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_byte_level: Path) -> RunConfig:
+    """A run of two ranks that came to its end, with its run file."""
+    folder = tmp_path_factory.mktemp("kills")
+    sections = {"output": {"checkpoint_every_steps": 2}, "train": {"epochs": 12}}
+    config = run_config(tiny_byte_level, write_corpus(folder), folder / "undisturbed", [], **sections)
+    torchrun(config, 2)
+    return config
+
+
+def to(config: RunConfig, folder: Path) -> RunConfig:
+    return config.model_copy(update={"output": config.output.model_copy(update={"dir": str(folder)})})
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[psutil.Popen]:
+    """A process and all below it, which end with the block."""
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for child in process.children(recursive=True):
+                child.kill()
+            process.kill()
+        process.wait()
+
+
+def kill_ranks(folder: Path, ranks: Callable[[], list[psutil.Process]], launcher: psutil.Popen) -> None:
+    """kill -9 one of the ranks KILLS times, each time after some more steps."""
+    rng, deadline = random.Random(0), time.monotonic() + PATIENCE_S
+    for kill in range(KILLS):
+        after = kill * STEPS // (KILLS + 1) + rng.randrange(1, 4)
+        while not (steps_made(folder) >= after and (alive := ranks())):
+            assert launcher.poll() is None, f"the launcher ended with {launcher.returncode} after {kill} kills"
+            assert time.monotonic() < deadline, f"{kill} kills in {PATIENCE_S} s"
+            time.sleep(0.02)
+        rng.choice(alive).kill()
+        while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in alive):
+            assert time.monotonic() < deadline, "a rank outlived the other one"
+            time.sleep(0.05)
+
+
+def steps_made(folder: Path) -> int:
+    return max(losses(folder), default=0) if (folder / "metrics.jsonl").exists() else 0
+
+
+def assert_nothing_was_lost(undisturbed: RunConfig, killed: Path) -> None:
+    before = Path(undisturbed.output.dir)
+    assert len(losses(killed)) == STEPS
+    assert losses(killed) == pytest.approx(losses(before), abs=1e-6)
+    assert held_out(killed)[STEPS] == pytest.approx(held_out(before)[STEPS], abs=1e-6)
+
+
+def test_ranks_killed_under_torchrun_change_no_loss(tmp_path: Path, undisturbed: RunConfig) -> None:
+    killed = tmp_path / "killed"
+    launcher = command(to(undisturbed, killed), 2, "--resume", "--pause=0.1")
+    launcher.insert(launcher.index("-m", 2), f"--max-restarts={KILLS}")
+    with started(launcher) as process:
+        kill_ranks(killed, process.children, process)
+        assert process.wait(timeout=120) == 0
+    assert_nothing_was_lost(undisturbed, killed)
+
+
+def test_workers_killed_under_ray_train_change_no_loss(tmp_path: Path, undisturbed: RunConfig) -> None:
+    killed = tmp_path / "killed"
+    path = tmp_path / "killed.json"
+    path.write_text(to(undisturbed, killed).model_dump_json(), encoding="utf-8")
+    with started([sys.executable, "-m", "tests.trainer.ray_main", str(path), "2", str(KILLS)]) as process:
+
+        def workers() -> list[psutil.Process]:
+            return [p for p in process.children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
+
+        kill_ranks(killed, workers, process)
+        assert process.wait(timeout=120) == 0
+    assert_nothing_was_lost(undisturbed, killed)
