@@ -23,7 +23,6 @@ from trainer.ahead import Ahead, Place
 from trainer.asking import Asked, Teachers, connected, in_thread
 from trainer.config import RunConfig
 from trainer.data import Sample
-from trainer.errors import DataError
 from trainer.fuser import Fuser, Lesson
 from trainer.reading import Reader
 
@@ -209,11 +208,6 @@ class TargetStream:
     async def _fused(self, batch: Sequence[Asked | None], teachers: Teachers) -> Batch:
         """In the order of the batches."""
         usable = [asked for asked in batch if asked is not None]
-        if not usable:
-            raise DataError(
-                f"all {len(batch)} chats of step {self._step + 1} cannot be read and were skipped: mend the data, or "
-                "raise train.batch_samples"
-            )
         lessons, fuse_s = await in_thread(self._fuser.fuse, usable, self._step)
         self._step += 1
         answers = [

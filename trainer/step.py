@@ -106,9 +106,12 @@ def train_step(
     """
     tokens = sum(int(supervised_from(lesson, student.first_position).sum()) for lesson in lessons)
     num_tokens = int(ranks.sum([tokens])[0])
-    names = ", ".join(lesson.sample.name for lesson in lessons)
+    names = ", ".join(lesson.sample.name for lesson in lessons) or "(none: all were skipped)"
     if num_tokens == 0:
-        raise DataError(f"there is nothing to learn from in the samples {names}: nothing was updated")
+        raise DataError(
+            f"there is nothing to learn from in the samples {names}: nothing was updated; mend the data, or raise "
+            "train.batch_samples"
+        )
     torch.manual_seed(int(np.random.SeedSequence([*plan.seed, ranks.rank]).generate_state(1)[0]))  # dropout
     sums = torch.zeros(2 + len(plan.parts), dtype=torch.float64)
     for i in range(plan.accumulate):

@@ -11,10 +11,11 @@ import pytest
 from alignment import Vocabulary
 from tests.tiny import TEXT
 from tests.trainer.runs import held_out, losses, run_config, served_models
+from tests.trainer.test_ranks import torchrun
 from trainer.asking import Asked, connected, together
 from trainer.config import RunConfig
 from trainer.data import load_corpus
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.fuser import Fuser
 from trainer.loop import train
 from trainer.metrics import read_metrics
@@ -131,6 +132,39 @@ def test_a_chat_that_cannot_be_read_is_refused_by_name_or_skipped_and_counted(
         train(RunConfig.model_validate(raw))
     steps = [e for e in read_metrics(tmp_path / "skipping" / "metrics.jsonl") if e["event"] == "step"]
     assert sum(e["skipped"] for e in steps) == 2  # once in each epoch
+
+
+def test_a_rank_whose_chats_are_all_skipped_goes_along(tmp_path: Path, tiny_byte_level: Path) -> None:
+    chats = write_chats(tmp_path, 7, (BROKEN,))
+    with served_models(tiny_byte_level) as urls:
+        raw = chat_config(tmp_path, tiny_byte_level, {urls[0]: "byte_level"}, chats, broken_chats="skip").model_dump()
+        raw["eval"]["held_out_documents"] = 0
+        raw["train"] |= {"batch_samples": 2, "epochs": 1}
+        for ranks in (1, 2):
+            raw["output"]["dir"] = str(tmp_path / str(ranks))
+            config = RunConfig.model_validate(raw)
+            train(config) if ranks == 1 else torchrun(config, ranks)
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), abs=1e-5)
+    one, two = (
+        [e for e in read_metrics(tmp_path / name / "metrics.jsonl") if e["event"] == "step"] for name in ("1", "2")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert (a["skipped"], a["tokens"]) == (b["skipped"], b["tokens"])
+        for name in ("coverage", "mass", "tail"):
+            assert a[name] == pytest.approx(b[name])
+        for name in ("share", "mass", "own_bpb", "aligned_bpb"):
+            assert a["teachers"]["t0"][name] == pytest.approx(b["teachers"]["t0"][name])
+    assert sum(e["skipped"] for e in two) == 1
+
+
+def test_a_batch_of_skipped_chats_alone_ends_the_run(tmp_path: Path, tiny_byte_level: Path) -> None:
+    chats = write_chats(tmp_path, 7, (BROKEN,))
+    with served_models(tiny_byte_level) as urls:
+        raw = chat_config(tmp_path, tiny_byte_level, {urls[0]: "byte_level"}, chats, broken_chats="skip").model_dump()
+        raw["eval"]["held_out_documents"] = 0
+        raw["train"] |= {"batch_samples": 1, "epochs": 1}
+        with pytest.raises(DataError, match="nothing to learn from in the samples .none: all were skipped"):
+            train(RunConfig.model_validate(raw))
 
 
 def test_a_long_chat_is_shortened_to_its_first_answers(tmp_path: Path, tiny_byte_level: Path) -> None:
