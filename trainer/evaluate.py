@@ -1,6 +1,6 @@
 """Bits per byte of the student on text that is never trained on, over all of it and in each domain."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,11 @@ from trainer.data import Corpus, load_corpus
 from trainer.errors import DataError
 from trainer.labels import labels_from
 from trainer.losses import Objective, head_loss
+from trainer.ranks import Ranks
 from trainer.reading import Reader, Reading, readable
 from trainer.student import Student, load_student, reader_of
+
+AT_ONCE = 8  # samples in a forward pass of each rank
 
 
 @dataclass(frozen=True)
@@ -50,27 +53,39 @@ def at_rest(student: Student) -> Iterator[None]:
         student.model.train(was_training)
 
 
-def token_nats(student: Student, tokens: Tokens, chunk_tokens: int) -> torch.Tensor:
-    """[T − first_position] nats that the student pays for each predicted token of one sample."""
-    labels = labels_from([tokens.ids[student.first_position :]], [None]).to(student.device)
+def token_nats(student: Student, samples: Sequence[Tokens], chunk_tokens: int) -> list[torch.Tensor]:
+    """[T − first_position] nats that the student pays for each predicted token, of each sample."""
+    lengths = [len(tokens.ids) - student.first_position for tokens in samples]
+    labels = labels_from([tokens.ids[student.first_position :] for tokens in samples], [None] * len(samples))
     objective = Objective(chunk_tokens=chunk_tokens)
     with at_rest(student):
         _, ce_T, *_ = student.compute(
-            [tokens], [np.ones(len(labels), dtype=bool)], partial(head_loss, labels=labels, objective=objective)
+            samples,
+            [np.ones(length, dtype=bool) for length in lengths],
+            partial(head_loss, labels=labels.to(student.device), objective=objective),
         )
-    return ce_T.cpu()
+    return list(ce_T.cpu().split(lengths))
 
 
-def evaluate(student: Student, samples: Iterable[Reading], chunk_tokens: int) -> Evaluation:
-    """Sum over the supervised tokens of all samples; the bytes of a first token that nothing predicts do not count."""
-    return sum((_evaluated(student, reading, chunk_tokens) for reading in samples), Evaluation())
+def evaluate(
+    student: Student, samples: Sequence[Reading], chunk_tokens: int, ranks: Ranks = Ranks()
+) -> list[Evaluation]:
+    """Each sample, over its supervised tokens; the bytes of a first token that nothing predicts do not count.
+
+    Every rank calls it alike, computes its part and gets all.
+    """
+    found: list[Evaluation] = []
+    for begin in range(0, len(samples), AT_ONCE * ranks.size):
+        mine = ranks.part(samples[begin : begin + AT_ONCE * ranks.size])
+        paid = token_nats(student, [reading.tokens for reading in mine], chunk_tokens)
+        each = [_evaluated(reading, nats, student.first_position) for reading, nats in zip(mine, paid, strict=True)]
+        found += [one for part in ranks.gathered(each) for one in part]
+    return found
 
 
-def _evaluated(student: Student, reading: Reading, chunk_tokens: int) -> Evaluation:
-    first = student.first_position
+def _evaluated(reading: Reading, paid_T: torch.Tensor, first: int) -> Evaluation:
     wanted = reading.supervised_T[first:]
-    paid = token_nats(student, reading.tokens, chunk_tokens).double()
-    nats = float(paid[torch.from_numpy(wanted)].sum())
+    nats = float(paid_T.double()[torch.from_numpy(wanted)].sum())
     return Evaluation(nats, int(wanted.sum()), int(reading.num_bytes_T[first:][wanted].sum()))
 
 
@@ -91,9 +106,16 @@ def held_out_domains(corpus: Corpus, reader: Reader, data: DataConfig) -> Domain
     return domains
 
 
-def evaluate_domains(student: Student, domains: Domains, chunk_tokens: int) -> dict[str, Evaluation]:
-    """Each domain, by its name."""
-    return {name: evaluate(student, samples, chunk_tokens) for name, samples in domains.items()}
+def evaluate_domains(
+    student: Student, domains: Domains, chunk_tokens: int, ranks: Ranks = Ranks()
+) -> dict[str, Evaluation]:
+    """Each domain, by its name; every rank calls it alike."""
+    names = [name for name, samples in domains.items() for _ in samples]
+    found = evaluate(student, [reading for samples in domains.values() for reading in samples], chunk_tokens, ranks)
+    totals = dict.fromkeys(domains, Evaluation())
+    for name, one in zip(names, found, strict=True):
+        totals[name] += one
+    return totals
 
 
 def figures(domains: Mapping[str, Evaluation]) -> dict[str, Any]:

@@ -100,8 +100,7 @@ class Outcome:
         """
         if not self._domains or (self.held_out and self.held_out[-1][0] == step):
             return
-        found = evaluate_domains(self._student, self._domains, self._config.loss.chunk_tokens)
-        values = self._ranks.agreed(figures(found))
+        values = figures(evaluate_domains(self._student, self._domains, self._config.loss.chunk_tokens, self._ranks))
         bpb = values["held_out_bpb"]
         metrics.emit("eval", step=step, **values, **self._agreement(step, fusion_state))
         self.held_out.append((step, bpb))

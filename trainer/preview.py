@@ -143,7 +143,7 @@ def _own_bpb(samples: Sequence[_Common], teacher: int, num_bytes: int) -> float 
 
 
 def _student_nats(student: Student, sample: _Common, chunk_tokens: int) -> float:
-    paid = token_nats(student, sample.asked.reading.tokens, chunk_tokens).double()
+    paid = token_nats(student, [sample.asked.reading.tokens], chunk_tokens)[0].double()
     return float(paid[torch.from_numpy(sample.wanted[student.first_position :])].sum())
 
 

@@ -21,7 +21,7 @@ from trainer.asking import connected
 from trainer.config import RunConfig
 from trainer.data import Sample
 from trainer.errors import CheckpointError, DataError, NonFiniteLoss
-from trainer.evaluate import evaluate
+from trainer.evaluate import Evaluation, evaluate
 from trainer.fuser import Fuser
 from trainer.loop import train
 from trainer.metrics import read_metrics
@@ -150,7 +150,7 @@ def test_the_export_loads_and_predicts_as_measured(tmp_path: Path, tiny_byte_lev
 
     corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
     reader = Reader(student.vocabulary, student.vocabulary.prefix)
-    again = evaluate(student, [reader.read(s) for s in corpus.held_out], 64)
+    again = sum(evaluate(student, [reader.read(s) for s in corpus.held_out], 64), Evaluation())
     assert again.bpb == pytest.approx(result.held_out[-1][1], abs=1e-6)
 
 

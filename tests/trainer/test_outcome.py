@@ -8,15 +8,19 @@ import pytest
 from pydantic import ValidationError
 
 from tests.serve import FormulaEngine, serving
+from tests.tiny import TEXT
 from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from tests.trainer.test_fusing_run import write_columns
 from tests.trainer.test_ranks import torchrun
-from trainer.config import RunConfig
-from trainer.evaluate import Evaluation, evaluate_folder, figures
+from trainer.config import RunConfig, StudentConfig
+from trainer.data import Sample
+from trainer.evaluate import Evaluation, evaluate, evaluate_folder, figures
 from trainer.history import read_history
 from trainer.loop import train
 from trainer.metrics import numbers, read_metrics
 from trainer.outcome import since_better
+from trainer.reading import Reader
+from trainer.student import load_student
 
 STANDING = {"optim": {"lr": 1e-9}, "eval": {"every_steps": 1, "stop_after": 2, "stop_margin": 0.01}}  # nothing moves
 
@@ -60,6 +64,17 @@ def test_domains_are_measured_apart_and_add_up(tmp_path: Path, tiny_byte_level: 
     num_bytes = sum(one.num_bytes for one in found.values())
     mean = sum(one.bpb * one.num_bytes for one in found.values()) / num_bytes
     assert mean == pytest.approx(last["held_out_bpb"], abs=1e-6)
+
+
+def test_samples_measured_together_cost_what_each_costs_alone(tmp_path: Path, tiny_byte_level: Path) -> None:
+    student = load_student(StudentConfig(model=str(tiny_byte_level), precision="fp32"))
+    reader = Reader(student.vocabulary, student.vocabulary.prefix)
+    readings = [reader.read(Sample(i, str(i), TEXT[: 7 + 13 * i])) for i in range(11)]
+    together = evaluate(student, readings, 64)
+    for reading, one in zip(readings, together, strict=True):
+        (alone,) = evaluate(student, [reading], 64)
+        assert (one.num_tokens, one.num_bytes) == (alone.num_tokens, alone.num_bytes)
+        assert one.nats == pytest.approx(alone.nats, rel=1e-5)
 
 
 def test_one_domain_alone_is_not_said_twice(tmp_path: Path, tiny_byte_level: Path) -> None:

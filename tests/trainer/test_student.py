@@ -11,7 +11,7 @@ from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from trainer.config import LoraConfig, StudentConfig
 from trainer.errors import ConfigError
-from trainer.evaluate import evaluate
+from trainer.evaluate import Evaluation, evaluate
 from trainer.loop import train
 from trainer.reading import Reader
 from trainer.student import check_head, head_of, load_student
@@ -41,7 +41,7 @@ def test_adapters_learn_and_are_merged_on_export(tmp_path: Path, tiny_byte_level
 
     corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
     reader = Reader(student.vocabulary, student.vocabulary.prefix)
-    measured = evaluate(student, [reader.read(s) for s in corpus.held_out], 64)
+    measured = sum(evaluate(student, [reader.read(s) for s in corpus.held_out], 64), Evaluation())
     assert measured.bpb == pytest.approx(after, abs=2e-3)
 
 
