@@ -78,7 +78,7 @@ class Checkpoints:
             alone = self._ranks.size == 1
             _quietly()
             state = _state(student, optimizer, step)
-            future = async_save(state, checkpoint_id=partial, process_group=self._ranks.apart, no_dist=alone)
+            future = async_save(state, checkpoint_id=partial, process_group=self._ranks.saving, no_dist=alone)
             assert isinstance(future, Future)
         except _WRITING as error:
             raise self._cannot(final, partial, error) from error

@@ -6,6 +6,7 @@ their order, and what was seen is state that a checkpoint keeps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from trainer.asking import Asked
 from trainer.config import FusionConfig, RunConfig
 from trainer.data import Sample, Samples
 from trainer.errors import CheckpointError, DataError
-from trainer.fusion import METHODS, Aligned, Fused, Rule, fuse, text_nats
+from trainer.fusion import METHODS, Aligned, Fused, Gathered, Rule, alone, fuse, text_nats
 from trainer.priors import RunningBpb, routed, scheduled
 from trainer.reading import Reading
 
@@ -90,7 +91,8 @@ class Fuser:
     """Fuses batches in their order; what teachers say whose tokens are not translated is handed through.
 
     vocab_size is the student's; num_steps is the length of the schedule of weights; state is what an earlier Fuser
-    of the same run has left; without `cut`, rows keep all their entries.
+    of the same run has left; without `cut`, rows keep all their entries. With parts of a batch in several processes
+    each has a Fuser, and `gathered` gives what all of them say, in the order of their parts.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class Fuser:
         state: dict[str, Any] | None = None,
         *,
         cut: bool = True,
+        gathered: Gathered = alone,
     ):
+        self._gathered = gathered
         self._config = config
         self._fused_N = np.array([teacher.is_fused for teacher in config.teachers], dtype=bool)
         self._names = tuple(teacher.name for teacher in config.teachers if teacher.is_fused)
@@ -127,11 +131,12 @@ class Fuser:
         if not static_N[self._fused_N].any():
             return tuple(self._lesson(asked, static_N) for asked in batch)
         aligned = [self._aligned(asked, static_N[self._fused_N]) for asked in batch]
-        fused = fuse(aligned, self._rule, self._vocab_size)
+        fused = fuse(aligned, self._rule, self._vocab_size, self._gathered)
         if self._running is not None:
-            for asked, sample in zip(batch, aligned, strict=True):
-                nats, num_bytes = text_nats(sample, self._vocab_size)
-                self._running = self._running.updated(asked.sample.domain, nats, num_bytes)
+            texts = [text_nats(sample, self._vocab_size) for sample in aligned]
+            heard = [(asked.sample.domain, *text) for asked, text in zip(batch, texts, strict=True)]
+            for domain, nats, num_bytes in chain.from_iterable(self._gathered(heard)):
+                self._running = self._running.updated(domain, nats, num_bytes)
         return tuple(self._lesson(asked, static_N, one) for asked, one in zip(batch, fused, strict=True))
 
     def _lesson(self, asked: Asked, static_N: NDArray[np.float64], fused: Fused | None = None) -> Lesson:

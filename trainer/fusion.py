@@ -12,9 +12,9 @@ Legend: N teachers, T positions, nnz entries of all teachers' rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from trainer.fusion_kernels import entropies, first_fault, geometric_rows, label
 METHODS = ("mean", "geometric", "min_ce", "avg_ce", "confidence", "fusellm_min_ce", "fusellm_avg_ce")
 SCOPES = ("token", "sample", "batch")
 
+T = TypeVar("T")
+Gathered = Callable[[Any], list[Any]]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -120,25 +122,33 @@ class _Evidence(NamedTuple):
         return np.append(amounts_N, max(self.units_T[self.common_T].sum(), 1.0 if self.common_T.any() else 0.0))
 
 
-def fuse(batch: Sequence[Aligned], rule: Rule, vocab_size: int) -> list[Fused]:
+def alone(mine: T) -> list[T]:
+    """What all processes say that have a part of the batch, where there is but this one."""
+    return [mine]
+
+
+def fuse(batch: Sequence[Aligned], rule: Rule, vocab_size: int, gathered: Gathered = alone) -> list[Fused]:
     """Fuse every sample of a batch; inputs are untouched, sums are float64, results float32.
 
     A position where the chosen teachers are not valid falls to the prior of those that are; where nobody with a prior
-    above 0 is valid the result is not. One teacher comes back unchanged but for the cut.
+    above 0 is valid the result is not. One teacher comes back unchanged but for the cut. `gathered` hands on what the
+    scope `batch` compares between the processes that have parts of it; all of them fuse theirs, be it empty.
     Raises ValueError for arrays that do not belong together and for rows that are no distribution over distinct ids
     below `vocab_size`, with the numbers, the sample and the teacher.
     """
     indices = range(len(batch))
     # a sample's rows are let go before the next one's are taken: fresh memory is what threads wait for one another over
     together = [indices] if rule.scope == "batch" else [range(i, i + 1) for i in indices]
-    return [fused for group in together for fused in _fused_together(batch, group, rule, vocab_size)]
+    return [fused for group in together for fused in _fused_together(batch, group, rule, vocab_size, gathered)]
 
 
-def _fused_together(batch: Sequence[Aligned], group: range, rule: Rule, vocab_size: int) -> list[Fused]:
+def _fused_together(
+    batch: Sequence[Aligned], group: range, rule: Rule, vocab_size: int, gathered: Gathered
+) -> list[Fused]:
     """The fusions of those samples of the batch that are compared together."""
     samples = [batch[i] for i in group]
     rows = [_checked(i, batch[i], len(batch[0].targets), vocab_size) for i in group]
-    scores = _scores(samples, rows, rule)
+    scores = _scores(samples, rows, rule, gathered)
     return [_fused(*each, rule, vocab_size) for each in zip(samples, rows, scores, strict=True)]
 
 
@@ -224,7 +234,7 @@ def _stacked(targets: Sequence[Target]) -> _Rows:
     )
 
 
-def _scores(batch: Sequence[Aligned], rows: Sequence[_Rows], rule: Rule) -> list[Floats]:
+def _scores(batch: Sequence[Aligned], rows: Sequence[_Rows], rule: Rule, gathered: Gathered) -> list[Floats]:
     """Log weights of each sample, before the prior: [N, T], or [N, 1] where all positions share them."""
     if rule.method in ("mean", "geometric"):
         return [np.zeros((len(sample.targets), 1)) for sample in batch]
@@ -239,7 +249,7 @@ def _scores(batch: Sequence[Aligned], rows: Sequence[_Rows], rule: Rule) -> list
         losses = [e.amounts_NT / np.maximum(e.units_T, 1) for e in evidence]
         eligible = [(sample.prior_N > 0)[:, None] & own.valid for sample, own in pairs]
     else:
-        losses = [_per_unit(total)[:, None] for total in _totals(evidence, rule.scope)]
+        losses = [_per_unit(total)[:, None] for total in _totals(evidence, rule.scope, gathered)]
         eligible = [who[:, None] for who in taking_part]
     if rule.method == "min_ce":
         return [_best(loss, who) for loss, who in zip(losses, eligible, strict=True)]
@@ -292,16 +302,17 @@ def _fusellm(sample: Aligned, rows: _Rows, method: str) -> Floats:
     return scores
 
 
-def _totals(evidence: Sequence[_Evidence], scope: str) -> list[Floats]:
+def _totals(evidence: Sequence[_Evidence], scope: str, gathered: Gathered) -> list[Floats]:
     """[N + 1] amounts and units of each sample, or of all samples of the batch where the same teachers take part."""
     totals = [e.total() for e in evidence]
     if scope == "sample":
         return totals
+    who = [e.taking_part_N.tobytes() for e in evidence]
     pooled: dict[bytes, Floats] = {}
-    for e, total in zip(evidence, totals, strict=True):
-        key = e.taking_part_N.tobytes()
-        pooled[key] = pooled.get(key, np.zeros_like(total)) + total
-    return [pooled[e.taking_part_N.tobytes()] for e in evidence]
+    for said in gathered(list(zip(who, totals, strict=True))):
+        for key, total in said:
+            pooled[key] = pooled.get(key, np.zeros_like(total)) + total
+    return [pooled[key] for key in who]
 
 
 def _per_unit(total: Floats) -> Floats:

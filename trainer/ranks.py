@@ -24,12 +24,16 @@ PATIENCE = timedelta(hours=2)  # one rank may wait for a teacher while the other
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """rank of size; local_rank counts on one machine. `apart` is a group for what another thread sends."""
+    """rank of size; local_rank counts on one machine.
+
+    saving, fusing: groups of the threads that write checkpoints and fuse targets; each thread sends over its own.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    apart: Any = None
+    saving: Any = None
+    fusing: Any = None
 
     @property
     def first(self) -> bool:
@@ -61,13 +65,17 @@ class Ranks:
         dist.broadcast_object_list(said, src=0)
         return said[0]
 
-    def gathered(self, mine: T) -> list[T]:
+    def gathered(self, mine: T, group: Any = None) -> list[T]:
         """What each rank says, in their order."""
         if self.size == 1:
             return [mine]
         said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, mine)
+        dist.all_gather_object(said, mine, group=group)
         return said
+
+    def gathered_fusing(self, mine: T) -> list[T]:
+        """The same, on the thread that fuses."""
+        return self.gathered(mine, self.fusing)
 
     def wait(self) -> None:
         """Until all are here."""
@@ -126,5 +134,5 @@ def _meeting_place() -> tuple[Any, int, int]:
 def _ranks() -> Ranks:
     if dist.get_world_size() == 1:
         return Ranks()
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), group)
+    groups = [dist.new_group(backend="gloo", timeout=PATIENCE) for _ in ("saving", "fusing")]
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), *groups)

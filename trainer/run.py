@@ -111,7 +111,8 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
     identity = identity_of(config, student, corpus)
     done = load_checkpoint(last, student, optimizer, identity, ranks) if last else 0
     num_steps = total_steps(config, corpus)
-    fuser = Fuser(config, len(student.vocabulary), num_steps, load_fusion_state(last) if last else None)
+    fusion_state = load_fusion_state(last) if last else None
+    fuser = Fuser(config, len(student.vocabulary), num_steps, fusion_state, gathered=ranks.gathered_fusing)
     checkpoints = Checkpoints(out / "checkpoints", config.output.keep_checkpoints, ranks)
     outcome = Outcome(config, student, reader, corpus, ranks=ranks, done=done, num_steps=num_steps)
     return Run(
@@ -127,9 +128,6 @@ def _check(config: RunConfig, ranks: Ranks, out: Path, resume: bool) -> None:
         raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
     if config.train.batch_samples < ranks.size:
         raise ConfigError(f"train.batch_samples is {config.train.batch_samples}, fewer than the {ranks.size} processes")
-    by_batch = config.fusion.scope == "batch" and config.fusion.method in ("min_ce", "avg_ce", "confidence")
-    if ranks.size > 1 and (by_batch or config.fusion.method == "adaptive"):
-        raise ConfigError("fusion: adaptive, and scope batch, compare over a whole batch: train with one process")
     check_trackers(config.tracking)
 
 

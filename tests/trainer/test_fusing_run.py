@@ -13,6 +13,7 @@ from alignment import TokenizerError, Vocabulary
 from tests.serve import FormulaEngine, serving
 from tests.tiny import TEXT
 from tests.trainer.runs import losses, run_config, served_models
+from tests.trainer.test_ranks import torchrun
 from trainer.asking import Asked
 from trainer.config import RunConfig
 from trainer.data import Sample, shortened
@@ -112,6 +113,23 @@ def test_adaptive_fusion_goes_on_after_a_resume_as_if_it_had_not_stopped(
     shares = [e["teachers"]["t0"]["share"] for e in steps_of(tmp_path / "whole")]
     assert shares[0] == pytest.approx(0.5, abs=0.05)
     assert abs(shares[-1] - shares[0]) > 0.01  # it has learned from what it saw
+
+
+@pytest.mark.parametrize(
+    "fusion", [{"method": "adaptive", "half_life_bytes": 300.0}, {"method": "avg_ce", "scope": "batch"}]
+)
+def test_what_is_compared_over_a_batch_is_the_same_with_one_and_two_ranks(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, fusion: dict[str, Any]
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        for name in ("one", "two"):
+            config = config_of(tmp_path, tiny_byte_level, urls, name, fusion=fusion)
+            train(config) if name == "one" else torchrun(config, 2)
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    one, two = (steps_of(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["teachers"]["t0"]["share"] == pytest.approx(b["teachers"]["t0"]["share"], abs=1e-9)
+    assert {round(step["teachers"]["t0"]["share"], 6) for step in one} != {0.5}
 
 
 def test_what_adaptive_fusion_has_seen_belongs_to_the_teachers_names(tmp_path: Path, tiny_byte_level: Path) -> None:
