@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
+from tests.needs import need_command
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from trainer.config import LoraConfig, StudentConfig
@@ -43,6 +44,21 @@ def test_adapters_learn_and_are_merged_on_export(tmp_path: Path, tiny_byte_level
     reader = Reader(student.vocabulary, student.vocabulary.prefix)
     measured = sum(evaluate(student, [reader.read(s) for s in corpus.held_out], 64), Evaluation())
     assert measured.bpb == pytest.approx(after, abs=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of itself
+def test_compiled_layers_give_the_same_losses(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_command("g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    corpus = write_corpus(tmp_path)
+    for name in ("plain", "compiled"):
+        sections: dict[str, Any] = {"student": {"compile": name == "compiled"}, "data": {"max_samples": 4}}
+        train(run_config(tiny_byte_level, corpus, tmp_path / name, [], **sections))
+    assert list((tmp_path / "inductor").rglob("*.so"))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+    assert held_out(tmp_path / "compiled") == pytest.approx(held_out(tmp_path / "plain"), abs=1e-5)
 
 
 def test_a_run_of_adapters_is_the_same_after_a_resume(tmp_path: Path, tiny_byte_level: Path) -> None:
