@@ -90,6 +90,15 @@ class Ranks:
         if not self.local_rank:
             self.wait()
 
+    @contextmanager
+    def one_after_another(self) -> Iterator[None]:
+        """The processes of each machine take turns, so that its memory has to hold once what each of them needs."""
+        turns = max(self.gathered(self.local_rank)) + 1
+        for turn in range(turns):
+            if turn == self.local_rank:
+                yield
+            self.wait()
+
     def device(self, name: str) -> str:
         """Mine, where the run file says only `cuda`."""
         return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
@@ -98,6 +107,8 @@ class Ranks:
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
     """The ranks that this process was started as one of; alone if nothing says so."""
+    if device == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # meshes and nccl take the current one
     if dist.is_initialized():  # Ray Train has done it
         yield _ranks()
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -4,20 +4,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from trainer.errors import ConfigError
 from trainer.ranks import Ranks
 
 
-def shard(core: nn.Module, layers: nn.ModuleList, ranks: Ranks, *, device: str, bf16: bool) -> None:
-    """Shard in place, on all ranks at once. With bf16, weights are gathered in it and gradients summed in float32.
+def mesh_of(device: str, ranks: Ranks) -> DeviceMesh:
+    """All ranks in a row. All of them call it together."""
+    return init_device_mesh(device.partition(":")[0], (ranks.size,))
+
+
+def shard(core: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, *, bf16: bool) -> None:
+    """Shard in place what lies on the CPU: every layer moves to the mesh's device, where a rank keeps its part. No rank
+    waits for another. With bf16, weights are gathered in it and gradients summed in float32.
 
     Embeddings, head and final norm are one group, which is whole from the forward pass to the end of the backward:
     a tied head is the embedding, and the loss needs it in both.
     """
-    mesh = init_device_mesh(device.partition(":")[0], (ranks.size,))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -30,7 +30,7 @@ from trainer.packing import pack
 from trainer.places import find_model
 from trainer.ranks import Ranks
 from trainer.reading import Reader, chat_template
-from trainer.sharding import layers_of, shard
+from trainer.sharding import layers_of, mesh_of, shard
 
 log = logging.getLogger("tutelage.student")
 NEWLINE = "\n"
@@ -219,19 +219,32 @@ def check_folder(folder: Path, config: RunConfig) -> None:
 
 
 def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
-    """Load, choose what is trained, and share it out over the ranks.
+    """Load, choose what is trained, and share it out over the ranks, which take turns on each machine.
 
     Raises ConfigError if the model is not there or cannot be trained as the run file says.
     """
     folder, device = find_model(config.model), ranks.device(config.device)
     vocabulary = Vocabulary.load(folder).with_roles(config.roles)
+    if ranks.size == 1:
+        core, packs = _prepared(config, folder, device)
+    else:
+        mesh = mesh_of(device, ranks)
+        with ranks.one_after_another():
+            core, packs = _prepared(config, folder, "cpu")
+            shard(core, layers_of(core.model), mesh, bf16=config.precision == "bf16")
+    autocast = config.precision == "bf16" and ranks.size == 1
+    return Student(core, vocabulary, folder, device, autocast, packs, config.lora)
+
+
+def _prepared(config: StudentConfig, folder: Path, device: str) -> tuple[Core, bool]:
+    """The whole model, checked, with what is trained chosen; and whether it keeps samples in a row apart."""
     try:
         model = _loaded(folder).to(device).train()
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"student.model: cannot load {folder} on {device}: {reason}") from error
     check_head(model)
-    packs, core = keeps_apart(model), Core(model)
+    packs = keeps_apart(model)
     if config.train_layers is not None:
         train_upper_layers(model, config.train_layers)
     if config.lora is not None:
@@ -240,10 +253,7 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in layers_of(model) if config.compile else ():
         layer.compile()
-    bf16 = config.precision == "bf16"
-    if ranks.size > 1:
-        shard(core, layers_of(model), ranks, device=device, bf16=bf16)
-    return Student(core, vocabulary, folder, device, bf16 and ranks.size == 1, packs, config.lora)
+    return Core(model), packs
 
 
 def _loaded(folder: Path) -> Any:
