@@ -23,7 +23,8 @@ def train_on_ray(
     out = Path(config.output.dir).expanduser().absolute()
     if out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported: its ports run what they are sent
+    if address is None:  # Ray listens on all interfaces and runs what it is sent; read when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
     from ray.train import RunConfig as RayRunConfig
@@ -32,7 +33,7 @@ def train_on_ray(
     config = config.model_copy(update={"output": config.output.model_copy(update={"dir": str(out)})})
     on_gpu = config.student.device.startswith("cuda")
     if not ray.is_initialized():
-        ray.init(address=address)
+        ray.init(address or "local")
     trainer = TorchTrainer(
         _rank,
         train_loop_config={"config": config.model_dump_json()},

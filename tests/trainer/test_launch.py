@@ -1,0 +1,81 @@
+"""A run as a job on a Ray cluster that stands already, as `ray job submit` sends it."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.serve import free_port
+from tests.trainer.runs import losses, run_config, write_corpus
+from trainer.loop import train
+
+RAY = Path(sys.executable).with_name("ray")
+START_S = 90
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[str]:
+    """The dashboard's address of a cluster of this machine; no process outlives it."""
+    url = f"http://127.0.0.1:{free_port()}"
+    command = [str(RAY), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={free_port()}", "--num-cpus=4", "--object-store-memory=100000000", "--temp-dir", str(folder)]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={url.rpartition(':')[2]}"]
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + START_S
+        while not is_up(f"{url}/api/jobs/"):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, f"Ray was not up in {START_S} s"
+            time.sleep(0.2)
+        yield url
+    finally:
+        below = process.children(recursive=True)
+        process.terminate()
+        for left in psutil.wait_procs([process, *below], timeout=20)[1]:
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait()
+
+
+def is_up(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(url, trust_env=False, timeout=5).is_success
+    return False
+
+
+def test_a_job_on_a_ray_cluster_runs_the_same_run_file(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny_byte_level: Path
+) -> None:
+    corpus = write_corpus(tmp_path)
+    train(run_config(tiny_byte_level, corpus, tmp_path / "alone", []))
+    config = run_config(tiny_byte_level, corpus, tmp_path / "job", [])
+    job = tmp_path / "work"
+    job.mkdir()
+    (job / "run.toml").write_text(
+        as_toml(config.model_dump(exclude_none=True, exclude_defaults=True)), encoding="utf-8"
+    )
+    tutelage = [str(RAY.with_name("tutelage")), "train", "run.toml", "--ray-workers", "2"]
+    with cluster(tmp_path_factory.mktemp("r")) as url:
+        submit = [str(RAY), "job", "submit", "--address", url, "--working-dir", str(job), "--", *tutelage]
+        done = subprocess.run(submit, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert losses(tmp_path / "job") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+
+
+def as_toml(sections: dict[str, dict[str, object]]) -> str:
+    """Sections of plain values, as dotted keys of one file."""
+    return "".join(f"{name} = {inline(values)}\n" for name, values in sections.items())
+
+
+def inline(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {inline(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(inline, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
