@@ -111,7 +111,7 @@ def fused_now(fuser: Callable[[], Fuser], asked: Sequence[Asked], batch_samples:
     targets = []
     for begin in range(0, len(asked), batch_samples):
         lessons = fuser().fuse(asked[begin : begin + batch_samples], step)
-        targets += [lesson.target for lesson in lessons if lesson.target is not None]
+        targets += [Target.nothing(len(le.tokens)) if le.target is None else le.target for le in lessons]
     return targets
 
 

@@ -109,7 +109,8 @@ class Ahead:
         self._top_k = [teacher.top_k for teacher in config.teachers]
         self._window = config.data.window_tokens + config.data.close_documents
         self._room = Room(config.train.prefetch_tokens, config.train.prefetch_bytes)
-        self._answers = _Answers(config.train.target_cache_bytes)
+        again = config.train.epochs > 1 or any(source.weight > 1 for source in config.data.sources)
+        self._answers = _Answers(config.train.target_cache_bytes if again else 0)
         self._begun = asyncio.Queue[Begun | None]()
         self._tasks = set[asyncio.Task[Asked | None]]()
         self._num_begun = self._num_taken = 0

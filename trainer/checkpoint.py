@@ -32,6 +32,7 @@ from trainer.student import Student
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _IDENTITY = "identity.json"  # what a checkpoint is worth nothing without
 _FUSION = "fusion.json"
+SETTINGS = ("weight_decay", "betas")  # the run file's word, not the checkpoint's
 _WRITING = (OSError, RuntimeError, CheckpointException)
 
 Identity = Mapping[str, Any]
@@ -144,9 +145,12 @@ def load_checkpoint(
         load(state, checkpoint_id=path, no_dist=ranks.size == 1)
     except (OSError, TypeError, ValueError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(f"cannot read checkpoint {path} ({_reason(error)})") from error
+    own = [{key: group[key] for key in SETTINGS} for group in optimizer.param_groups]
     set_state_dict(
         student.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
     )
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
     return int(state["step"])
 
 
@@ -180,6 +184,7 @@ def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity
         "train.seed": config.train.seed,
         "train.batch_samples": config.train.batch_samples,
         "student.train_layers": config.student.train_layers,
+        "student.lora": config.student.lora.model_dump() if config.student.lora else None,
         "fusion.method": config.fusion.method,
         "student weights": weights.hexdigest()[:16],
         "data.sources.weight": [source.weight for source in config.data.sources],

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,6 +190,8 @@ def train(
             result = run_loop(config, resume=resume, stop_at=stop_at, listener=listener)
         if as_json and os.environ.get("RANK", "0") == "0":
             _print_json(asdict(result) | {"model": str(result.model) if result.model else None})
+        if result.told_to_end:
+            raise typer.Exit(128 + signal.SIGTERM)
 
 
 @app.command()

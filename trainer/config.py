@@ -54,7 +54,8 @@ class StudentConfig(Section):
     device: str = "cpu"
     """Where it trains: cpu, cuda, cuda:1, … ; with several processes cuda is each one's own."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 computes in bf16 over float32 weights; fp32 computes in float32 throughout."""
+    """bf16 computes products in bf16 over float32 weights, and with several processes norms and sums in a layer too;
+    fp32 computes in float32 throughout."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and compute the layer again in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -233,8 +234,9 @@ class LossConfig(Section):
     mix: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share in the mixtures of jensen_shannon (of the target; 0.5 if absent) and of skew_* (of the own side; 0.1)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of target and student in the divergence. Over top-k the target's tail is taken as spread evenly over all tokens
-    that are not listed: above 1 that makes it too heavy, so keep near 1 unless the listed mass is high."""
+    """Of target and student in the divergence; other than 1 it costs a second pass over the vocabulary. Over top-k the
+    target's tail is taken as spread evenly over all tokens that are not listed: above 1 that makes it too heavy, so
+    keep near 1 unless the listed mass is high."""
     span_temperature: Annotated[float, Field(gt=0)] = 100.0
     """τ of teachers matched by spans: likelihoods are compared as p^(1/τ). At 1 an unlikely span teaches little."""
     chunk_tokens: Positive = 512
@@ -272,7 +274,7 @@ class TrainConfig(Section):
     batch_samples: Positive = 8
     """Samples in one step."""
     accumulate: Positive = 1
-    """Forward passes that one step is split into."""
+    """Forward passes that one step of each process is split into; no more than it has samples."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Decides the order of samples and the held-out documents."""
     prefetch_tokens: Positive = 1 << 16
@@ -343,6 +345,11 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     output: OutputConfig
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def patience_s(self) -> float:
+        """The longest that a teacher may be away."""
+        return max((teacher.patience_s for teacher in self.teachers), default=0.0)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -9,6 +9,7 @@ Where the student goes and the target does not, reverse KL is infinite. Of a tai
 to be sent, so no target counts as less than FLOOR there: for a true p below it, q · log(FLOOR / p) is missing.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -82,8 +83,9 @@ def tempered(p_TB: Tensor, temperature: float, rest_T: Tensor) -> Tensor:
     if temperature == 1:
         return p_TB
     power = 1 / temperature
-    raised_TB = p_TB**power
-    raised_TB[:, -1] *= rest_T.clamp(min=1) ** (1 - power)
+    log_TB = power * p_TB.log()  # a small power of a small number is none that float32 has
+    log_TB[:, -1] += (1 - power) * rest_T.clamp(min=1).log()
+    raised_TB = (log_TB - log_TB.amax(-1, keepdim=True).clamp(min=-NOTHING_NATS)).exp()
     return raised_TB / raised_TB.sum(-1, keepdim=True).clamp(min=FLOOR)
 
 
@@ -92,5 +94,4 @@ def _log(p_TB: Tensor) -> Tensor:
 
 
 def _log_mixture(log_a_TB: Tensor, log_b_TB: Tensor, share: float) -> Tensor:
-    shares = torch.tensor([share, 1 - share], dtype=log_a_TB.dtype, device=log_a_TB.device).log()
-    return torch.logaddexp(log_a_TB + shares[0], log_b_TB + shares[1])
+    return torch.logaddexp(log_a_TB + math.log(share), log_b_TB + math.log1p(-share))

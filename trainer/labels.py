@@ -52,7 +52,7 @@ class Labels:
         return len(self.tokens_T)
 
     def to(self, device: str) -> "Labels":
-        return self._each(lambda column: column.to(device, non_blocking=True))
+        return self._each(lambda column: column.to(device))
 
     def split(self, size: int) -> list["Labels"]:
         return [self._part(slice(begin, begin + size)) for begin in range(0, max(len(self), 1), size)]

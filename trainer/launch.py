@@ -9,7 +9,9 @@ from trainer.errors import UserError
 from trainer.history import FILE
 from trainer.loop import RunResult, train
 from trainer.metrics import read_metrics
-from trainer.ranks import PATIENCE
+from trainer.ranks import timeout_of
+
+RAY = "ray"  # the folder that Ray keeps beside a run, from before there is one
 
 
 def train_on_ray(
@@ -21,7 +23,7 @@ def train_on_ray(
     more than max_failures attempts end early, or if output.dir holds a run and `resume` is not given.
     """
     out = Path(config.output.dir).expanduser().absolute()
-    if out.exists() and any(out.iterdir()) and not resume:
+    if out.exists() and any(path.name != RAY for path in out.iterdir()) and not resume:
         raise UserError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
     if address is None:  # Ray listens on all interfaces and runs what it is sent; read when it is imported
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -37,10 +39,12 @@ def train_on_ray(
     trainer = TorchTrainer(
         _rank,
         train_loop_config={"config": config.model_dump_json()},
-        torch_config=TorchConfig("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=int(PATIENCE.total_seconds())),
+        torch_config=TorchConfig(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout_s=int(timeout_of(config.patience_s).total_seconds())
+        ),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=on_gpu),
         run_config=RayRunConfig(
-            name=out.name, storage_path=str(out / "ray"), failure_config=FailureConfig(max_failures=max_failures)
+            name=out.name, storage_path=str(out / RAY), failure_config=FailureConfig(max_failures=max_failures)
         ),
     )
     try:

@@ -20,11 +20,15 @@ from trainer.told import part_of, step_values
 
 @dataclass(frozen=True)
 class RunResult:
-    """Held-out bits per byte as (step, bpb), since this start; where the student was exported, if the run ended."""
+    """Held-out bits per byte as (step, bpb), since this start; where the student was exported, if the run ended.
+
+    told_to_end: it was saved and left before its end because the process heard SIGTERM.
+    """
 
     steps: int
     held_out: tuple[tuple[int, float], ...]
     model: Path | None
+    told_to_end: bool = False
 
 
 def train(
@@ -34,7 +38,7 @@ def train(
 
     Raises the errors of trainer, teachers, alignment.
     """
-    with joined(config.student.device) as ranks:
+    with joined(config.student.device, config.patience_s) as ranks:
         return _train(config, ranks, resume, stop_at, listener)
 
 
@@ -53,7 +57,7 @@ def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, l
             while not outcome.stalled and not ranks.any((batch := next(ready, None)) is None):
                 assert batch is not None
                 began = time.monotonic()
-                plan = plan_step(config, done, run.num_steps)
+                plan = plan_step(config, done, run.num_steps, ranks.size)
                 result = train_step(run.student, run.optimizer, batch.lessons, plan, ranks)
                 done, fusion_state = done + 1, batch.fusion_state
                 step_s = time.monotonic() - began
@@ -68,18 +72,22 @@ def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, l
             run.leave(metrics, done, fusion_state)
             model = outcome.finish(metrics, done) if done == run.num_steps or outcome.stalled else None
             metrics.emit("end", step=done, model=str(model) if model else None, reason=outcome.reason(done))
-    return RunResult(done, tuple(outcome.held_out), model)
+    told_to_end = done < end and not outcome.stalled
+    return RunResult(done, tuple(outcome.held_out), model, told_to_end)
 
 
 def _batches(config: RunConfig, corpus: Corpus, ranks: Ranks, steps: range) -> Iterator[list[Sample]]:
-    """This rank's part of every batch."""
+    """This rank's part of every batch: neighbours in the corpus, so that it has mostly asked about them before."""
     for step in steps:
-        indices = batch_indices(corpus.order, config.train.batch_samples, step)
+        indices = sorted(batch_indices(corpus.order, config.train.batch_samples, step))
         yield [corpus.train[i] for i in ranks.part(indices)]
 
 
 def noted(batches: Iterator[Batch], stream: TargetStream, metrics: Metrics) -> Iterator[Batch]:
-    """The batches. What happens to teachers meanwhile goes to the metrics file, even if it ends the run."""
+    """The batches. What happens to teachers meanwhile goes to the metrics file, even if it ends the run.
+
+    Of several ranks the first one's word is written; `absent` counts what all of them missed.
+    """
 
     def note() -> None:
         for event in stream.events():

@@ -2,7 +2,8 @@
 
 Logits exist for one chunk only. Its gradients are computed with its loss, in one pass over the vocabulary whatever the
 divergence, and only multiplied in the backward pass: three products with the head's weight, as cross-entropy alone
-takes. Losses are sums; the step divides once by the global number of tokens.
+takes. A temperature other than 1 takes a second pass and a second copy of the chunk's logits. Losses are sums; the step
+divides once by the global number of tokens.
 
 A target lists K tokens and a tail. The student's probability outside the listed tokens is the same one bucket, so the
 optimum is the teacher's own distribution with its own tail: a truncated loss leaks the tail's mass, and a renormalised

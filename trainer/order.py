@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-ORDER, ROUND = 2, 3  # streams of the seed; 0 and 1 draw held-out documents and data.max_samples
+ORDER, ROUND, DROPOUT = 2, 3, 4  # streams of the seed; 0 and 1 draw held-out documents and data.max_samples
 
 
 @dataclass(frozen=True)

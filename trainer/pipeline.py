@@ -3,7 +3,7 @@
 `TargetStream` reads, asks, aligns and fuses on threads of its own (asking.py, ahead.py, fuser.py): a slow step stops
 the asking, a slow teacher starves the step and is named. Batches come out in the order they were asked for, whatever
 the order of the answers, and a sample that comes again is not asked again while its answers are on their way or fit the
-cache. Each rank has a stream of its own, over its own part of every batch.
+cache. Each rank has a stream and a cache of its own, over its own part of every batch.
 """
 
 import asyncio
@@ -229,7 +229,8 @@ class TargetStream:
 
 
 def _nbytes(lesson: Lesson) -> int:
-    return lesson.reading.nbytes + (0 if lesson.target is None else lesson.target.nbytes)
+    said = [one for one in (lesson.target, *lesson.unaligned) if one is not None]
+    return lesson.reading.nbytes + sum(one.nbytes for one in said)
 
 
 def _waited_for(batch: Batch, began: float, depth: tuple[int, int]) -> Batch:

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from trainer.errors import ConfigError
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # one rank may wait for a teacher while the others wait for it
+PATIENCE = timedelta(hours=2)  # a rank may write, compile or measure while the others wait for it
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,20 +105,23 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """The ranks that this process was started as one of; alone if nothing says so."""
-    if device == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+def joined(device: str, patience_s: float = 0.0) -> Iterator[Ranks]:
+    """The ranks that this process was started as one of; alone if nothing says so.
+
+    patience_s: how long one of them may wait for a teacher. Raises ConfigError if all of them would take one GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise ConfigError(f"student.device is {device}, which all processes would take; cuda is each one's own")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # meshes and nccl take the current one
     if dist.is_initialized():  # Ray Train has done it
-        yield _ranks()
+        yield _ranks(patience_s)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "gloo" if device.startswith("cpu") else "cpu:gloo,cuda:nccl"
         store, rank, size = _meeting_place()
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        try:
-            yield _ranks()
-        finally:
-            dist.destroy_process_group()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout_of(patience_s))
+        yield _ranks(patience_s)
+        dist.destroy_process_group()  # not after an error: it would wait for ranks that do not know of it
     else:
         yield Ranks()
 
@@ -142,8 +145,14 @@ def _meeting_place() -> tuple[Any, int, int]:
     return PrefixStore(f"attempt {said('TORCHELASTIC_RESTART_COUNT')}", store), rank, size
 
 
-def _ranks() -> Ranks:
+def timeout_of(patience_s: float) -> timedelta:
+    """How long ranks wait for one another: longer than one of them may wait for a teacher."""
+    return PATIENCE + timedelta(seconds=patience_s)
+
+
+def _ranks(patience_s: float) -> Ranks:
     if dist.get_world_size() == 1:
         return Ranks()
-    groups = [dist.new_group(backend="gloo", timeout=PATIENCE) for _ in ("saving", "fusing")]
+    timeout = timeout_of(patience_s)
+    groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in ("saving", "fusing")]
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), *groups)

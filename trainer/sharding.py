@@ -33,12 +33,6 @@ def shard(core: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, *, bf16: boo
             module.set_force_sum_reduction_for_comms(True)
 
 
-def sync_gradients(core: nn.Module, on: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks: only the last part of a step needs to."""
-    if isinstance(core, FSDPModule):
-        core.set_requires_gradient_sync(on)
-
-
 def layers_of(model: Any) -> nn.ModuleList:
     """The trunk's layers. Raises ConfigError if it has none that are known."""
     layers = getattr(model.get_decoder(), "layers", None) or getattr(model.get_decoder(), "h", None)

@@ -15,11 +15,11 @@ from trainer.errors import DataError, NonFiniteLoss
 from trainer.fuser import Lesson
 from trainer.labels import labels_from
 from trainer.losses import Objective
+from trainer.order import DROPOUT
 from trainer.parts import Part, parts_loss, parts_of, target_share, with_parts
 from trainer.pipeline import labels_of, supervised_from
 from trainer.priors import scheduled
 from trainer.ranks import Ranks
-from trainer.sharding import sync_gradients
 from trainer.student import Student
 
 
@@ -36,17 +36,17 @@ class StepPlan:
     parts: tuple[Part, ...] = ()
 
 
-def plan_step(config: RunConfig, step: int, num_steps: int) -> StepPlan:
-    """`step` counts from 0."""
+def plan_step(config: RunConfig, step: int, num_steps: int, num_ranks: int = 1) -> StepPlan:
+    """`step` counts from 0. No rank is to make a pass over nothing while another has samples left."""
     progress = min(step / max(num_steps - 1, 1), 1.0)
     objective = objective_at(config.loss, progress, target_share(config, progress))
     return StepPlan(
         learning_rate(step, num_steps, config.optim),
         objective,
-        config.train.accumulate,
+        min(config.train.accumulate, -(-config.train.batch_samples // num_ranks)),
         config.optim.clip_norm,
         tuple(teacher.name for teacher in config.teachers),
-        (config.train.seed, 3, step),
+        (config.train.seed, DROPOUT, step),
         parts_of(config, progress) if objective.ce_weight < 1 else (),
     )
 
@@ -116,7 +116,6 @@ def train_step(
     sums = torch.zeros(2 + len(plan.parts), dtype=torch.float64)
     for i in range(plan.accumulate):
         part = lessons[len(lessons) * i // plan.accumulate : len(lessons) * (i + 1) // plan.accumulate]
-        sync_gradients(student.core, i == plan.accumulate - 1)
         sums += _backward(student, part, num_tokens, plan)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), plan.clip_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -143,28 +142,37 @@ def train_step(
 
 def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, plan: StepPlan) -> torch.Tensor:
     """Gradients of one part; returns the sums of cross-entropy, divergence and each teacher's own part."""
-    columns = [labels_of(lesson, student.first_position) for lesson in lessons]
-    labels = labels_from([tokens for tokens, _ in columns], [target for _, target in columns])
+    pairs = [labels_of(lesson, student.first_position) for lesson in lessons]
+    labels = labels_from([tokens for tokens, _ in pairs], [target for _, target in pairs])
     labels, spans = with_parts(labels, lessons, plan.parts, student.first_position)
     total, ce_T, divergence_T, *of_parts = student.compute(
         [lesson.tokens for lesson in lessons],
         [supervised_from(lesson, student.first_position) for lesson in lessons],
         partial(parts_loss, labels=labels.to(student.device), objective=plan.objective, spans=spans),
     )
-    _check_finite(ce_T + divergence_T, lessons, student.first_position, plan)
     (total / num_tokens).backward()
-    return torch.stack([column.double().sum() for column in (ce_T, divergence_T, *of_parts)]).cpu()
+    columns_T = (ce_T, divergence_T, *of_parts)
+    sums = torch.stack([column.double().sum() for column in columns_T]).cpu()
+    if not bool(torch.isfinite(sums).all()):
+        raise _non_finite(columns_T, lessons, student.first_position, plan)
+    return sums
 
 
-def _check_finite(loss_T: torch.Tensor, lessons: Sequence[Lesson], first_position: int, plan: StepPlan) -> None:
-    if bool(torch.isfinite(loss_T).all()):
-        return
+def _non_finite(
+    columns_T: Sequence[torch.Tensor], lessons: Sequence[Lesson], first_position: int, plan: StepPlan
+) -> NonFiniteLoss:
+    """Which sample, where, and whose."""
+    loss_T = columns_T[0] + columns_T[1]
     positions = [np.flatnonzero(supervised_from(lesson, first_position)) + first_position for lesson in lessons]
     for lesson, at, part in zip(lessons, positions, loss_T.split([len(p) for p in positions]), strict=True):
         bad = torch.isfinite(part).logical_not().nonzero()
         if len(bad):
-            raise NonFiniteLoss(
+            return NonFiniteLoss(
                 f"the loss of sample {lesson.sample.name} at token {int(at[int(bad[0])])} is "
                 f"{float(part[bad[0]])} (teachers: {', '.join(plan.teachers) or 'none'}); "
                 "nothing was updated"
             )
+    own = zip(plan.parts, columns_T[2:], strict=True)
+    whose = ", ".join(part.name for part, column in own if not bool(torch.isfinite(column).all()))
+    names = ", ".join(lesson.sample.name for lesson in lessons)
+    return NonFiniteLoss(f"the loss of teacher {whose} is not finite for the samples {names}; nothing was updated")

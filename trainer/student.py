@@ -130,10 +130,10 @@ class Student:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights, whole and on the CPU, adapters merged. All ranks call it together."""
+        """All weights, whole and on the CPU, adapters merged; on the first rank. All ranks call it together."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights: dict[str, Any] = get_model_state_dict(self.model, options=whole)
-        return merged(self.folder, self.lora, weights) if self.lora else weights
+        return merged(self.folder, self.lora, weights) if self.lora and weights else weights
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write a Hugging Face directory that transformers and vLLM load, with the base model's tokenizer and terms.

@@ -119,6 +119,17 @@ def test_teachers_are_asked_about_held_out_text_once(
     assert all(("fused" in event) == bool(agreement_samples) for event in evals(tmp_path / "out"))
 
 
+def test_teachers_that_are_not_fused_have_no_figure(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        sections = {"eval": {"agreement_samples": 2}, "train": {"epochs": 1}}
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url], **sections)
+        raw = config.model_dump()
+        raw["teachers"][0]["match"] = "spans"
+        train(RunConfig.model_validate(raw))
+    nothing = {"top1": None, "kl": None}
+    assert all((event["teachers"]["t0"], event["fused"]) == (nothing, nothing) for event in evals(tmp_path / "out"))
+
+
 def listed(target: Target) -> np.ndarray:
     """[nnz, 2] position and token, in one order."""
     return np.unique(np.stack([target.rows, target.ids], 1), axis=0)

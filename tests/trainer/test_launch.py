@@ -13,6 +13,7 @@ import pytest
 
 from tests.serve import free_port
 from tests.trainer.runs import losses, run_config, write_corpus
+from tests.trainer.test_cli import run_file
 from trainer.loop import train
 
 RAY = Path(sys.executable).with_name("ray")
@@ -57,25 +58,10 @@ def test_a_job_on_a_ray_cluster_runs_the_same_run_file(
     config = run_config(tiny_byte_level, corpus, tmp_path / "job", [])
     job = tmp_path / "work"
     job.mkdir()
-    (job / "run.toml").write_text(
-        as_toml(config.model_dump(exclude_none=True, exclude_defaults=True)), encoding="utf-8"
-    )
+    run_file(job, config)
     tutelage = [str(RAY.with_name("tutelage")), "train", "run.toml", "--ray-workers", "2"]
     with cluster(tmp_path_factory.mktemp("r")) as url:
         submit = [str(RAY), "job", "submit", "--address", url, "--working-dir", str(job), "--", *tutelage]
         done = subprocess.run(submit, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert losses(tmp_path / "job") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
-
-
-def as_toml(sections: dict[str, dict[str, object]]) -> str:
-    """Sections of plain values, as dotted keys of one file."""
-    return "".join(f"{name} = {inline(values)}\n" for name, values in sections.items())
-
-
-def inline(value: object) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {inline(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(inline, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else repr(value)

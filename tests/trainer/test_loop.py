@@ -25,7 +25,9 @@ from trainer.evaluate import Evaluation, evaluate
 from trainer.fuser import Fuser
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.ranks import Ranks
 from trainer.reading import Reader
+from trainer.run import begin
 from trainer.step import StepResult, plan_step, train_step
 from trainer.student import Student, load_student
 
@@ -207,7 +209,7 @@ def test_old_checkpoints_are_deleted(tmp_path: Path, tiny_byte_level: Path) -> N
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
 
 
-@pytest.mark.parametrize("key", ["train.seed", "student.train_layers", "samples", "student weights"])
+@pytest.mark.parametrize("key", ["train.seed", "student.train_layers", "student.lora", "samples", "student weights"])
 def test_resuming_another_run_is_refused(tmp_path: Path, tiny_byte_level: Path, key: str) -> None:
     corpus, model = write_corpus(tmp_path), tiny_byte_level
     train(run_config(model, corpus, tmp_path / "out", []), stop_at=2)
@@ -215,13 +217,24 @@ def test_resuming_another_run_is_refused(tmp_path: Path, tiny_byte_level: Path, 
         corpus.write_text(corpus.read_text(encoding="utf-8").replace("gull", "seal"), encoding="utf-8")
     if key == "student weights":
         model = save_tiny_model(tmp_path / "other", kind="byte_level", seed=9)
-    sections: dict[str, dict[str, Any]] = {
+    changed: dict[str, dict[str, dict[str, Any]]] = {
         "train.seed": {"train": {"seed": 7}},
         "student.train_layers": {"student": {"train_layers": 1}},
-    }.get(key, {})
-    other = run_config(model, corpus, tmp_path / "out", [], **sections)
+        "student.lora": {"student": {"lora": {"rank": 4}}},
+    }
+    other = run_config(model, corpus, tmp_path / "out", [], **changed.get(key, {}))
     with pytest.raises(CheckpointError, match=f"{key}.*, this run has"):
         train(other, resume=True)
+
+
+def test_the_optimizer_goes_on_as_the_run_file_says_now(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    train(run_config(tiny_byte_level, corpus, tmp_path / "out", []), stop_at=2)
+    now = run_config(tiny_byte_level, corpus, tmp_path / "out", [], optim={"weight_decay": 0.3, "betas": (0.5, 0.6)})
+    optimizer = begin(now, Ranks(), resume=True).optimizer
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.6)}
+    assert all(int(state["step"]) == 2 for state in optimizer.state.values())
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_found(tmp_path: Path, tiny_byte_level: Path) -> None:

@@ -1,5 +1,6 @@
 """Several processes train as one: real torchrun, gloo, FSDP2."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -12,10 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
+from tests.trainer.test_cli import run_file
 from trainer.config import RunConfig
+from trainer.errors import ConfigError
 from trainer.loop import train
 from trainer.metrics import read_metrics
-from trainer.ranks import Ranks
+from trainer.ranks import Ranks, joined
 
 
 def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -63,6 +66,24 @@ def test_a_run_of_one_rank_goes_on_with_two_and_with_one_again(tmp_path: Path, t
     assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
 
 
+def test_two_ranks_train_adapters_and_export_them_merged(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    sections: dict[str, Any] = {"student": {"lora": {"rank": 4}}, "optim": {"lr": 1e-2}}
+    config = {n: run_config(tiny_byte_level, corpus, tmp_path / n, [], **sections) for n in ("one", "two")}
+    train(config["one"])
+    torchrun(config["two"], 2)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in ("one", "two")]
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="student.device is cuda:1, which all processes would take"), joined("cuda:1"):
+        pass
+
+
 def test_a_batch_of_fewer_samples_than_processes_is_refused(tmp_path: Path, tiny_byte_level: Path) -> None:
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], train={"batch_samples": 1})
     done = subprocess.run(command(config, 2), capture_output=True, text=True, timeout=240, check=False)
@@ -72,16 +93,17 @@ def test_a_batch_of_fewer_samples_than_processes_is_refused(tmp_path: Path, tiny
 
 
 def test_sigterm_saves_and_ends_cleanly(tmp_path: Path, tiny_byte_level: Path) -> None:
-    corpus, sections = write_corpus(tmp_path), {"train": {"epochs": 20}}
+    corpus, sections = write_corpus(tmp_path), {"train": {"epochs": 60}}
     straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [], **sections)
     train(straight)
     told = run_config(tiny_byte_level, corpus, tmp_path / "told", [], **sections)
-    process = subprocess.Popen([sys.executable, *command(told, 1, "--pause=0.1")[5:]])
+    tutelage = [sys.executable, "-m", "trainer.cli", "train", str(run_file(tmp_path, told))]
+    process = subprocess.Popen(tutelage, stderr=subprocess.DEVNULL)
     while not (tmp_path / "told" / "metrics.jsonl").exists() or not losses(tmp_path / "told"):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
     events = read_metrics(tmp_path / "told" / "metrics.jsonl")
     done = max(losses(tmp_path / "told"))
     assert events[-1] == events[-1] | {"event": "end", "step": done, "model": None}
