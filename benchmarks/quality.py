@@ -1,0 +1,324 @@
+"""Does it teach? Students with and without teachers, on the same tokens in the same order, several seeds.
+
+`python -m benchmarks.quality [SETTING ...] [--arms PATTERN ...] [--seeds 3] [--out DIR] [--json FILE]`
+
+A setting is a student and how much text it gets; an arm is who teaches it and how. The text is docstrings of pinned
+packages, the teachers SmolLM2-135M and Gemma 3 270M (made by `tutelage demo --prepare`), served and asked as in any
+run; their answers are remembered in memory, so that a text is scored once for all arms. A seed decides the windows,
+their order and what is held out: arms of one seed are compared with each other.
+
+Every run is one of `tutelage train`, in DIR/SETTING/ARM/SEED. What is finished there is not run again: begin anew with
+the same command, or add arms, settings and seeds to what is there. Of a run its metrics.jsonl stays.
+
+before, end, best  bits per byte of held-out text: mean over seeds, ± half the range between them
+gain               plain's best minus the arm's best, the same seed: mean, ± half the range
+tokens             until the arm is as good as plain at its best, over what plain needed; FuseLLM's is 1/3.9 = 0.26
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.drawing import svg
+from benchmarks.remembered import served
+from benchmarks.texts import save_docstrings
+from trainer.config import RunConfig
+from trainer.curves import Curve
+from trainer.errors import MetricsError
+from trainer.history import History, read_history
+from trainer.loop import train
+from trainer.places import cache_dir, find_model
+from trainer.summary import compare
+
+MODELS = {"smollm2": "smollm2-135m-instruct", "gemma": "gemma-3-270m"}
+BASE = "smollm2-135m-instruct"
+CUT_LAYERS = (0, 1, 2, 3, 4, 5, 28, 29)  # of 30: the first read, the last write
+PLAIN = "plain"
+HELD_OUT = 24  # documents, of each the first window
+Values = Mapping[str, Any]  # of a run file: {"loss.ce_weight": 0.1}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """student: base, cut (fewer layers of it) or random (17.7M parameters); values: of the run file."""
+
+    student: str
+    windows: int
+    epochs: int
+    values: Values
+
+
+@dataclass(frozen=True)
+class Arm:
+    """teachers: none is plain training; values: of the run file, after the setting's."""
+
+    teachers: tuple[str, ...] = ()
+    values: Values = field(default_factory=dict)
+
+
+UPPER = {"student.train_layers": 8, "optim.warmup_steps": 4}
+SETTINGS = {
+    "base-scarce": Setting("base", 16, 10, UPPER | {"optim.lr": 5e-4}),
+    "base-once": Setting("base", 160, 1, UPPER | {"optim.lr": 1e-4}),
+    "lora-scarce": Setting("base", 16, 10, {"student.lora.rank": 16, "optim.lr": 1e-3, "optim.warmup_steps": 4}),
+    "cut-once": Setting("cut", 320, 1, {"optim.lr": 5e-4, "optim.warmup_steps": 10}),
+    "random-once": Setting("random", 400, 1, {"optim.lr": 2e-3, "optim.warmup_steps": 20}),
+    "random-scarce": Setting("random", 40, 10, {"optim.lr": 2e-3, "optim.warmup_steps": 20}),
+}
+BOTH = tuple(MODELS)
+LAMBDA = "loss.ce_weight"
+FUSED = {LAMBDA: 0.1}
+ARMS = {
+    PLAIN: Arm(),
+    "smollm2": Arm(("smollm2",), FUSED),
+    "gemma": Arm(("gemma",), FUSED),
+    **{name: Arm(BOTH, FUSED | {"fusion.method": name}) for name in ("mean", "geometric", "min_ce", "avg_ce")},
+    **{name: Arm(BOTH, FUSED | {"fusion.method": name}) for name in ("confidence", "adaptive")},
+    "min_ce-by-token": Arm(BOTH, FUSED | {"fusion.method": "min_ce", "fusion.scope": "token"}),
+    **{
+        f"fusellm-{match}": Arm(BOTH, {LAMBDA: 0.9, "fusion.method": "fusellm_min_ce", "teachers.match": match})
+        for match in ("em", "min_ed")
+    },
+    **{f"mean-λ{weight:g}": Arm(BOTH, {LAMBDA: weight}) for weight in (0, 0.3, 0.5, 0.9)},
+    **{
+        f"mean-λ{first:g}→{last:g}": Arm(BOTH, {LAMBDA: first, "loss.final_ce_weight": last, "loss.schedule": "linear"})
+        for first, last in ((0.9, 0), (0.5, 0))
+    },
+    **{f"mean-K{k}": Arm(BOTH, FUSED | {"teachers.top_k": k, "fusion.top_k": k}) for k in (1, 8)},
+    **{f"mean-T{t:g}": Arm(BOTH, FUSED | {"loss.temperature": t}) for t in (0.7, 1.5)},
+    **{
+        f"mean-{name}": Arm(BOTH, FUSED | {"loss.divergence": name})
+        for name in ("reverse_kl", "jensen_shannon", "skew_kl", "total_variation")
+    },
+    **{f"plain-lr×{x:g}": Arm((), {"lr": x}) for x in (0.3, 3)},
+    **{f"mean-lr×{x:g}": Arm(BOTH, FUSED | {"lr": x}) for x in (0.3, 3)},
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things lie, and on what they run."""
+
+    out: Path
+    text: Path
+    device: str
+
+    def run(self, setting: str, arm: str, seed: int) -> Path:
+        return self.out / setting / arm / str(seed)
+
+    def student(self, kind: str, seed: int) -> Path:
+        """The student's model directory, made unless it is there; random weights by the seed."""
+        if kind == "base":
+            return find_model(BASE)
+        folder = self.out / "students" / (f"{kind}-{seed}" if kind == "random" else kind)
+        if not folder.exists():
+            partial = folder.with_name(f".{folder.name}")
+            save_student(kind, seed, partial)
+            partial.rename(folder)
+        return folder
+
+
+def save_student(kind: str, seed: int, folder: Path) -> None:
+    base = find_model(BASE)
+    model: Any
+    if kind == "cut":
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in CUT_LAYERS)
+        for i, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = i
+        model.config.num_hidden_layers = len(CUT_LAYERS)
+        model.config.layer_types = None
+    else:
+        torch.manual_seed(seed)
+        known = AutoModelForCausalLM.from_pretrained(base).config
+        shape = LlamaConfig(
+            vocab_size=known.vocab_size,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+        )
+        model = LlamaForCausalLM(shape)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, folder / name)
+
+
+def config_of(place: Place, names: tuple[str, str, int], urls: Mapping[str, str]) -> RunConfig:
+    """The run file of one (setting, arm, seed)."""
+    setting, arm, seed = SETTINGS[names[0]], ARMS[names[1]], names[2]
+    steps = setting.windows * setting.epochs // 4
+    raw: dict[str, Any] = {
+        "student": {"model": str(place.student(setting.student, seed)), "device": place.device},
+        "data": {"window_tokens": 230, "max_windows_per_document": 1, "max_samples": setting.windows},
+        "teachers": [{"name": name, "urls": [urls[name]]} for name in arm.teachers],
+        "loss": {"ce_weight": 1.0},
+        "train": {"epochs": setting.epochs, "batch_samples": 4, "seed": seed},
+        "eval": {"held_out_documents": HELD_OUT, "every_steps": max(steps // 10, 1)},
+        "output": {"dir": str(place.run(*names))},
+    }
+    raw["data"]["sources"] = [{"files": [str(place.text)], "domain_column": "domain"}]
+    for key, value in [*setting.values.items(), *arm.values.items()]:
+        put(raw, key, value)
+    return RunConfig.model_validate(raw)
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set one value; `teachers.X` is X of each teacher, `lr` multiplies the setting's."""
+    if key == "lr":
+        raw["optim"]["lr"] *= value
+        return
+    *path, last = key.split(".")
+    nodes = raw["teachers"] if path == ["teachers"] else [raw]
+    for node in nodes:
+        for part in path if nodes[0] is raw else []:
+            node = node.setdefault(part, {})
+        node[last] = value
+
+
+def finished(folder: Path) -> History | None:
+    """What came of a run, None if it did not come to its end."""
+    try:
+        history = read_history(folder)
+    except MetricsError:
+        return None
+    return history if history.finished else None
+
+
+def run_all(place: Place, wanted: Sequence[tuple[str, str, int]]) -> None:
+    """Every run that is not finished. What was begun is begun anew."""
+    missing = [names for names in wanted if finished(place.run(*names)) is None]
+    if not missing:
+        return
+    models = {name: find_model(model) for name, model in MODELS.items()}
+    teach = any(ARMS[arm].teachers for _, arm, _ in missing)
+    with ExitStack() as stack:
+        urls = stack.enter_context(served(models, place.device)) if teach else {}
+        for number, names in enumerate(missing):
+            sys.stderr.write(f"{number + 1} of {len(missing)}: {' '.join(map(str, names))}\n")
+            folder = place.run(*names)
+            shutil.rmtree(folder, ignore_errors=True)
+            if train(config_of(place, names, urls)).told_to_end:
+                raise SystemExit(128 + signal.SIGTERM)
+            shutil.rmtree(folder / "checkpoints")
+            shutil.rmtree(folder / "model")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One arm of a setting, by seed. tokens is None where the arm never was as good as plain at its best."""
+
+    before: tuple[float, ...]
+    end: tuple[float, ...]
+    best: tuple[float, ...]
+    gain: tuple[float, ...]
+    tokens: tuple[float | None, ...]
+
+
+def figures_of(place: Place, setting: str, arm: str, seeds: Sequence[int]) -> Figures | None:
+    """What is finished of an arm, where plain is finished too."""
+    rows = []
+    for seed in seeds:
+        run, plain = (finished(place.run(setting, name, seed)) for name in (arm, PLAIN))
+        if run is None or plain is None:
+            continue
+        bpb, plain_bpb = run.evals.columns["held_out_bpb"], plain.evals.columns["held_out_bpb"]
+        reached = compare(run, plain).twins_best
+        ratio = reached.ratio if reached else None
+        rows.append((bpb[0], bpb[-1], bpb.min(), plain_bpb.min() - bpb.min(), ratio))
+    return Figures(*zip(*rows, strict=True)) if rows else None
+
+
+def flat(place: Place, seeds: Sequence[int]) -> Iterator[tuple[str, float]]:
+    """Everything that is finished, as {name: number}."""
+    for setting in SETTINGS:
+        for arm in ARMS:
+            found = figures_of(place, setting, arm, seeds)
+            if found is None:
+                continue
+            name = f"{setting}_{arm}"
+            yield f"{name}_seeds", len(found.end)
+            for column in ("before", "end", "best", "gain"):
+                values = getattr(found, column)
+                yield f"{name}_{column}", round(statistics.mean(values), 5)
+                yield f"{name}_{column}_spread", round((max(values) - min(values)) / 2, 5)
+            ratios = [ratio for ratio in found.tokens if ratio is not None]
+            if len(ratios) == len(found.tokens):
+                yield f"{name}_tokens", round(statistics.mean(ratios), 3)
+
+
+def curves(place: Place, setting: str, seeds: Sequence[int]) -> Iterator[Curve]:
+    """Held-out bits per byte against tokens, each arm's mean over the seeds that it and plain have finished."""
+    number = 0
+    for arm in ARMS:
+        runs = [run for seed in seeds if (run := finished(place.run(setting, arm, seed)))]
+        if runs:
+            tokens = runs[0].tokens_at(runs[0].evals.steps)
+            bpb = np.mean([run.evals.columns["held_out_bpb"] for run in runs], axis=0)
+            assert tokens is not None
+            yield Curve(arm, tokens, bpb, None if arm == PLAIN else number)
+            number += arm != PLAIN
+
+
+def table(figures: Mapping[str, float]) -> str:
+    """A paragraph a setting, a line an arm."""
+    lines = []
+    for setting in SETTINGS:
+        arms = [arm for arm in ARMS if f"{setting}_{arm}_seeds" in figures]
+        if arms:
+            lines.append(f"\n{setting:<18} seeds   before  end              best             gain               tokens")
+        for arm in arms:
+            name = f"{setting}_{arm}"
+            end, best, gain = (
+                f"{figures[f'{name}_{column}']:{sign}.4f} ± {figures[f'{name}_{column}_spread']:.4f}"
+                for column, sign in (("end", ""), ("best", ""), ("gain", "+"))
+            )
+            tokens = figures.get(f"{name}_tokens")
+            ratio = "never" if tokens is None else f"{tokens:.2f}"
+            before = f"{figures[f'{name}_before']:.4f}"
+            lines.append(f"{arm:<18} {figures[f'{name}_seeds']:>5} {before:>8}  {end}  {best}  {gain} {ratio:>7}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", help=f"of {', '.join(SETTINGS)}; all if none is given")
+    parser.add_argument("--arms", nargs="+", default=["*"], help="by name, with * and ?")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=cache_dir() / "quality")
+    parser.add_argument("--device", default="cpu", help="of student and teachers")
+    parser.add_argument("--json", type=Path, help="write {name: number} of all that is finished here")
+    parser.add_argument("--curves", type=Path, help="folder for a figure of each setting")
+    arguments = parser.parse_args()
+    place = Place(arguments.out, save_docstrings(arguments.out / "docstrings.jsonl"), arguments.device)
+    arms = [arm for arm in ARMS if arm == PLAIN or any(fnmatch(arm, pattern) for pattern in arguments.arms)]
+    seeds = range(arguments.seeds)
+    settings = arguments.settings or list(SETTINGS)
+    run_all(place, [(setting, arm, seed) for setting in settings for seed in seeds for arm in arms])
+    figures = dict(flat(place, seeds))
+    sys.stdout.write(table(figures))
+    for setting in SETTINGS if arguments.curves else ():
+        drawn = list(curves(place, setting, seeds))
+        if drawn:
+            page = svg(f"{setting}: held-out text", "bits per byte, tokens trained on", drawn, drawn[0].y[0])
+            (arguments.curves / f"quality-{setting}.svg").write_text(page, encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
