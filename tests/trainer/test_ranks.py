@@ -93,7 +93,7 @@ def test_a_batch_of_fewer_samples_than_processes_is_refused(tmp_path: Path, tiny
 
 
 def test_sigterm_saves_and_ends_cleanly(tmp_path: Path, tiny_byte_level: Path) -> None:
-    corpus, sections = write_corpus(tmp_path), {"train": {"epochs": 60}}
+    corpus, sections = write_corpus(tmp_path), {"train": {"epochs": 30}}
     straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [], **sections)
     train(straight)
     told = run_config(tiny_byte_level, corpus, tmp_path / "told", [], **sections)
