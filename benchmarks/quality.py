@@ -262,16 +262,16 @@ def flat(place: Place, seeds: Sequence[int]) -> Iterator[tuple[str, float]]:
 
 
 def curves(place: Place, setting: str, seeds: Sequence[int]) -> Iterator[Curve]:
-    """Held-out bits per byte against tokens, each arm's mean over the seeds that it and plain have finished."""
-    number = 0
-    for arm in ARMS:
-        runs = [run for seed in seeds if (run := finished(place.run(setting, arm, seed)))]
-        if runs:
-            tokens = runs[0].tokens_at(runs[0].evals.steps)
-            bpb = np.mean([run.evals.columns["held_out_bpb"] for run in runs], axis=0)
-            assert tokens is not None
-            yield Curve(arm, tokens, bpb, None if arm == PLAIN else number)
-            number += arm != PLAIN
+    """Held-out bits per byte against tokens, each arm's mean over the seeds that all arms have finished."""
+    runs = {arm: {seed: run for seed in seeds if (run := finished(place.run(setting, arm, seed)))} for arm in ARMS}
+    runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+    common = sorted(set(seeds).intersection(*runs.values()))
+    for number, (arm, by_seed) in enumerate(runs.items() if common else ()):
+        first = by_seed[common[0]]
+        tokens = first.tokens_at(first.evals.steps)
+        assert tokens is not None
+        bpb = np.mean([by_seed[seed].evals.columns["held_out_bpb"] for seed in common], axis=0)
+        yield Curve(arm, tokens, bpb, None if arm == PLAIN else number)
 
 
 def table(figures: Mapping[str, float]) -> str:

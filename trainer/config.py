@@ -220,8 +220,8 @@ class FusionConfig(Section):
 class LossConfig(Section):
     """[loss] λ · cross-entropy + (1 − λ) · divergence from the fused target and from teachers that are not fused."""
 
-    ce_weight: Share = 0.9
-    """λ: 1 trains on the text alone, 0 on the teachers alone."""
+    ce_weight: Share = 0.3
+    """λ: 1 trains on the text alone, 0 on the teachers alone. FuseLLM has 0.9; what paid is in docs/quality.md."""
     final_ce_weight: Share | None = None
     """λ at the end of the run, where `schedule` moves; `ce_weight` if absent."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
