@@ -12,14 +12,10 @@ closed loop: with N clients that never pause, N answers are always waited for.
 import argparse
 import asyncio
 import json
-import multiprocessing
 import os
-import socket
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,8 +24,9 @@ import uvloop
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.processes import server_process
 from teachers.client import TeacherClient
-from teachers.errors import TeacherError, Unavailable
+from teachers.errors import TeacherError
 from teachers.protocol import Card, ScoreRequest
 from teachers.rows import Rows
 from teachers.service import Service
@@ -109,21 +106,6 @@ def run_server(port: int) -> None:
     """As `tutelage teach` serves."""
     service = Service(PreparedEngine())
     uvloop.run(serve(service, listen_on("127.0.0.1", port), TeacherServer(service)))
-
-
-@contextmanager
-def server() -> Iterator[str]:
-    """The address of a server process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = multiprocessing.get_context("spawn").Process(target=run_server, args=(port,))
-    os.environ.update(MALLOC)  # read when a process starts
-    process.start()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.join()
 
 
 @dataclass
@@ -212,7 +194,6 @@ async def watch(http: Transport, tally: Tally, until: float) -> list[Probe]:
 async def load(url: str, seconds: float, num_clients: int) -> Figures:
     http, tally = Transport("load", url), Tally()
     windows = prepare()
-    await until_ready(http)
     until = time.monotonic() + seconds
     clients = [one_client(url, number, windows, tally, until) for number in range(num_clients)]
     watching = asyncio.create_task(watch(http, tally, until))
@@ -220,16 +201,6 @@ async def load(url: str, seconds: float, num_clients: int) -> Figures:
     probes = await watching
     await http.aclose()
     return figures(tally, probes, num_clients)
-
-
-async def until_ready(http: Transport) -> None:
-    for _ in range(600):
-        try:
-            await http.get("/ready", 5.0)
-            return
-        except Unavailable:
-            await asyncio.sleep(0.1)
-    raise TeacherError("the server did not start within a minute")
 
 
 def figures(tally: Tally, probes: list[Probe], num_clients: int) -> Figures:
@@ -254,7 +225,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--json", type=Path, help="write {name: number} here")
     options = parser.parse_args()
-    with server() as url:
+    os.environ.update(MALLOC)  # read when a process starts
+    with server_process(run_server) as url:
         found = asdict(uvloop.run(load(url, options.seconds, options.clients)))
     for name, value in found.items():
         sys.stdout.write(f"{name:>30}  {value:,.3f}\n")

@@ -33,10 +33,11 @@ import uvloop
 from numpy.typing import NDArray
 
 from alignment import Vocabulary
+from benchmarks.processes import server_process
 from teachers.rows import Rows
 from teachers.service import Service
 from teachers.serving import TeacherServer, listen_on, serve
-from tests.serve import FormulaEngine, free_port
+from tests.serve import FormulaEngine
 from trainer.config import RunConfig
 from trainer.data import Sample
 from trainer.fuser import Fuser
@@ -160,27 +161,6 @@ def run_teacher(model: str, port: int) -> None:
     uvloop.run(serve(service, listen_on("127.0.0.1", port), server))
 
 
-@contextmanager
-def teacher(model: str) -> Iterator[str]:
-    """The address of a teacher process."""
-    port = free_port()
-    process = multiprocessing.get_context("spawn").Process(target=run_teacher, args=(model, port))
-    process.start()
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(1200):
-            try:
-                httpx.get(f"{url}/ready", trust_env=False).raise_for_status()
-                break
-            except httpx.TransportError:
-                assert process.is_alive()
-                time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.join()
-
-
 def config_of(urls: Sequence[str]) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -302,7 +282,7 @@ def main() -> None:
     figures: dict[str, Figures] = {}
     with ExitStack() as stack:
         spent = stack.enter_context(control())
-        urls = [stack.enter_context(teacher(model)) for model in MODELS]
+        urls = [stack.enter_context(server_process(run_teacher, model)) for model in MODELS]
         for case in CASES:
             figures[case.name] = medians([measure(case, urls, samples, spent) for _ in range(arguments.rounds)])
     sys.stdout.write(table(figures))

@@ -33,7 +33,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.drawing import svg
-from benchmarks.remembered import served
+from benchmarks.processes import server_process
+from benchmarks.remembered import run_teacher
 from benchmarks.texts import save_docstrings
 from trainer.config import RunConfig
 from trainer.curves import Curve
@@ -63,10 +64,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Arm:
-    """teachers: none is plain training; values: of the run file, after the setting's."""
+    """teachers: none is plain training; values: of the run file, after the setting's.
+
+    of_teachers: keys of each [[teachers]]; lr: what the setting's learning rate is multiplied by.
+    """
 
     teachers: tuple[str, ...] = ()
     values: Values = field(default_factory=dict)
+    of_teachers: Values = field(default_factory=dict)
+    lr: float = 1.0
 
 
 UPPER = {"student.train_layers": 8, "optim.warmup_steps": 4}
@@ -89,7 +95,7 @@ ARMS = {
     **{name: Arm(BOTH, FUSED | {"fusion.method": name}) for name in ("confidence", "adaptive")},
     "min_ce-by-token": Arm(BOTH, FUSED | {"fusion.method": "min_ce", "fusion.scope": "token"}),
     **{
-        f"fusellm-{match}": Arm(BOTH, {LAMBDA: 0.9, "fusion.method": "fusellm_min_ce", "teachers.match": match})
+        f"fusellm-{match}": Arm(BOTH, {LAMBDA: 0.9, "fusion.method": "fusellm_min_ce"}, {"match": match})
         for match in ("em", "min_ed")
     },
     **{f"mean-λ{weight:g}": Arm(BOTH, {LAMBDA: weight}) for weight in (0, 0.3, 0.5, 0.9)},
@@ -97,14 +103,14 @@ ARMS = {
         f"mean-λ{first:g}→{last:g}": Arm(BOTH, {LAMBDA: first, "loss.final_ce_weight": last, "loss.schedule": "linear"})
         for first, last in ((0.9, 0), (0.5, 0))
     },
-    **{f"mean-K{k}": Arm(BOTH, FUSED | {"teachers.top_k": k, "fusion.top_k": k}) for k in (1, 8)},
+    **{f"mean-K{k}": Arm(BOTH, FUSED | {"fusion.top_k": k}, {"top_k": k}) for k in (1, 8)},
     **{f"mean-T{t:g}": Arm(BOTH, FUSED | {"loss.temperature": t}) for t in (0.7, 1.5)},
     **{
         f"mean-{name}": Arm(BOTH, FUSED | {"loss.divergence": name})
         for name in ("reverse_kl", "jensen_shannon", "skew_kl", "total_variation")
     },
-    **{f"plain-lr×{x:g}": Arm((), {"lr": x}) for x in (0.3, 3)},
-    **{f"mean-lr×{x:g}": Arm(BOTH, FUSED | {"lr": x}) for x in (0.3, 3)},
+    **{f"plain-lr×{x:g}": Arm(lr=x) for x in (0.3, 3)},
+    **{f"mean-lr×{x:g}": Arm(BOTH, FUSED, lr=x) for x in (0.3, 3)},
 }
 
 
@@ -165,7 +171,7 @@ def config_of(place: Place, names: tuple[str, str, int], urls: Mapping[str, str]
     raw: dict[str, Any] = {
         "student": {"model": str(place.student(setting.student, seed)), "device": place.device},
         "data": {"window_tokens": 230, "max_windows_per_document": 1, "max_samples": setting.windows},
-        "teachers": [{"name": name, "urls": [urls[name]]} for name in arm.teachers],
+        "teachers": [{"name": name, "urls": [urls[name]], **arm.of_teachers} for name in arm.teachers],
         "loss": {"ce_weight": 1.0},
         "train": {"epochs": setting.epochs, "batch_samples": 4, "seed": seed},
         "eval": {"held_out_documents": HELD_OUT, "every_steps": max(steps // 10, 1)},
@@ -174,20 +180,16 @@ def config_of(place: Place, names: tuple[str, str, int], urls: Mapping[str, str]
     raw["data"]["sources"] = [{"files": [str(place.text)], "domain_column": "domain"}]
     for key, value in [*setting.values.items(), *arm.values.items()]:
         put(raw, key, value)
+    raw["optim"]["lr"] *= arm.lr
     return RunConfig.model_validate(raw)
 
 
 def put(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set one value; `teachers.X` is X of each teacher, `lr` multiplies the setting's."""
-    if key == "lr":
-        raw["optim"]["lr"] *= value
-        return
+    """Set one value by its dotted key."""
     *path, last = key.split(".")
-    nodes = raw["teachers"] if path == ["teachers"] else [raw]
-    for node in nodes:
-        for part in path if nodes[0] is raw else []:
-            node = node.setdefault(part, {})
-        node[last] = value
+    for part in path:
+        raw = raw.setdefault(part, {})
+    raw[last] = value
 
 
 def finished(folder: Path) -> History | None:
@@ -204,10 +206,12 @@ def run_all(place: Place, wanted: Sequence[tuple[str, str, int]]) -> None:
     missing = [names for names in wanted if finished(place.run(*names)) is None]
     if not missing:
         return
-    models = {name: find_model(model) for name, model in MODELS.items()}
-    teach = any(ARMS[arm].teachers for _, arm, _ in missing)
+    needed = {teacher for _, arm, _ in missing for teacher in ARMS[arm].teachers}
     with ExitStack() as stack:
-        urls = stack.enter_context(served(models, place.device)) if teach else {}
+        urls = {
+            name: stack.enter_context(server_process(run_teacher, find_model(MODELS[name]), place.device))
+            for name in sorted(needed)
+        }
         for number, names in enumerate(missing):
             sys.stderr.write(f"{number + 1} of {len(missing)}: {' '.join(map(str, names))}\n")
             folder = place.run(*names)

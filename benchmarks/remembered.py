@@ -3,15 +3,9 @@
 Nothing is written. A text that several runs train on is scored once, at the most candidates that any of them asks for.
 """
 
-import multiprocessing
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import httpx
 import numpy as np
 import uvloop
 
@@ -20,10 +14,8 @@ from teachers.protocol import Card
 from teachers.rows import Rows
 from teachers.service import Service
 from teachers.serving import TeacherServer, listen_on, serve
-from tests.serve import free_port
 
 MOST_TOP_K = 64
-START_S = 300.0
 
 
 class Remembering:
@@ -61,45 +53,9 @@ def likeliest(rows: Rows, top_k: int) -> Rows:
     return replace(rows, ids=rows.ids[:, :top_k], logprobs=rows.logprobs[:, :top_k], tail=tail)
 
 
-def run_teacher(folder: Path, port: int, device: str) -> None:
+def run_teacher(folder: Path, device: str, port: int) -> None:
     """As `tutelage teach` serves."""
     from teachers.engines.transformers import TransformersEngine
 
     service = Service(Remembering(TransformersEngine(folder, EngineOptions(device=device))))
     uvloop.run(serve(service, listen_on("127.0.0.1", port), TeacherServer(service)))
-
-
-@contextmanager
-def served(models: dict[str, Path], device: str) -> Iterator[dict[str, str]]:
-    """The address of each model, by name: processes that end with the block."""
-    with ExitStack() as stack:
-        ports = {name: free_port() for name in models}
-        for name, folder in models.items():
-            stack.enter_context(_process(folder, ports[name], device))
-        urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-        for name, url in urls.items():
-            _await_ready(name, url)
-        yield urls
-
-
-@contextmanager
-def _process(*given: Any) -> Iterator[None]:
-    process = multiprocessing.get_context("spawn").Process(target=run_teacher, args=given, daemon=True)
-    process.start()
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.join()
-
-
-def _await_ready(name: str, url: str) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        try:
-            httpx.get(f"{url}/ready", trust_env=False).raise_for_status()
-            return
-        except (httpx.TransportError, httpx.HTTPStatusError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)

@@ -29,7 +29,6 @@ def test_every_arm_of_every_setting_is_a_run_file(place: Place, setting: str, sm
     for arm in ARMS:
         config = config_of(place, (setting, arm, 0), URLS)
         assert bool(config.teachers) == (config.loss.ce_weight < 1)
-        assert config.train.steps is None
     plain, slow = (config_of(place, (setting, arm, 0), URLS) for arm in (PLAIN, "plain-lr×0.3"))
     assert slow.optim.lr == pytest.approx(0.3 * plain.optim.lr)
     assert {t.match for t in config_of(place, (setting, "fusellm-em", 0), URLS).teachers} == {"em"}

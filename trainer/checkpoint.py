@@ -32,7 +32,7 @@ from trainer.student import Student
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _IDENTITY = "identity.json"  # what a checkpoint is worth nothing without
 _FUSION = "fusion.json"
-SETTINGS = ("weight_decay", "betas")  # the run file's word, not the checkpoint's
+_SETTINGS = ("weight_decay", "betas")  # the run file's word, not the checkpoint's
 _WRITING = (OSError, RuntimeError, CheckpointException)
 
 Identity = Mapping[str, Any]
@@ -145,7 +145,7 @@ def load_checkpoint(
         load(state, checkpoint_id=path, no_dist=ranks.size == 1)
     except (OSError, TypeError, ValueError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(f"cannot read checkpoint {path} ({_reason(error)})") from error
-    own = [{key: group[key] for key in SETTINGS} for group in optimizer.param_groups]
+    own = [{key: group[key] for key in _SETTINGS} for group in optimizer.param_groups]
     set_state_dict(
         student.model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_OPTIONS
     )

@@ -134,12 +134,18 @@ def test_a_chat_that_cannot_be_read_is_refused_by_name_or_skipped_and_counted(
     assert sum(e["skipped"] for e in steps) == 2  # once in each epoch
 
 
+def skipping(folder: Path, model: Path, url: str, batch_samples: int) -> dict[str, Any]:
+    """A run file over eight chats, one of them broken, in one epoch."""
+    chats = write_chats(folder, 7, (BROKEN,))
+    raw = chat_config(folder, model, {url: "byte_level"}, chats, broken_chats="skip").model_dump()
+    raw["eval"]["held_out_documents"] = 0
+    raw["train"] |= {"batch_samples": batch_samples, "epochs": 1}
+    return raw
+
+
 def test_a_rank_whose_chats_are_all_skipped_goes_along(tmp_path: Path, tiny_byte_level: Path) -> None:
-    chats = write_chats(tmp_path, 7, (BROKEN,))
     with served_models(tiny_byte_level) as urls:
-        raw = chat_config(tmp_path, tiny_byte_level, {urls[0]: "byte_level"}, chats, broken_chats="skip").model_dump()
-        raw["eval"]["held_out_documents"] = 0
-        raw["train"] |= {"batch_samples": 2, "epochs": 1}
+        raw = skipping(tmp_path, tiny_byte_level, urls[0], batch_samples=2)
         for ranks in (1, 2):
             raw["output"]["dir"] = str(tmp_path / str(ranks))
             config = RunConfig.model_validate(raw)
@@ -158,11 +164,8 @@ def test_a_rank_whose_chats_are_all_skipped_goes_along(tmp_path: Path, tiny_byte
 
 
 def test_a_batch_of_skipped_chats_alone_ends_the_run(tmp_path: Path, tiny_byte_level: Path) -> None:
-    chats = write_chats(tmp_path, 7, (BROKEN,))
     with served_models(tiny_byte_level) as urls:
-        raw = chat_config(tmp_path, tiny_byte_level, {urls[0]: "byte_level"}, chats, broken_chats="skip").model_dump()
-        raw["eval"]["held_out_documents"] = 0
-        raw["train"] |= {"batch_samples": 1, "epochs": 1}
+        raw = skipping(tmp_path, tiny_byte_level, urls[0], batch_samples=1)
         with pytest.raises(DataError, match="nothing to learn from in the samples .none: all were skipped"):
             train(RunConfig.model_validate(raw))
 

@@ -180,20 +180,17 @@ def steps_of(out: Path) -> list[dict[str, Any]]:
     return [e for e in read_metrics(out / "metrics.jsonl") if e["event"] == "step"]
 
 
+def taught_alone(folder: Path, student: Path, urls: list[str], match: str) -> RunConfig:
+    """Ten epochs without the text's own word."""
+    sections: dict[str, Any] = {"loss": {"ce_weight": 0.0}, "train": {"epochs": 10}, "optim": {"lr": 1e-2}}
+    return matched(run_config(student, write_corpus(folder), folder / "out", urls, **sections), match)
+
+
 def test_a_student_learns_from_the_likelihoods_of_spans_alone(
     tmp_path: Path, tiny_byte_level: Path, trained: Path
 ) -> None:
     with served_models(trained) as urls:
-        config = run_config(
-            tiny_byte_level,
-            write_corpus(tmp_path),
-            tmp_path / "out",
-            urls,
-            loss={"ce_weight": 0.0},
-            train={"epochs": 10},
-            optim={"lr": 1e-2},
-        )
-        train(matched(config, "spans"))
+        train(taught_alone(tmp_path, tiny_byte_level, urls, "spans"))
     bpb = list(held_out(tmp_path / "out").values())
     assert bpb[-1] < bpb[0] - 1.0
     steps = steps_of(tmp_path / "out")
@@ -208,16 +205,7 @@ def test_sorted_probabilities_teach_how_sure_to_be_but_not_of_what(
     tmp_path: Path, tiny_byte_level: Path, trained: Path
 ) -> None:
     with served_models(trained) as urls:
-        config = run_config(
-            tiny_byte_level,
-            write_corpus(tmp_path),
-            tmp_path / "out",
-            urls,
-            loss={"ce_weight": 0.0},
-            train={"epochs": 10},
-            optim={"lr": 1e-2},
-        )
-        train(matched(config, "sorted"))
+        train(taught_alone(tmp_path, tiny_byte_level, urls, "sorted"))
     steps = steps_of(tmp_path / "out")
     first, last = steps[0]["teachers"]["t0"], steps[-1]["teachers"]["t0"]
     assert last["loss"] < first["loss"] / 2

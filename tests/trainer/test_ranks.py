@@ -40,6 +40,12 @@ def assert_equal_runs(one: Path, two: Path, tolerance: float = 1e-5) -> None:
     assert held_out(one) == pytest.approx(held_out(two), abs=tolerance)
 
 
+def assert_equal_models(*runs: Path) -> None:
+    models: list[Any] = [AutoModelForCausalLM.from_pretrained(run / "model") for run in runs]
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-3, msg=name)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_and_two_ranks_give_the_same_losses(tmp_path: Path, tiny_sentencepiece: Path, tied: bool) -> None:
     student = save_tiny_model(tmp_path / "student", kind="byte_level", seed=1, tied=tied)
@@ -50,9 +56,7 @@ def test_one_and_two_ranks_give_the_same_losses(tmp_path: Path, tiny_sentencepie
         train(config["one"])
         torchrun(config["two"], 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
-    models: list[Any] = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in ("one", "two")]
-    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-3, msg=name)
+    assert_equal_models(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_run_of_one_rank_goes_on_with_two_and_with_one_again(tmp_path: Path, tiny_byte_level: Path) -> None:
@@ -73,9 +77,7 @@ def test_two_ranks_train_adapters_and_export_them_merged(tmp_path: Path, tiny_by
     train(config["one"])
     torchrun(config["two"], 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
-    models: list[Any] = [AutoModelForCausalLM.from_pretrained(tmp_path / n / "model") for n in ("one", "two")]
-    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-3, msg=name)
+    assert_equal_models(tmp_path / "one", tmp_path / "two")
 
 
 def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
