@@ -11,6 +11,7 @@ from typing import TypeVar
 import httpx
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from alignment import Vocabulary
@@ -23,7 +24,8 @@ from teachers.rows import Rows, as_received
 from tests.needs import need
 from tests.serve import free_port
 from tests.test_processes import wait_for
-from tests.tiny import TEXT, save_tiny_model
+from tests.tiny import TEXT
+from tests.trainer.test_export import export, save_base, trained
 from tests.vllm_server import KEY, descendants, started
 
 T = TypeVar("T")
@@ -219,10 +221,11 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_teach_serves_a_model_with_vllm_and_takes_it_along_when_it_ends(tmp_path: Path) -> None:
+def test_teach_serves_an_exported_student_with_vllm_and_takes_it_along_when_it_ends(tmp_path: Path) -> None:
     need("vllm")
-    model = save_tiny_model(tmp_path / "tiny", kind="byte_level", seed=1, head_dim=32)
-    ids = Vocabulary.load(model).encode(TEXT).ids.tolist()[:300]
+    student = trained(save_base(tmp_path / "base", dtype=torch.float32, tied=True, head_dim=32))
+    model = export(student, tmp_path / "model")
+    ids = student.vocabulary.encode(TEXT).ids.tolist()[:300]
     port = free_port()
     command = [sys.executable, "-m", "trainer.cli", "teach", str(model), "--engine", "vllm", "--port", str(port)]
     command += ["--dtype", "float32", "--max-top-k", "16", "--max-tokens", "400"]
@@ -246,3 +249,7 @@ def test_teach_serves_a_model_with_vllm_and_takes_it_along_when_it_ends(tmp_path
     np.testing.assert_array_equal(rows.ids[:, 0], local.ids[:, 0])
     np.testing.assert_allclose(rows.actual, local.actual, atol=1e-3)
     np.testing.assert_allclose(rows.tail, local.tail, atol=1e-4)
+    with torch.no_grad():
+        logprobs_TV = torch.log_softmax(student.model(torch.tensor([ids])).logits[0, :-1], 1)
+    own = logprobs_TV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    np.testing.assert_allclose(rows.actual, own, atol=1e-3)

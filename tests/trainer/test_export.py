@@ -1,12 +1,9 @@
-"""The exported model: as transformers and vLLM load it, and what its card says."""
+"""The exported model: as transformers loads it (vLLM: tests/teachers/test_vllm.py), and what its card says."""
 
-import asyncio
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -14,17 +11,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from alignment import Vocabulary
-from teachers.client import TeacherClient
-from teachers.engine import EngineOptions
-from teachers.engines.transformers import TransformersEngine
-from teachers.protocol import ScoreRequest
-from teachers.rows import Rows
 from tests.needs import need
-from tests.serve import free_port
 from tests.tiny import TEXT, save_tiny_model
 from tests.trainer.runs import run_config, served_models, write_corpus
 from tests.trainer.test_report import page_of
-from tests.vllm_server import started
 from trainer.chat import ChatTemplate
 from trainer.config import LoraConfig, StudentConfig
 from trainer.errors import CheckpointError
@@ -181,39 +171,6 @@ def test_what_stood_there_stays_where_the_new_cannot_be_written(tmp_path: Path) 
     with pytest.raises(CheckpointError, match=r"cannot export to .*model .*: make room"):
         export(broken, out)
     assert all(torch.equal(before[name], tensor) for name, tensor in tensors(out).items())
-
-
-def test_vllm_answers_as_the_student_does(tmp_path: Path) -> None:
-    """Served as a teacher, of a bf16 base: both compute in bf16, by other kernels."""
-    need("vllm")
-    student = trained(save_base(tmp_path / "base", dtype=torch.bfloat16, tied=True, head_dim=32))
-    out = export(student, tmp_path / "model")
-    ids, port = student.vocabulary.encode(TEXT).ids.tolist()[:300], free_port()
-    command = [sys.executable, "-m", "trainer.cli", "teach", str(out), "--engine", "vllm", "--port", str(port)]
-    command += ["--max-top-k", "16", "--max-tokens", "400"]
-    command += ["--vllm-args", json.dumps({"enforce_eager": True, "max_num_batched_tokens": 512})]
-
-    async def ask() -> Rows:
-        client = TeacherClient("student", f"http://127.0.0.1:{port}")
-        try:
-            card = await client.card()
-            assert card.dtype == "bfloat16"
-            (rows,) = await client.score(ScoreRequest(sequences=[ids], starts=[1], top_k=16), card, 240.0)
-            return rows
-        finally:
-            await client.aclose()
-
-    with started(command, port):
-        served = asyncio.run(ask())
-    engine = TransformersEngine(out, EngineOptions(dtype="bfloat16"))
-    local = asyncio.run(engine.score(ids, 1, 16))
-    engine.close()
-    with torch.no_grad():
-        logits = student.model(torch.tensor([ids])).logits[0, :-1]
-    own = torch.log_softmax(logits, 1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
-    assert np.abs(served.actual - local.actual).max() < 0.15
-    assert np.abs(served.actual - own).max() < 0.2
-    assert np.abs(served.actual - own).mean() < 0.02
 
 
 # --- the card ---
