@@ -12,7 +12,8 @@ the same command, or add arms, settings and seeds to what is there. Of a run its
 
 before, end, best  bits per byte of held-out text: mean over seeds, ± half the range between them
 gain               plain's best minus the arm's best, the same seed: mean, ± half the range
-tokens             until the arm is as good as plain at its best, over what plain needed; FuseLLM's is 1/3.9 = 0.26
+tokens             until the arm is as good as plain at its best, over what plain needed, on straight lines between
+                   measurements; "never" if a seed never was. FuseLLM's is 1/3.9 = 0.26
 """
 
 import argparse
@@ -42,7 +43,6 @@ from trainer.errors import MetricsError
 from trainer.history import History, read_history
 from trainer.loop import train
 from trainer.places import cache_dir, find_model
-from trainer.summary import compare
 
 MODELS = {"smollm2": "smollm2-135m-instruct", "gemma": "gemma-3-270m"}
 BASE = "smollm2-135m-instruct"
@@ -64,13 +64,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Arm:
-    """teachers: none is plain training; values: of the run file, after the setting's.
+    """What differs from Tutelage's defaults; no teachers is plain training.
 
+    values: of the run file, after the setting's;
     of_teachers: keys of each [[teachers]]; lr: what the setting's learning rate is multiplied by.
     """
 
-    teachers: tuple[str, ...] = ()
     values: Values = field(default_factory=dict)
+    teachers: tuple[str, ...] = ()
     of_teachers: Values = field(default_factory=dict)
     lr: float = 1.0
 
@@ -86,31 +87,32 @@ SETTINGS = {
 }
 BOTH = tuple(MODELS)
 LAMBDA = "loss.ce_weight"
-FUSED = {LAMBDA: 0.1}
 ARMS = {
-    PLAIN: Arm(),
-    "smollm2": Arm(("smollm2",), FUSED),
-    "gemma": Arm(("gemma",), FUSED),
-    **{name: Arm(BOTH, FUSED | {"fusion.method": name}) for name in ("mean", "geometric", "min_ce", "avg_ce")},
-    **{name: Arm(BOTH, FUSED | {"fusion.method": name}) for name in ("confidence", "adaptive")},
-    "min_ce-by-token": Arm(BOTH, FUSED | {"fusion.method": "min_ce", "fusion.scope": "token"}),
+    PLAIN: Arm({LAMBDA: 1.0}),
+    "smollm2": Arm(teachers=("smollm2",)),
+    "gemma": Arm(teachers=("gemma",)),
     **{
-        f"fusellm-{match}": Arm(BOTH, {LAMBDA: 0.9, "fusion.method": "fusellm_min_ce"}, {"match": match})
+        name: Arm({"fusion.method": name}, BOTH)
+        for name in ("mean", "geometric", "min_ce", "avg_ce", "confidence", "adaptive")
+    },
+    "min_ce-by-token": Arm({"fusion.method": "min_ce", "fusion.scope": "token"}, BOTH),
+    **{
+        f"fusellm-{match}": Arm({LAMBDA: 0.9, "fusion.method": "fusellm_min_ce"}, BOTH, {"match": match})
         for match in ("em", "min_ed")
     },
-    **{f"mean-λ{weight:g}": Arm(BOTH, {LAMBDA: weight}) for weight in (0, 0.3, 0.5, 0.9)},
+    **{f"mean-λ{weight:g}": Arm({LAMBDA: weight}, BOTH) for weight in (0, 0.1, 0.5, 0.9)},
     **{
-        f"mean-λ{first:g}→{last:g}": Arm(BOTH, {LAMBDA: first, "loss.final_ce_weight": last, "loss.schedule": "linear"})
-        for first, last in ((0.9, 0), (0.5, 0))
+        f"mean-λ{first:g}→0": Arm({LAMBDA: first, "loss.final_ce_weight": 0.0, "loss.schedule": "linear"}, BOTH)
+        for first in (0.9, 0.5)
     },
-    **{f"mean-K{k}": Arm(BOTH, FUSED | {"fusion.top_k": k}, {"top_k": k}) for k in (1, 8)},
-    **{f"mean-T{t:g}": Arm(BOTH, FUSED | {"loss.temperature": t}) for t in (0.7, 1.5)},
+    **{f"mean-K{k}": Arm({"fusion.top_k": k}, BOTH, {"top_k": k}) for k in (1, 8)},
+    **{f"mean-T{t:g}": Arm({"loss.temperature": t}, BOTH) for t in (0.7, 1.5)},
     **{
-        f"mean-{name}": Arm(BOTH, FUSED | {"loss.divergence": name})
+        f"mean-{name}": Arm({"loss.divergence": name}, BOTH)
         for name in ("reverse_kl", "jensen_shannon", "skew_kl", "total_variation")
     },
-    **{f"plain-lr×{x:g}": Arm(lr=x) for x in (0.3, 3)},
-    **{f"mean-lr×{x:g}": Arm(BOTH, FUSED, lr=x) for x in (0.3, 3)},
+    **{f"plain-lr×{x:g}": Arm({LAMBDA: 1.0}, lr=x) for x in (0.3, 3)},
+    **{f"mean-lr×{x:g}": Arm(teachers=BOTH, lr=x) for x in (0.3, 3)},
 }
 
 
@@ -172,7 +174,6 @@ def config_of(place: Place, names: tuple[str, str, int], urls: Mapping[str, str]
         "student": {"model": str(place.student(setting.student, seed)), "device": place.device},
         "data": {"window_tokens": 230, "max_windows_per_document": 1, "max_samples": setting.windows},
         "teachers": [{"name": name, "urls": [urls[name]], **arm.of_teachers} for name in arm.teachers],
-        "loss": {"ce_weight": 1.0},
         "train": {"epochs": setting.epochs, "batch_samples": 4, "seed": seed},
         "eval": {"held_out_documents": HELD_OUT, "every_steps": max(steps // 10, 1)},
         "output": {"dir": str(place.run(*names))},
@@ -241,10 +242,21 @@ def figures_of(place: Place, setting: str, arm: str, seeds: Sequence[int]) -> Fi
         if run is None or plain is None:
             continue
         bpb, plain_bpb = run.evals.columns["held_out_bpb"], plain.evals.columns["held_out_bpb"]
-        reached = compare(run, plain).twins_best
-        ratio = reached.ratio if reached else None
+        needed, reached = (tokens_to(r, plain_bpb.min()) for r in (plain, run))
+        ratio = None if needed is None or reached is None else reached / needed
         rows.append((bpb[0], bpb[-1], bpb.min(), plain_bpb.min() - bpb.min(), ratio))
     return Figures(*zip(*rows, strict=True)) if rows else None
+
+
+def tokens_to(run: History, bpb: float) -> float | None:
+    """Tokens until held-out text first costs `bpb`, on straight lines between measurements; None if it never does."""
+    tokens, measured = run.tokens_at(run.evals.steps), run.evals.columns["held_out_bpb"]
+    below = np.flatnonzero(measured <= bpb)
+    if tokens is None or not len(below):
+        return None
+    last = below[0]
+    around = [last, max(last - 1, 0)]
+    return float(np.interp(bpb, measured[around], tokens[around]))
 
 
 def flat(place: Place, seeds: Sequence[int]) -> Iterator[tuple[str, float]]:
