@@ -32,8 +32,8 @@ from alignment.fusellm import METHODS, fusellm_target, token_map
 from alignment.report import AlignmentReport, report
 from teachers.engines.transformers import TransformersEngine
 from teachers.rows import Rows, as_received
+from trainer.data.windows import cut_windows
 from trainer.places import find_model, tables_dir
-from trainer.windows import cut_windows
 
 MODELS = {"smollm2": "smollm2-135m-instruct", "gemma": "gemma-3-270m"}
 LENGTHS, NUM_WINDOWS, TOP_K, ROUNDS = (512, 2048), 4, 64, 5

@@ -25,8 +25,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from teachers.address import TeacherAddress
-from teachers.pool import TeacherPool
+from teachers.asking.address import TeacherAddress
+from teachers.asking.pool import TeacherPool
 from teachers.protocol import Card
 from teachers.rows import Rows, as_received
 from tests.faulty import FAULTS, FaultyTeacher, faulty_teachers, rows_of

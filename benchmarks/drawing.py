@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trainer.curves import Chart, Curve, Shape, draw
+from trainer.reports.curves import Chart, Curve, Shape, draw
 
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bf3989", "#57606a", "#0a7ea4")
 LEFT, TOP, WIDTH, HEIGHT, ROW = 60, 34, 470, 290, 20

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from alignment.compiled import compiled
 from alignment.target import Target
-from trainer.fusion import METHODS, SCOPES, Aligned, Rule, fuse
+from trainer.targets.fusion import METHODS, SCOPES, Aligned, Rule, fuse
 
 VOCAB_SIZE, NUM_TEACHERS, NUM_POSITIONS, TOP_K = 49_152, 4, 2_048, 64
 NUM_SAMPLES = 4  # in a batch

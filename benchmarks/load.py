@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import server_process
-from teachers.client import TeacherClient
+from teachers.asking.client import TeacherClient
+from teachers.asking.transport import Transport
 from teachers.errors import TeacherError
 from teachers.protocol import Card, ScoreRequest
 from teachers.rows import Rows
-from teachers.service import Service
-from teachers.serving import TeacherServer, listen_on, serve
-from teachers.transport import Transport
+from teachers.serving.process import TeacherServer, listen_on, serve
+from teachers.serving.service import Service
 
 VOCAB_SIZE, WINDOW_TOKENS, NUM_WINDOWS, TOP_K = 49_152, 512, 32, 64
 WARM_UP_S = 10.0

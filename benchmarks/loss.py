@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
-from trainer.divergences import NAMES, divergence, forward_kl
-from trainer.labels import Labels, Spread
-from trainer.losses import Head, Objective, head_loss
-from trainer.parts import Spans, weigh_spans
+from trainer.learning.divergences import NAMES, divergence, forward_kl
+from trainer.learning.labels import Labels, Spread
+from trainer.learning.losses import Head, Objective, head_loss
+from trainer.learning.parts import Spans, weigh_spans
 
 TOP_K = 64
 

@@ -35,17 +35,17 @@ from numpy.typing import NDArray
 from alignment import Vocabulary
 from benchmarks.processes import server_process
 from teachers.rows import Rows
-from teachers.service import Service
-from teachers.serving import TeacherServer, listen_on, serve
+from teachers.serving.process import TeacherServer, listen_on, serve
+from teachers.serving.service import Service
 from tests.serve import FormulaEngine
 from trainer.config import RunConfig
-from trainer.data import Sample
-from trainer.fuser import Fuser
-from trainer.labels import labels_from
-from trainer.pipeline import Batch, TargetStream, labels_of
+from trainer.data.reading import Reader
+from trainer.data.samples import Sample
+from trainer.data.windows import cut_windows
+from trainer.learning.labels import labels_from
 from trainer.places import find_model
-from trainer.reading import Reader
-from trainer.windows import cut_windows
+from trainer.targets.fuser import Fuser
+from trainer.targets.pipeline import Batch, TargetStream, labels_of
 
 STUDENT = "smollm2-135m-instruct"
 MODELS = ("gemma-3-270m", STUDENT, "gemma-3-270m")
@@ -177,7 +177,7 @@ def config_of(urls: Sequence[str]) -> RunConfig:
 
 
 def student_step(batch: Batch) -> None:
-    """Labels as trainer/step.py makes them, then as long as an accelerator takes."""
+    """Labels as trainer/learning/step.py makes them, then as long as an accelerator takes."""
     columns = [labels_of(lesson, 1) for lesson in batch.lessons]
     labels_from([tokens for tokens, _ in columns], [target for _, target in columns])
     time.sleep(STEP_S)

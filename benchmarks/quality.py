@@ -38,11 +38,11 @@ from benchmarks.processes import server_process
 from benchmarks.remembered import run_teacher
 from benchmarks.texts import save_docstrings
 from trainer.config import RunConfig
-from trainer.curves import Curve
 from trainer.errors import MetricsError
-from trainer.history import History, read_history
 from trainer.loop import train
 from trainer.places import cache_dir, find_model
+from trainer.reports.curves import Curve
+from trainer.reports.history import History, read_history
 
 MODELS = {"smollm2": "smollm2-135m-instruct", "gemma": "gemma-3-270m"}
 BASE = "smollm2-135m-instruct"

@@ -12,8 +12,8 @@ import uvloop
 from teachers.engine import Engine, EngineOptions
 from teachers.protocol import Card
 from teachers.rows import Rows
-from teachers.service import Service
-from teachers.serving import TeacherServer, listen_on, serve
+from teachers.serving.process import TeacherServer, listen_on, serve
+from teachers.serving.service import Service
 
 MOST_TOP_K = 64
 

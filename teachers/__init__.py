@@ -1,5 +1,5 @@
 """What does this model think of these tokens?
 
-`protocol`, `rows`, `errors`, `client`, `stock` and `pool` are the asking side and import without torch, vllm or ray.
-`engine`, `engines/`, `app` and `serving` are the answering side.
+`protocol`, `rows` and `errors` are the wire; `asking` is the trainer's side of it and imports without torch, vllm or
+ray; `engine` and `engines` run models, `serving` answers with them.
 """

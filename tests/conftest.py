@@ -12,7 +12,7 @@ from alignment import Vocabulary
 from tests.needs import need
 from tests.tiny import save_tiny_model
 from tests.vllm_server import stock_server
-from trainer import index
+from trainer.data import index
 from trainer.places import find_model
 
 transformers_logging.disable_progress_bar()

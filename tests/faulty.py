@@ -20,10 +20,10 @@ import httpx
 import numpy as np
 import uvicorn
 
-from teachers.app import build_app
 from teachers.rows import Rows
-from teachers.service import Service
-from teachers.serving import stop_with_parent
+from teachers.serving.app import build_app
+from teachers.serving.process import stop_with_parent
+from teachers.serving.service import Service
 from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from teachers.engine import Engine, EngineKind, EngineOptions
 from teachers.rows import Rows
-from teachers.serve import Opening
+from teachers.serving.ray_serve import Opening
 from tests.serve import FormulaEngine
 
 

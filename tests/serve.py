@@ -12,14 +12,14 @@ import uvicorn
 from fastapi import FastAPI
 
 from alignment import Vocabulary
-from teachers.app import key_guard
 from teachers.engine import Engine
 from teachers.keys import Keys
 from teachers.limits import Limits
 from teachers.protocol import Card
 from teachers.rows import Rows
-from teachers.service import Service
-from teachers.serving import TeacherServer
+from teachers.serving.app import key_guard
+from teachers.serving.process import TeacherServer
+from teachers.serving.service import Service
 from tests.rows import random_rows
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from alignment import Vocabulary
 from tests.tiny import Kind, tokenizer_config, tokenizer_json
-from trainer.chat import ChatTemplate
+from trainer.data.chat import ChatTemplate
 
 Messages = list[dict[str, Any]]
 

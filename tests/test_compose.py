@@ -25,7 +25,7 @@ import pytest
 import yaml
 
 from tests.tiny import TEXT, save_tiny_model
-from trainer.metrics import read_metrics
+from trainer.reports.metrics import read_metrics
 from trainer.run_file import load_config
 
 ROOT = Path(__file__).parents[1]

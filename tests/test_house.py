@@ -21,7 +21,9 @@ def test_the_imported_packages_are_ours(package: str) -> None:
 
 def test_the_asking_side_imports_without_torch() -> None:
     heavy = ("torch", "transformers", "fastapi", "uvicorn", "prometheus_client", "ray", "vllm")
-    code = f"import teachers.pool, alignment, trainer.config, sys; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import teachers.asking.pool, alignment, trainer.config, sys; print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

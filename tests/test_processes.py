@@ -17,7 +17,7 @@ from tests.serve import FormulaEngine, free_port, serving
 from tests.tiny import TEXT, save_tiny_model
 from tests.trainer.runs import losses, run_config
 from tests.trainer.test_cli import run_file
-from trainer.metrics import read_metrics
+from trainer.reports.metrics import read_metrics
 
 TUTELAGE = [sys.executable, "-m", "trainer.cli"]
 

@@ -12,7 +12,7 @@ from benchmarks.remembered import MOST_TOP_K, Remembering, likeliest
 from benchmarks.texts import SHARED_PARAGRAPH, SHORTEST, docstrings
 from tests.rows import random_rows
 from tests.serve import FormulaEngine
-from trainer.metrics import Metrics
+from trainer.reports.metrics import Metrics
 
 URLS = {"smollm2": "http://127.0.0.1:1", "gemma": "http://127.0.0.1:2"}
 

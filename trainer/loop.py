@@ -7,15 +7,15 @@ from itertools import chain, islice
 from pathlib import Path
 
 from trainer.config import RunConfig
-from trainer.data import Corpus, Sample
-from trainer.metrics import Listener, Metrics
-from trainer.order import batch_indices
-from trainer.pipeline import Batch, TargetStream
+from trainer.data.order import batch_indices
+from trainer.data.samples import Corpus, Sample
+from trainer.learning.step import plan_step, train_step
 from trainer.ranks import Ranks, joined
+from trainer.reports.metrics import Listener, Metrics
+from trainer.reports.told import part_of, step_values
 from trainer.run import begin
-from trainer.step import plan_step, train_step
 from trainer.stopping import on_sigterm
-from trainer.told import part_of, step_values
+from trainer.targets.pipeline import Batch, TargetStream
 
 
 @dataclass(frozen=True)

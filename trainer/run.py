@@ -18,16 +18,16 @@ from trainer.checkpoint import (
     load_fusion_state,
 )
 from trainer.config import RunConfig
-from trainer.data import Corpus, load_corpus
+from trainer.data.reading import Reader
+from trainer.data.samples import Corpus, load_corpus
 from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.fuser import Fuser, check_routes
-from trainer.metrics import Listener, Metrics
-from trainer.outcome import Outcome
+from trainer.learning.step import make_optimizer
+from trainer.learning.student import Student, load_student, reader_of
 from trainer.ranks import Ranks
-from trainer.reading import Reader
-from trainer.step import make_optimizer
-from trainer.student import Student, load_student, reader_of
-from trainer.tracking import check_trackers, tracked
+from trainer.reports.metrics import Listener, Metrics
+from trainer.reports.tracking import check_trackers, tracked
+from trainer.results.outcome import Outcome
+from trainer.targets.fuser import Fuser, check_routes
 
 
 @dataclass(frozen=True, eq=False)

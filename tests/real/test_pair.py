@@ -25,7 +25,7 @@ from teachers.engines.transformers import TransformersEngine
 from teachers.protocol import Card
 from teachers.rows import Rows, as_received
 from tests.rows import random_rows
-from trainer.fusion import Aligned, Rule, fuse
+from trainer.targets.fusion import Aligned, Rule, fuse
 
 TEXTS = {
     "prose": topics["execmodel"][:3000],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import teachers.errors as errors
-from teachers.client import TeacherClient
+from teachers.asking.client import TeacherClient
 from teachers.keys import key_from_file
 from teachers.limits import Limits
 from teachers.protocol import TIMEOUT_HEADER, ScoreRequest

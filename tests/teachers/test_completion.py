@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import teachers.errors as errors
-from teachers.completion import read_completion
+from teachers.asking.completion import read_completion
 from teachers.protocol import Card, ScoreRequest
 from teachers.rows import Rows
 from tests.rows import random_rows

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignment import Vocabulary
-from teachers.client import TeacherClient
+from teachers.asking.client import TeacherClient
 from teachers.engine import EngineOptions
 from teachers.engines.transformers import CHUNK_TOKENS, MAX_CHOSEN, TransformersEngine, batches_by_length
 from teachers.errors import TeacherError

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from teachers.address import TeacherAddress
+from teachers.asking.address import TeacherAddress
+from teachers.asking.pool import TeacherPool
+from teachers.asking.roster import Event
 from teachers.errors import FingerprintMismatch, InvalidRows, TeacherLost, Unavailable
-from teachers.pool import TeacherPool
 from teachers.protocol import ScoreRequest
-from teachers.roster import Event
 from teachers.rows import Rows, StreamWriter, read_stream
 from tests.faulty import Fault, FaultyTeacher, faulty_teachers, rows_of
 from tests.serve import FormulaEngine, free_port, serving
@@ -163,7 +163,7 @@ def test_a_rejected_answer_is_logged_with_its_sample(
 def test_replicas_in_a_file_join_and_leave_while_the_run_goes_on(
     trio: list[FaultyTeacher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teachers.roster.LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr("teachers.asking.roster.LOOK_AGAIN_S", 0.1)
     listing = tmp_path / "replicas"
     listing.write_text(f"# the first\n{trio[0].url}\n", encoding="utf-8")
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from teachers.app import key_guard
-from teachers.client import TeacherClient
+from teachers.asking.client import TeacherClient
 from teachers.errors import TeacherError, Unavailable
 from teachers.keys import LOOK_S, Keys, key_from_environment, key_from_file, keys_from_environment, keys_from_file
 from teachers.protocol import ScoreRequest
-from teachers.service import Service
-from teachers.serving import TeacherServer, tls_context
-from teachers.teach import KEY_VARIABLE, TeachOptions, teach_model
+from teachers.serving.app import key_guard
+from teachers.serving.process import TeacherServer, tls_context
+from teachers.serving.service import Service
+from teachers.serving.teach import KEY_VARIABLE, TeachOptions, teach_model
 from tests.serve import FormulaEngine, running
 
 QUESTION = {"sequences": [[1, 2, 3]], "starts": [1], "top_k": 4}
@@ -151,7 +151,9 @@ def test_tls_files_that_cannot_be_used_are_one_sentence(tmp_path: Path, certific
 def test_a_teacher_that_others_can_reach_without_a_key_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, key: str | None, warns: bool
 ) -> None:
-    monkeypatch.setattr("teachers.serving.listen_on", _refuse)  # nothing is to listen on this machine's addresses
+    monkeypatch.setattr(
+        "teachers.serving.process.listen_on", _refuse
+    )  # nothing is to listen on this machine's addresses
     if key:
         monkeypatch.setenv(KEY_VARIABLE, key)
     said: list[str] = []

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachers.pacing import LEAST_S, START, Pace, Stragglers, backoff_s
+from teachers.asking.pacing import LEAST_S, START, Pace, Stragglers, backoff_s
 
 
 def run(pace: Pace, seconds: float, answers: int) -> None:

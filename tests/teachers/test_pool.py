@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from teachers.address import TeacherAddress
+from teachers.asking.address import TeacherAddress
+from teachers.asking.pool import TeacherPool
 from teachers.errors import FingerprintMismatch, InvalidRows, Rejected, Unavailable
-from teachers.pool import TeacherPool
 from teachers.rows import Rows
 from tests.serve import FormulaEngine, free_port, serving
 

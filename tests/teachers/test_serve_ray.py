@@ -18,14 +18,14 @@ import torch
 import yaml
 
 import teachers.errors as errors
-from teachers.address import TeacherAddress
-from teachers.client import Client, TeacherClient
+from teachers.asking.address import TeacherAddress
+from teachers.asking.client import Client, TeacherClient
+from teachers.asking.pool import TeacherPool
 from teachers.engine import EngineOptions
 from teachers.engines.transformers import TransformersEngine
-from teachers.pool import TeacherPool
 from teachers.protocol import ScoreRequest
 from teachers.rows import Rows, as_received
-from teachers.serve_options import ServeOptions
+from teachers.serving.ray_options import ServeOptions
 from tests.serve import free_port
 from tests.test_processes import TUTELAGE, wait_for
 
@@ -42,8 +42,8 @@ with warnings.catch_warnings():
     from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
-from teachers.handle import HandleClient
-from teachers.serve import bind
+from teachers.asking.handle import HandleClient
+from teachers.serving.ray_serve import bind
 from tests.ray_commands import is_ready, printed, run_file, started
 from tests.ray_engines import events, watched
 
@@ -209,7 +209,7 @@ def test_every_error_of_ray_is_an_error_of_ours(kind: type[BaseException], monke
         finally:
             await client.aclose()
 
-    monkeypatch.setattr("teachers.handle._find", fail)
+    monkeypatch.setattr("teachers.asking.handle._find", fail)
     with pytest.raises(errors.Unavailable, match="teacher gemma at serve://gemma: ") as caught:
         asyncio.run(ask())
     assert isinstance(caught.value, errors.Overloaded) == (kind is ray.serve.exceptions.BackPressureError)

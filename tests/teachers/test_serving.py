@@ -17,14 +17,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from teachers import connections
-from teachers.app import key_guard
 from teachers.backlog import HALF_LIFE_S, Backlog
 from teachers.keys import Keys
 from teachers.limits import Limits
 from teachers.protocol import TIMEOUT_HEADER, ScoreRequest
-from teachers.service import Refusal, Service
-from teachers.serving import TeacherServer
+from teachers.serving import connections
+from teachers.serving.app import key_guard
+from teachers.serving.process import TeacherServer
+from teachers.serving.service import Refusal, Service
 from tests.serve import FormulaEngine, running, serving
 
 QUESTION = {"sequences": [[1, 2, 3]], "starts": [1], "top_k": 4}

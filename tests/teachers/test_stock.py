@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import teachers.errors as errors
-from teachers.client import TeacherClient, find_client
-from teachers.completion import question
+from teachers.asking.client import TeacherClient, find_client
+from teachers.asking.completion import question
+from teachers.asking.stock import StockClient
+from teachers.asking.stock_card import PROBE_TEXT, StockCard
 from teachers.engine import EngineOptions
 from teachers.engines.transformers import TransformersEngine
 from teachers.protocol import PROBE, ScoreRequest
 from teachers.rows import Rows
-from teachers.stock import StockClient
-from teachers.stock_card import PROBE_TEXT, StockCard
 from tests.needs import need
 from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port, saying, serving

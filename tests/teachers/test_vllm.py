@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from alignment import Vocabulary
-from teachers.client import TeacherClient
+from teachers.asking.client import TeacherClient
 from teachers.engine import EngineOptions
 from teachers.engines.transformers import TransformersEngine
 from teachers.errors import Rejected, Unauthorized

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from teachers.engine import EngineOptions
 from teachers.engines import open_engine
 from teachers.errors import InvalidRows, TeacherError
-from teachers.plugin import TutelagePlugin
+from teachers.serving.plugin import TutelagePlugin
 from tests.needs import need
 from trainer.cli import app
 

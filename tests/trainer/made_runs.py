@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.metrics import Metrics
+from trainer.reports.metrics import Metrics
 
 Values = Mapping[str, Any]
 

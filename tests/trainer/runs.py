@@ -11,7 +11,7 @@ from teachers.engines.transformers import TransformersEngine
 from tests.serve import serving
 from tests.tiny import TEXT
 from trainer.config import RunConfig
-from trainer.metrics import read_metrics
+from trainer.reports.metrics import read_metrics
 
 
 def write_corpus(folder: Path, documents: int = 10) -> Path:

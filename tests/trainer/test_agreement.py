@@ -13,16 +13,16 @@ from alignment.target import target_from_entries
 from tests.serve import FormulaEngine, serving
 from tests.trainer.runs import run_config, served_models, write_corpus
 from tests.trainer.test_fusing_run import write_columns
-from trainer.agreement import Agreement, compare, fused_now, hear, likeliest
 from trainer.config import RunConfig, StudentConfig
-from trainer.data import Sample, load_corpus
+from trainer.data.reading import Reader
+from trainer.data.samples import Sample, load_corpus
 from trainer.errors import DataError
-from trainer.fuser import Fuser
+from trainer.learning.losses import Head
+from trainer.learning.student import load_student, reader_of
 from trainer.loop import train
-from trainer.losses import Head
-from trainer.metrics import read_metrics
-from trainer.reading import Reader
-from trainer.student import load_student, reader_of
+from trainer.reports.metrics import read_metrics
+from trainer.results.agreement import Agreement, compare, fused_now, hear, likeliest
+from trainer.targets.fuser import Fuser
 
 SAMPLE = Sample(0, "s", "The harbour office opened at six. Two clerks sorted the letters.")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import bundled
-from trainer.bundled import BUNDLES, BundleError, prepare_model, prepare_text
+from trainer.commands import bundled
+from trainer.commands.bundled import BUNDLES, BundleError, prepare_model, prepare_text
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,8 @@ from tests.templates import (
     id_of,
 )
 from tests.tiny import TEXT, Kind
-from trainer.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
-from trainer.template import ChatError
+from trainer.data.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
+from trainer.data.template import ChatError
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "gemma": "<end_of_turn>", "mistral": "<|eos|>", "spaced": None}

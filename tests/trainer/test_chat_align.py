@@ -21,9 +21,9 @@ from tests.kinds import vocabulary_of
 from tests.rows import random_rows
 from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary, id_of, prefixed
 from tests.tiny import TEXT, Kind
-from trainer.align_chat import ChatTarget, align_chat, with_end_of_turn
-from trainer.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
-from trainer.template import ChatError
+from trainer.data.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
+from trainer.data.template import ChatError
+from trainer.targets.align_chat import ChatTarget, align_chat, with_end_of_turn
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 TRANSLATIONS = {(a, b): translate(chat_vocabulary(a), chat_vocabulary(b)) for a, b in product(KINDS, KINDS)}

@@ -18,8 +18,8 @@ from tests.templates import (
     id_of,
 )
 from tests.tiny import Kind
-from trainer.chat import ChatTemplate, Rendered
-from trainer.template import ChatError
+from trainer.data.chat import ChatTemplate, Rendered
+from trainer.data.template import ChatError
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 

@@ -12,15 +12,15 @@ from alignment import Vocabulary
 from tests.tiny import TEXT
 from tests.trainer.runs import held_out, losses, run_config, served_models
 from tests.trainer.test_ranks import torchrun
-from trainer.asking import Asked, connected, together
 from trainer.config import RunConfig
-from trainer.data import load_corpus
+from trainer.data.samples import load_corpus
+from trainer.data.template import ChatError
 from trainer.errors import ConfigError, DataError
-from trainer.fuser import Fuser
+from trainer.learning.student import load_student, reader_of
 from trainer.loop import train
-from trainer.metrics import read_metrics
-from trainer.student import load_student, reader_of
-from trainer.template import ChatError
+from trainer.reports.metrics import read_metrics
+from trainer.targets.asking import Asked, connected, together
+from trainer.targets.fuser import Fuser
 
 BYTE_LEVEL = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|eos|>\n{% endfor %}"
 SENTENCEPIECE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}<eos>{% endfor %}"

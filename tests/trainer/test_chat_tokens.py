@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from alignment import TokenizerError, Vocabulary
 from tests.templates import CHATML, SPECIALS, chat, chat_vocabulary, id_of, prefixed, spec_of, vocabulary_of
 from tests.tiny import Kind, tokenizer_config
-from trainer.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
-from trainer.template import ChatError
+from trainer.data.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
+from trainer.data.template import ChatError
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 PIECES = st.one_of(

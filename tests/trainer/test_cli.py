@@ -12,7 +12,7 @@ from tests.tiny import TEXT
 from tests.trainer.runs import losses, run_config, served_models, write_corpus
 from trainer.cli import app
 from trainer.config import RunConfig
-from trainer.fusion import SCOPES
+from trainer.targets.fusion import SCOPES
 
 
 def call(*arguments: object) -> Result:
@@ -133,7 +133,7 @@ def test_doctor_finds_a_healthy_run_healthy(tmp_path: Path, tiny_byte_level: Pat
 def test_doctor_names_broken_lines_and_reads_a_part_of_many_samples(
     tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.doctor.EXAMINED", 5)
+    monkeypatch.setattr("trainer.commands.doctor.EXAMINED", 5)
     corpus = write_corpus(tmp_path)
     with corpus.open("a", encoding="utf-8") as file:
         file.write("no\n")

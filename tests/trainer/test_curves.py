@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.curves import Curve, draw, figure, short, smoothed, thinned
+from trainer.reports.curves import Curve, draw, figure, short, smoothed, thinned
 
 figures = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=400)
 

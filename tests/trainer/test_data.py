@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from tests.tiny import TEXT, tiny_vocabulary
-from trainer import index
 from trainer.config import DataConfig, EvalConfig
-from trainer.data import Corpus, Samples, load_corpus
+from trainer.data import index
+from trainer.data.order import batch_indices
+from trainer.data.samples import Corpus, Samples, load_corpus
+from trainer.data.scan import Pass
+from trainer.data.windows import STRETCH_BYTES, cut_windows
 from trainer.errors import DataError
-from trainer.order import batch_indices
-from trainer.scan import Pass
-from trainer.windows import STRETCH_BYTES, cut_windows
 
 BYTE_LEVEL = tiny_vocabulary("byte_level")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.trainer.runs import run_config, served_models, write_corpus
 from trainer.config import RunConfig
-from trainer.metrics import read_metrics
+from trainer.reports.metrics import read_metrics
 
 EXPECTED = ("cache/alignment/", "cache/windows/", "out/checkpoints/", "out/model/", "out/metrics.jsonl")
 

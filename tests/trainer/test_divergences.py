@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import LossConfig
-from trainer.divergences import FLOOR, NAMES, NOTHING_NATS, divergence, tempered
+from trainer.learning.divergences import FLOOR, NAMES, NOTHING_NATS, divergence, tempered
 
 
 def simplex(seed: int, rows: int, buckets: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tests.alignment.oracle import bpe
 from tests.rows import random_rows
 from tests.tiny import TEXT, tiny_vocabulary
 from trainer.cli import app
-from trainer.explain import UNSPOKEN, Explained, explain, show, token_name, visible
+from trainer.commands.explain import UNSPOKEN, Explained, explain, show, token_name, visible
 
 BYTE_LEVEL, SENTENCEPIECE = tiny_vocabulary("byte_level"), tiny_vocabulary("sentencepiece")
 TO_BYTE_LEVEL, SAME = translate(SENTENCEPIECE, BYTE_LEVEL), translate(BYTE_LEVEL, BYTE_LEVEL)

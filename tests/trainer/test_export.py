@@ -15,15 +15,15 @@ from tests.needs import need
 from tests.tiny import TEXT, save_tiny_model
 from tests.trainer.runs import run_config, served_models, write_corpus
 from tests.trainer.test_report import page_of
-from trainer.chat import ChatTemplate
 from trainer.config import LoraConfig, StudentConfig
+from trainer.data.chat import ChatTemplate
+from trainer.data.reading import Reader
 from trainer.errors import CheckpointError
-from trainer.export import export_model
-from trainer.history import read_history
+from trainer.learning.student import Student, load_student
 from trainer.loop import train
-from trainer.model_card import model_card
-from trainer.reading import Reader
-from trainer.student import Student, load_student
+from trainer.reports.history import read_history
+from trainer.results.export import export_model
+from trainer.results.model_card import model_card
 
 CHATML = (
     "{% for m in messages %}{{ '<|bos|>' + m['role'] + '\\n' + m['content'] + '<|eos|>\\n' }}{% endfor %}"

@@ -14,17 +14,17 @@ from tests.serve import FormulaEngine, serving
 from tests.tiny import TEXT
 from tests.trainer.runs import losses, run_config, served_models
 from tests.trainer.test_ranks import torchrun
-from trainer.asking import Asked
 from trainer.config import RunConfig
-from trainer.data import Sample, shortened
+from trainer.data.reading import Reader
+from trainer.data.samples import Sample, shortened
 from trainer.errors import CheckpointError, DataError
-from trainer.fuser import Fuser, Lesson
+from trainer.learning.step import make_optimizer, plan_step, train_step
+from trainer.learning.student import load_student
 from trainer.loop import train
-from trainer.metrics import read_metrics
-from trainer.priors import RunningBpb
-from trainer.reading import Reader
-from trainer.step import make_optimizer, plan_step, train_step
-from trainer.student import load_student
+from trainer.reports.metrics import read_metrics
+from trainer.targets.asking import Asked
+from trainer.targets.fuser import Fuser, Lesson
+from trainer.targets.priors import RunningBpb
 
 LINES = TEXT.splitlines(keepends=True)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from alignment.target import Target, target_from_entries
-from trainer.fusion import METHODS, SCOPES, Aligned, Fused, Rule, fuse
+from trainer.targets.fusion import METHODS, SCOPES, Aligned, Fused, Rule, fuse
 
 VOCAB_SIZE, POSITIONS = 12, 6
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from alignment.target import Target, target_from_entries
 from tests.trainer.test_fusion import SEEDS, dense, random_sample, rows_of
-from trainer.fusion import METHODS, SCOPES, Aligned, Rule, fuse, text_nats
-from trainer.priors import SHAPES, RunningBpb, routed, scheduled
+from trainer.targets.fusion import METHODS, SCOPES, Aligned, Rule, fuse, text_nats
+from trainer.targets.priors import SHAPES, RunningBpb, routed, scheduled
 
 VOCAB_SIZE = 12
 LABEL, OTHER = 3, 5

@@ -9,9 +9,9 @@ import pytest
 
 from tests.trainer.made_runs import step_values, write_run
 from trainer.errors import MetricsError
-from trainer.history import read_history
-from trainer.metrics import Metrics, numbers
-from trainer.summary import compare, sentence, summarise
+from trainer.reports.history import read_history
+from trainer.reports.metrics import Metrics, numbers
+from trainer.reports.summary import compare, sentence, summarise
 
 
 def test_a_step_that_was_made_twice_counts_as_it_was_told_last(tmp_path: Path) -> None:

@@ -17,19 +17,19 @@ from teachers.rows import Rows
 from tests.serve import FormulaEngine, free_port, serving
 from tests.tiny import TEXT, save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
-from trainer.asking import connected
 from trainer.config import RunConfig
-from trainer.data import Sample
+from trainer.data.reading import Reader
+from trainer.data.samples import Sample
 from trainer.errors import CheckpointError, DataError, NonFiniteLoss
-from trainer.evaluate import Evaluation, evaluate
-from trainer.fuser import Fuser
+from trainer.learning.step import StepResult, plan_step, train_step
+from trainer.learning.student import Student, load_student
 from trainer.loop import train
-from trainer.metrics import read_metrics
 from trainer.ranks import Ranks
-from trainer.reading import Reader
+from trainer.reports.metrics import read_metrics
+from trainer.results.evaluate import Evaluation, evaluate
 from trainer.run import begin
-from trainer.step import StepResult, plan_step, train_step
-from trainer.student import Student, load_student
+from trainer.targets.asking import connected
+from trainer.targets.fuser import Fuser
 
 
 def test_a_student_learns_from_two_teachers_with_other_tokenizers(
@@ -148,7 +148,7 @@ def test_the_export_loads_and_predicts_as_measured(tmp_path: Path, tiny_byte_lev
     assert result.model is not None
     student = load_student(config.student.model_copy(update={"model": str(result.model)}))
     assert Vocabulary.load(result.model).fingerprint == Vocabulary.load(tiny_byte_level).fingerprint
-    from trainer.data import load_corpus
+    from trainer.data.samples import load_corpus
 
     corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
     reader = Reader(student.vocabulary, student.vocabulary.prefix)
@@ -309,9 +309,9 @@ def test_too_little_text_for_a_batch_is_said(tmp_path: Path, tiny_byte_level: Pa
 def test_a_loss_that_is_not_a_number_names_the_sample_and_updates_nothing(
     tmp_path: Path, tiny_byte_level: Path
 ) -> None:
-    from trainer.data import load_corpus
-    from trainer.fuser import Lesson
-    from trainer.step import make_optimizer
+    from trainer.data.samples import load_corpus
+    from trainer.learning.step import make_optimizer
+    from trainer.targets.fuser import Lesson
 
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
     student = load_student(config.student)

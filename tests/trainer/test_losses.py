@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from alignment.target import Target, target_from_entries
-from trainer.divergences import NAMES, NOTHING_NATS, divergence, tempered
-from trainer.labels import Labels, Spread, labels_from
-from trainer.losses import Head, Loss, Objective, head_loss, weighted
-from trainer.parts import Spans, weigh_spans
+from trainer.learning.divergences import NAMES, NOTHING_NATS, divergence, tempered
+from trainer.learning.labels import Labels, Spread, labels_from
+from trainer.learning.losses import Head, Loss, Objective, head_loss, weighted
+from trainer.learning.parts import Spans, weigh_spans
 
 VOCAB_SIZE = 40
 WIDTH = 8

@@ -11,7 +11,7 @@ from tests.faulty import FaultyTeacher, faulty_teachers
 from tests.trainer.runs import run_config, write_corpus
 from trainer.config import RunConfig
 from trainer.loop import train
-from trainer.metrics import read_metrics
+from trainer.reports.metrics import read_metrics
 
 
 @pytest.fixture

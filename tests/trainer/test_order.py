@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.order import Order, batch_indices, epoch_order, weighted
+from trainer.data.order import Order, batch_indices, epoch_order, weighted
 
 SOURCES = st.lists(
     st.tuples(st.integers(1, 12), st.sampled_from([0.5, 0.75, 1, 1.3, 2, 2.5, 3])), min_size=1, max_size=3

@@ -13,14 +13,14 @@ from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from tests.trainer.test_fusing_run import write_columns
 from tests.trainer.test_ranks import torchrun
 from trainer.config import RunConfig, StudentConfig
-from trainer.data import Sample
-from trainer.evaluate import Evaluation, evaluate, evaluate_folder, figures
-from trainer.history import read_history
+from trainer.data.reading import Reader
+from trainer.data.samples import Sample
+from trainer.learning.student import load_student
 from trainer.loop import train
-from trainer.metrics import numbers, read_metrics
-from trainer.outcome import since_better
-from trainer.reading import Reader
-from trainer.student import load_student
+from trainer.reports.history import read_history
+from trainer.reports.metrics import numbers, read_metrics
+from trainer.results.evaluate import Evaluation, evaluate, evaluate_folder, figures
+from trainer.results.outcome import since_better
 
 STANDING = {"optim": {"lr": 1e-9}, "eval": {"every_steps": 1, "stop_after": 2, "stop_margin": 0.01}}  # nothing moves
 

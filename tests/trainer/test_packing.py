@@ -22,10 +22,10 @@ from transformers import (
 
 from alignment import Vocabulary
 from alignment.spans import Tokens
-from trainer.labels import labels_from
-from trainer.losses import Loss, Objective, head_loss
-from trainer.packing import fitted, pack
-from trainer.student import Core, Student, keeps_apart
+from trainer.learning.labels import labels_from
+from trainer.learning.losses import Loss, Objective, head_loss
+from trainer.learning.packing import fitted, pack
+from trainer.learning.student import Core, Student, keeps_apart
 
 LENGTHS = (31, 4, 17, 9, 2, 12, 31, 6)
 SIZES: Any = {

@@ -14,19 +14,19 @@ from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from tests.trainer.test_losses import FREE, some_head, some_hidden, some_labels
 from tests.trainer.test_ranks import assert_equal_runs, torchrun
+from trainer.commands.preview import preview
 from trainer.config import RunConfig
-from trainer.data import Sample
-from trainer.divergences import NAMES, divergence
+from trainer.data.reading import Reader
+from trainer.data.samples import Sample
 from trainer.errors import DataError
-from trainer.fuser import Lesson
-from trainer.labels import Labels, labels_from
+from trainer.learning.divergences import NAMES, divergence
+from trainer.learning.labels import Labels, labels_from
+from trainer.learning.losses import Objective, head_loss
+from trainer.learning.parts import Part, Spans, spans_from, spread_from, weigh_spans
+from trainer.learning.step import plan_step
 from trainer.loop import train
-from trainer.losses import Objective, head_loss
-from trainer.metrics import read_metrics
-from trainer.parts import Part, Spans, spans_from, spread_from, weigh_spans
-from trainer.preview import preview
-from trainer.reading import Reader
-from trainer.step import plan_step
+from trainer.reports.metrics import read_metrics
+from trainer.targets.fuser import Lesson
 
 # --- the loss on spans ---
 

@@ -18,16 +18,16 @@ from teachers.rows import Rows
 from tests.serve import FormulaEngine, serving
 from tests.tiny import TEXT
 from tests.trainer.runs import run_config, write_corpus
-from trainer.ahead import CANDIDATE_BYTES
+from trainer.commands.console import watching
 from trainer.config import RunConfig
-from trainer.console import watching
-from trainer.data import Sample
+from trainer.data.reading import Reader
+from trainer.data.samples import Sample
 from trainer.errors import DataError
-from trainer.fuser import Fuser
 from trainer.loop import train
-from trainer.metrics import read_metrics
-from trainer.pipeline import Batch, LastAnswer, TargetStream
-from trainer.reading import Reader
+from trainer.reports.metrics import read_metrics
+from trainer.targets.ahead import CANDIDATE_BYTES
+from trainer.targets.fuser import Fuser
+from trainer.targets.pipeline import Batch, LastAnswer, TargetStream
 
 WINDOW, TOP_K = 40, 16
 QUIET_S = 0.5

@@ -17,8 +17,8 @@ from tests.trainer.test_cli import run_file
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.loop import train
-from trainer.metrics import read_metrics
 from trainer.ranks import Ranks, joined
+from trainer.reports.metrics import read_metrics
 
 
 def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":

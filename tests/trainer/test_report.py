@@ -11,7 +11,7 @@ from tests.trainer.made_runs import Values, write_run
 from tests.trainer.runs import run_config, served_models, write_corpus
 from tests.trainer.test_cli import assert_one_sentence, call
 from trainer.loop import train
-from trainer.report import make_report
+from trainer.reports.report import make_report
 
 VOID = ("meta", "link", "img", "br", "hr", "input", "path")
 

@@ -6,10 +6,10 @@ import pytest
 
 from teachers.engine import EngineOptions
 from teachers.models import model_folder
-from teachers.serve_options import ServeOptions
+from teachers.serving.ray_options import ServeOptions
+from trainer.commands.serve import served_teachers
 from trainer.errors import ConfigError
 from trainer.run_file import load_config
-from trainer.serving import served_teachers
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ray.toml"
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import SourceConfig
+from trainer.data.sources import Broken, Documents, open_file
+from trainer.data.windows import STRETCH_BYTES
 from trainer.errors import DataError
-from trainer.sources import Broken, Documents, open_file
-from trainer.windows import STRETCH_BYTES
 
 
 def opened(path: Path, **columns: Any) -> Documents:
@@ -146,7 +146,7 @@ def test_a_file_that_changes_is_an_error_and_never_another_text(tmp_path: Path, 
 
 
 def test_a_line_without_an_end_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.sources.LONGEST_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("trainer.data.sources.LONGEST_LINE_BYTES", 1 << 20)
     path = written(tmp_path, lines("one")[0] + b"\n" + b"x" * (1 << 21))
     with pytest.raises(DataError, match="d.jsonl, line 2 is longer than 1 MiB"):
         list(opened(path).scan())

@@ -11,11 +11,11 @@ from tests.needs import need_command
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from trainer.config import LoraConfig, StudentConfig
+from trainer.data.reading import Reader
 from trainer.errors import ConfigError
-from trainer.evaluate import Evaluation, evaluate
+from trainer.learning.student import check_head, head_of, load_student
 from trainer.loop import train
-from trainer.reading import Reader
-from trainer.student import check_head, head_of, load_student
+from trainer.results.evaluate import Evaluation, evaluate
 
 SIZES: Any = {
     "vocab_size": 60,
@@ -38,7 +38,7 @@ def test_adapters_learn_and_are_merged_on_export(tmp_path: Path, tiny_byte_level
     exported = StudentConfig(model=str(result.model), precision="fp32")
     student = load_student(exported)
     assert not [name for name, _ in student.model.named_parameters() if "lora" in name]
-    from trainer.data import load_corpus
+    from trainer.data.samples import load_corpus
 
     corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
     reader = Reader(student.vocabulary, student.vocabulary.prefix)

@@ -15,7 +15,7 @@ from tests.needs import need
 from tests.tiny import TEXT, tiny_vocabulary
 from tests.trainer.runs import losses, run_config
 from trainer.config import DataConfig, EvalConfig, RunConfig
-from trainer.data import Corpus, load_corpus
+from trainer.data.samples import Corpus, load_corpus
 from trainer.errors import DataError
 from trainer.loop import train
 

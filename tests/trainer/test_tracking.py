@@ -16,13 +16,13 @@ from wandb.proto.wandb_internal_pb2 import Record
 from tests.serve import FormulaEngine, free_port, serving
 from tests.trainer.runs import losses, run_config, write_corpus
 from tests.trainer.test_cli import assert_one_sentence, call, run_file
-from trainer import trackers, tracking
 from trainer.config import RunConfig
 from trainer.errors import TrackingError
-from trainer.history import read_history
 from trainer.loop import train
-from trainer.metrics import Event
-from trainer.trackers import Point, Tracked
+from trainer.reports import trackers, tracking
+from trainer.reports.history import read_history
+from trainer.reports.metrics import Event
+from trainer.reports.trackers import Point, Tracked
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from alignment import Vocabulary
 from tests.tiny import TEXT, tiny_vocabulary
-from trainer.windows import STRETCH_BYTES, cut, cut_windows, stretches
+from trainer.data.windows import STRETCH_BYTES, cut, cut_windows, stretches
 
 BYTE_LEVEL, SENTENCEPIECE = tiny_vocabulary("byte_level"), tiny_vocabulary("sentencepiece")
 TEXTS = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("aé▁😀日 \n")), min_size=1)

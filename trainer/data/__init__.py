@@ -1,0 +1,1 @@
+"""From files to samples as one model reads them: documents, windows, chats, and their order."""
