@@ -21,15 +21,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
 
 from trainer.learning.divergences import NAMES, divergence, forward_kl
-from trainer.learning.labels import Labels, Spread
+from trainer.learning.labels import Labels, Spans, Spread
 from trainer.learning.losses import Head, Objective, head_loss
-from trainer.learning.parts import Spans, weigh_spans
 
 TOP_K = 64
 
@@ -92,8 +92,10 @@ def ours(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Obj
 
 def by_spans(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
     """A teacher of one span to each token."""
-    spans = Spans(torch.arange(len(labels), device=hidden_TD.device), labels.probs_TK[:, 0].log(), 1.0)
-    labels, _ = weigh_spans(Head(weight_VD), hidden_TD, labels, objective, [spans])
+    count = len(labels)
+    on_cpu = labels.probs_TK[:, 0].log().cpu().numpy()
+    spans = Spans.of(np.ones(count, dtype=bool), np.zeros(count, dtype=np.int64), on_cpu, 1.0)
+    labels = replace(labels, spans=(spans,)).to(str(hidden_TD.device))
     return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
 
 

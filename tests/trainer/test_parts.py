@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from alignment import Vocabulary
 from alignment.unaligned import SortedProbs, SpanLikelihoods
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
-from tests.trainer.test_losses import FREE, some_head, some_hidden, some_labels
+from tests.trainer.test_losses import FREE, dense, some_head, some_hidden, some_labels, some_spans
 from tests.trainer.test_ranks import assert_equal_runs, torchrun
 from trainer.commands.preview import preview
 from trainer.config import RunConfig
@@ -20,9 +22,9 @@ from trainer.data.reading import Reader
 from trainer.data.samples import Sample
 from trainer.errors import DataError
 from trainer.learning.divergences import NAMES, divergence
-from trainer.learning.labels import Labels, labels_from
+from trainer.learning.labels import Spans, labels_from
 from trainer.learning.losses import Objective, head_loss
-from trainer.learning.parts import Part, Spans, spans_from, spread_from, weigh_spans
+from trainer.learning.parts import Part, spans_from, spread_from
 from trainer.learning.step import plan_step
 from trainer.loop import train
 from trainer.reports.metrics import read_metrics
@@ -31,40 +33,14 @@ from trainer.targets.fuser import Lesson
 # --- the loss on spans ---
 
 
-def some_spans(share: float = 1.0, seed: int = 0) -> Spans:
-    """Of 12 positions: spans of one, two and four tokens, positions in none, likelihoods from sure to hopeless."""
-    logprobs_S = -torch.logspace(-4, 1.5, 5) * (1 + seed)
-    return Spans(torch.tensor([0, 1, 1, 5, 2, 2, 2, 2, 5, 3, 4, 4]), logprobs_S, share)
-
-
-def dense_spans(logits_TV: torch.Tensor, labels: Labels, spans: Spans, objective: Objective) -> torch.Tensor:
-    """[S] the same loss, written out over all logits, for autograd."""
-    log_q_T = logits_TV.log_softmax(-1).gather(1, labels.tokens_T[:, None])[:, 0]
-    every = range(len(spans.logprobs_S))
-    q_S = torch.stack([log_q_T[spans.span_T == s].sum() for s in every]).div(objective.span_temperature).exp()
-    p_S = spans.logprobs_S.double().div(objective.span_temperature).exp()
-    p_SB, q_SB = (torch.stack([share, 1 - share], 1) for share in (p_S, q_S))
-    return objective.span_temperature * objective.divergence(p_SB, q_SB.log())
-
-
 @pytest.mark.parametrize("span_temperature", [1.0, 100.0])
-@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_on_spans_and_its_gradient_are_those_of_dense_logits(
-    name: str, ce_weight: float, span_temperature: float
-) -> None:
-    head, hidden, labels = some_head(), some_hidden(12), some_labels()
-    objective = Objective(ce_weight, divergence(name), 1.0, 5, 0.0, span_temperature)
-    two = [some_spans(0.7), some_spans(0.3, seed=1)]
-    weighed, of_spans = weigh_spans(head, hidden, labels, objective, two)
-    got = head_loss(head, hidden, weighed, objective)
-    logits = hidden @ head.weight_VD.T + (0 if head.bias_V is None else head.bias_V)
-    each = [dense_spans(logits, labels, spans, objective).sum() for spans in two]
-    torch.testing.assert_close(
-        torch.stack([one.sum() for one in of_spans]), torch.stack(each).detach(), atol=1e-6, rtol=1e-6
-    )
-    ce = torch.nn.functional.cross_entropy(logits, labels.tokens_T, reduction="sum")
-    expected = ce_weight * ce + (1 - ce_weight) * (0.7 * each[0] + 0.3 * each[1])
+def test_the_loss_on_spans_is_that_of_dense_logits_for_every_divergence(name: str, span_temperature: float) -> None:
+    head, hidden = some_head(), some_hidden(12)
+    labels = replace(some_labels(), spans=(some_spans(0.7), some_spans(0.3, seed=1)))
+    objective = Objective(0.3, divergence(name), 1.0, 5, 0.0, span_temperature)
+    got, expected = head_loss(head, hidden, labels, objective), dense(head, hidden, labels, objective).sum()
+    torch.testing.assert_close(got.total, expected, atol=1e-6, rtol=1e-6)
     inputs = [hidden, head.weight_VD]
     for one, other in zip(torch.autograd.grad(got.total, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
@@ -74,38 +50,63 @@ def test_the_loss_on_spans_and_its_gradient_are_those_of_dense_logits(
 @pytest.mark.parametrize("name", NAMES)
 def test_free_spans_come_to_rest_on_the_teachers_likelihoods(name: str, span_temperature: float) -> None:
     """And the tokens within a span share it as they like: only their sum is known."""
-    labels, likely = some_labels(), torch.tensor([0.9, 0.3, 0.05, 0.5, 0.01])
-    spans = replace(some_spans(), logprobs_S=likely.log())
+    likely, spans = torch.tensor([0.9, 0.3, 0.05, 0.5, 0.01]), some_spans()
+    begins = torch.arange(12) - spans.back_T
+    which_T = torch.searchsorted(begins[spans.inside_T].unique(), begins)
+    spans = replace(spans, logprobs_T=likely.log()[which_T.clamp(max=4)])
+    labels = replace(some_labels(), spans=(spans,))
     objective = Objective(0.0, divergence(name), target_share=0.0, span_temperature=span_temperature)
     logits = torch.zeros(12, 40, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=0.2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
     for _ in range(500):
         optimizer.zero_grad()
-        weighed, of_spans = weigh_spans(FREE, logits, labels, objective, [spans])
-        head_loss(FREE, logits, weighed, objective).total.backward()
+        loss = head_loss(FREE, logits, labels, objective)
+        loss.total.backward()
         optimizer.step()
         schedule.step()
     log_q_T = logits.detach().log_softmax(-1).gather(1, labels.tokens_T[:, None])[:, 0]
-    found = [float(log_q_T[spans.span_T == s].sum().exp()) for s in range(5)]
+    found = [float(log_q_T[spans.inside_T & (which_T == s)].sum().exp()) for s in range(5)]
     np.testing.assert_allclose(found, likely, rtol=0.02)
-    assert float(of_spans[0].sum()) == pytest.approx(0, abs=1e-3 * span_temperature**0.5)
-    untouched = logits.detach()[spans.span_T == 5]
-    assert not untouched.any()
+    assert float(loss.total.detach()) == pytest.approx(0, abs=1e-3 * span_temperature**0.5)
+    assert not logits.detach()[~spans.inside_T].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_span_that_is_certain_on_either_side_keeps_the_gradient_finite(name: str) -> None:
     logits = torch.tensor([[80.0, 0.0], [0.0, 80.0], [0.0, 0.0]], requires_grad=True)
-    labels = labels_from([np.zeros(3, dtype=np.int64)], [None])
-    spans = Spans(torch.arange(3), torch.tensor([0.0, 0.0, -80.0]), 1.0)
+    likely = np.array([0.0, 0.0, -80.0], dtype=np.float32)
+    spans = Spans.of(np.ones(3, dtype=bool), np.zeros(3, dtype=np.int64), likely, 1.0)
+    labels = replace(labels_from([np.zeros(3, dtype=np.int64)], [None]), spans=(spans,))
     head = replace(FREE, weight_VD=torch.eye(2))
     for temperature in (1.0, 100.0):
         objective = Objective(0.0, divergence(name), target_share=0.0, span_temperature=temperature)
-        weighed, of_spans = weigh_spans(head, logits, labels, objective, [spans])
-        (slope,) = torch.autograd.grad(head_loss(head, logits, weighed, objective).total, logits)
+        loss = head_loss(head, logits, labels, objective)
+        (slope,) = torch.autograd.grad(loss.total, logits)
         assert bool(torch.isfinite(slope).all())
-        assert bool(torch.isfinite(of_spans[0]).all())
+        assert bool(torch.isfinite(loss.parts_NT).all())
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), max_size=30).map(tuple), min_size=1, max_size=3).map(tuple),
+    st.integers(1, 12),
+)
+def test_no_chunk_ends_within_a_span(lengths: tuple[tuple[int, ...], ...], size: int) -> None:
+    """Of one to three teachers, over as many positions as the shortest has."""
+    backs = [np.concatenate([np.zeros(1, np.int64), *(np.arange(n) for n in own)]) for own in lengths]
+    count = min(map(len, backs))
+    whole = [Spans.of(b[:count] >= 0, b[:count], np.zeros(count, np.float32), 1.0) for b in backs]
+    labels = replace(labels_from([np.arange(count)], [None]), spans=tuple(whole))
+    chunks = labels.split(size)
+    assert torch.equal(torch.cat([chunk.tokens_T for chunk in chunks]), labels.tokens_T)
+    joined = np.logical_or.reduce([spans.joined_T for spans in whole])
+    for chunk in chunks:
+        first = int(chunk.tokens_T[0])
+        assert not any(spans.joined_T[0] for spans in chunk.spans)
+        assert len(chunk) <= size or joined[first + 1 : first + len(chunk)].all()
+        end = first + size
+        if len(chunk) < size and end < count:
+            assert joined[first + len(chunk) + 1 : end + 1].all()  # no later place up to there
 
 
 # --- from lessons to tensors ---
@@ -137,11 +138,12 @@ def test_spans_that_are_not_supervised_whole_are_left_out(tiny_byte_level: Path)
         lesson_of(spans_at((1, 2), (2, 4), (4, 6)), "0110111", tiny_byte_level),
     ]
     without_bos = spans_from(lessons, PART, 1)
-    none = 5
-    assert without_bos.span_T.tolist() == [none, 0, 0, 1, none, 2, 2, *[none] * 5, 3, none, 4, 4, none]
-    assert without_bos.logprobs_S.tolist() == [-3, -5, -7, -2, -5]
+    assert without_bos.inside_T.tolist() == [c == "1" for c in "01110110000010110"]
+    assert without_bos.back_T.tolist() == [0, 0, 1, 0, 0, 0, 1, *[0] * 5, 0, 0, 0, 1, 0]
+    assert without_bos.logprobs_T.tolist() == [0, -3, -3, -5, 0, -7, -7, *[0] * 5, -2, 0, -5, -5, 0]
     with_bos = spans_from(lessons, PART, 0)
-    assert with_bos.span_T.tolist()[:8] == [0, 0, 1, 1, 2, 6, 3, 3]
+    assert with_bos.back_T.tolist()[:8] == [0, 1, 0, 1, 0, 0, 0, 1]
+    assert with_bos.inside_T.tolist()[:8] == [True] * 5 + [False] + [True] * 2
     assert with_bos.share == 0.5
 
 

@@ -1,11 +1,13 @@
 """What the positions of a batch should predict, as tensors: the text's tokens, and rows of targets side by side."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alignment.target import Target
@@ -28,6 +30,29 @@ class Spread:
 
 
 @dataclass(frozen=True, eq=False)
+class Spans:
+    """How likely one teacher finds stretches of the text: disjoint spans of neighbours among T positions.
+
+    inside_T    bool: whether the position is in a span
+    back_T      int64: how many positions back its span begins; 0 outside
+    logprobs_T  float32 nats, of the teacher for all of the position's span
+    joined_T    back_T > 0, always on the CPU: between such a position and the one before it labels are not cut
+    share       of what all teachers weigh in the loss
+    """
+
+    inside_T: Tensor
+    back_T: Tensor
+    logprobs_T: Tensor
+    joined_T: NDArray[np.bool_]
+    share: float
+
+    @classmethod
+    def of(cls, inside_T: np.ndarray, back_T: np.ndarray, logprobs_T: np.ndarray, share: float) -> "Spans":
+        inside, back, logprobs = (torch.from_numpy(column) for column in (inside_T, back_T, logprobs_T))
+        return cls(inside, back, logprobs, back_T > 0, share)
+
+
+@dataclass(frozen=True, eq=False)
 class Labels:
     """What T positions should predict.
 
@@ -36,8 +61,7 @@ class Labels:
     listed_TK  bool: false where an id is only repeated. The first is always true, so that each id counts once
     probs_TK   float32, 0 where not listed
     tail_T     float32; a position without a target has no mass at all
-    text_weight_T  float32: what the cross-entropy of each token is weighed with, in place of the objective's ce_weight
-    spreads    of teachers whose tokens have no names here
+    spreads, spans  of teachers whose tokens have no names here
     """
 
     tokens_T: Tensor
@@ -45,8 +69,8 @@ class Labels:
     listed_TK: Tensor
     probs_TK: Tensor
     tail_T: Tensor
-    text_weight_T: Tensor | None = None
     spreads: tuple[Spread, ...] = ()
+    spans: tuple[Spans, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens_T)
@@ -55,16 +79,35 @@ class Labels:
         return self._each(lambda column: column.to(device))
 
     def split(self, size: int) -> list["Labels"]:
-        return [self._part(slice(begin, begin + size)) for begin in range(0, max(len(self), 1), size)]
+        """Chunks of `size` positions: fewer where a span would be cut in two, more where one alone is longer."""
+        bounds = _bounds(len(self), size, [spans.joined_T for spans in self.spans])
+        return [self._part(slice(begin, end)) for begin, end in pairwise(bounds)]
 
     def _part(self, which: slice) -> "Labels":
-        return self._each(lambda column: column[which])
+        part = self._each(lambda column: column[which])
+        return replace(part, spans=tuple(replace(s, joined_T=s.joined_T[which]) for s in part.spans))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Labels":
-        spreads = tuple(replace(s, probs_TK=change(s.probs_TK), tail_T=change(s.tail_T)) for s in self.spreads)
-        columns: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed = {name: change(value) for name, value in columns.items() if isinstance(value, Tensor)}
-        return replace(self, **changed, spreads=spreads)
+        own = (self.tokens_T, self.ids_TK, self.listed_TK, self.probs_TK, self.tail_T)
+        tokens_T, ids_TK, listed_TK, probs_TK, tail_T = (change(column) for column in own)
+        spreads = (replace(s, probs_TK=change(s.probs_TK), tail_T=change(s.tail_T)) for s in self.spreads)
+        spans = (
+            replace(s, inside_T=change(s.inside_T), back_T=change(s.back_T), logprobs_T=change(s.logprobs_T))
+            for s in self.spans
+        )
+        return Labels(tokens_T, ids_TK, listed_TK, probs_TK, tail_T, tuple(spreads), tuple(spans))
+
+
+def _bounds(length: int, size: int, joined: Sequence[NDArray[np.bool_]]) -> list[int]:
+    """Where chunks begin, and the end of the last; one chunk even of nothing."""
+    if not length:
+        return [0, 0]
+    free = np.flatnonzero(~np.logical_or.reduce(joined)) if joined else np.arange(length)
+    starts, bounds = [*free.tolist(), length], [0]
+    while bounds[-1] < length:
+        last = bisect_right(starts, bounds[-1] + size) - 1
+        bounds.append(starts[last] if starts[last] > bounds[-1] else starts[last + 1])
+    return bounds
 
 
 def labels_from(tokens: Sequence[np.ndarray], targets: Sequence[Target | None]) -> Labels:

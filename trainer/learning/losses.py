@@ -11,9 +11,16 @@ one makes the student overconfident. With r = softmax over what is not listed, q
 divergence by log q of each bucket and G their sum, the derivative by logit j is g_j − G q_j where j is listed and
 r_j (g_tail − G q_tail) where not: everything that is as long as the vocabulary is one softmax, scaled.
 
-A teacher whose tokens have no names here gives its sorted probabilities (Universal Logit Distillation, arXiv
-2402.12030): they are held against the student's own K likeliest tokens, in their order, by total variation. Each such
-teacher takes one more pass over the logits, and no product.
+A teacher whose tokens have no names here gives its sorted probabilities or how likely it finds spans of the text.
+Sorted probabilities (Universal Logit Distillation, arXiv 2402.12030) are held against the student's own K likeliest
+tokens, in their order, by total variation: one more pass over the logits for each such teacher, and no product.
+
+Spans (Approximate Likelihood Matching, arXiv 2503.20083): with p and q the probabilities that teacher and student give
+to the text of a span, there are two outcomes, this text or another, and the loss is the divergence of
+(p^(1/τ), 1 − p^(1/τ)) from (q^(1/τ), 1 − q^(1/τ)), least at q = p whatever τ. It is multiplied by τ, so that it does
+not vanish as τ grows: forward KL then comes near a log(a/b) − a + b, where a = −log p and b = −log q. log q is a sum
+over the span's tokens, so its derivative is one number for all of them: what their cross-entropy is weighed with. It
+is known once the span's last token is, so no chunk ends within a span.
 """
 
 from collections.abc import Sequence
@@ -23,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.learning.divergences import NOTHING_NATS, Divergence, forward_kl, tempered, total_variation
-from trainer.learning.labels import Labels, Spread
+from trainer.learning.divergences import FLOOR, NOTHING_NATS, Divergence, forward_kl, tempered, total_variation
+from trainer.learning.labels import Labels, Spans, Spread
 
 # torch legend: T positions of a batch, C of a chunk, K listed tokens, B buckets (K and the tail), V vocabulary, D width
 
@@ -60,7 +67,7 @@ class Objective:
     """ce_weight · cross-entropy + (1 − ce_weight) · what the teachers say.
 
     Of that, target_share is the divergence from the fused target, temperature² times that of the tempered
-    distributions; the rest belongs to teachers whose tokens are not translated (Labels.spreads, parts.py).
+    distributions; the rest belongs to teachers whose tokens are not translated, the labels' spreads and spans.
     """
 
     ce_weight: float = 1.0
@@ -79,14 +86,14 @@ class Objective:
 class Loss(NamedTuple):
     """total is the sum over T positions, with its gradient; the others are nats of each, without weights or gradient.
 
-    The divergence is not computed where it has no weight, and then 0. spreads_NT are total variations, a row for
-    each of the labels' spreads.
+    The divergence is not computed where it has no weight, and then 0. parts_NT has a row for each of the labels'
+    spreads, then of their spans: a span's loss stands at its first position.
     """
 
     total: Tensor
     ce_T: Tensor
     divergence_T: Tensor
-    spreads_NT: Tensor
+    parts_NT: Tensor
 
 
 def head_loss(head: Head, hidden_TD: Tensor, labels: Labels, objective: Objective) -> Loss:
@@ -118,18 +125,20 @@ class _HeadLoss(torch.autograd.Function):
         head = replace(job.head, weight_VD=weight_VD.to(dtype))
         needed = [needs and job.makes_gradients for needs in ctx.needs_input_grad]  # said of inputs, whatever the mode
         gradients = _Gradients((hidden_TD, weight_VD, bias_V), needed)
-        parts = []
+        chunks = job.labels.split(size)
+        rows, begin = [], 0
         with torch.autocast(kind, enabled=False):
-            for n, (hidden_CD, chunk) in enumerate(zip(hidden_TD.split(size), job.labels.split(size), strict=True)):
+            for hidden_CD, chunk in zip(hidden_TD.split([len(c) for c in chunks]), chunks, strict=True):
                 hidden_CD = hidden_CD.to(dtype)
                 *columns, slope_CV = _chunk(head, hidden_CD, chunk, job.objective)
-                gradients.add(n * size, hidden_CD, slope_CV, head.weight_VD)
-                parts.append(columns)
+                gradients.add(begin, hidden_CD, slope_CV, head.weight_VD)
+                rows.append(torch.stack(columns))
+                begin += len(chunk)
         ctx.gradients = gradients.finished()
-        ce_T, divergence_T, *spreads = (torch.cat(column) for column in zip(*parts, strict=True))
-        spreads_NT = torch.stack(spreads) if spreads else ce_T.new_zeros(0, len(ce_T))
-        ctx.mark_non_differentiable(ce_T, divergence_T, spreads_NT)
-        return weighted(job.labels, job.objective, ce_T, divergence_T, *spreads).sum(), ce_T, divergence_T, spreads_NT
+        ce_T, divergence_T, *parts = torch.cat(rows, 1)
+        parts_NT = torch.stack(parts) if parts else ce_T.new_zeros(0, len(ce_T))
+        ctx.mark_non_differentiable(ce_T, divergence_T, parts_NT)
+        return weighted(job.labels, job.objective, ce_T, divergence_T, *parts).sum(), ce_T, divergence_T, parts_NT
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,47 +186,71 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def weighted(labels: Labels, objective: Objective, ce_T: Tensor, divergence_T: Tensor, *spreads_T: Tensor) -> Tensor:
+def weighted(labels: Labels, objective: Objective, ce_T: Tensor, divergence_T: Tensor, *parts_T: Tensor) -> Tensor:
     """[T] nats: each position's part of the loss."""
-    text_T = ce_T * (objective.ce_weight if labels.text_weight_T is None else labels.text_weight_T)
-    total_T = text_T + objective.target_weight * divergence_T
-    for spread, apart_T in zip(labels.spreads, spreads_T, strict=True):
-        total_T = total_T + (1 - objective.ce_weight) * spread.share * apart_T
+    total_T = objective.ce_weight * ce_T + objective.target_weight * divergence_T
+    shares = [spread.share for spread in labels.spreads] + [spans.share for spans in labels.spans]
+    for share, apart_T in zip(shares, parts_T, strict=True):
+        total_T = total_T + (1 - objective.ce_weight) * share * apart_T
     return total_T
 
 
 def _chunk(head: Head, hidden_CD: Tensor, labels: Labels, objective: Objective) -> list[Tensor]:
-    """[C] cross-entropy, [C] divergence, [C] of each of the spreads, and last the derivatives of their weighted sum.
+    """[C] cross-entropy, divergence, each spread and each teacher's spans, and last the derivatives of the loss [C, V].
 
-    Those are by the logits [C, V] before scale and cap.
+    Those are by the logits before scale and cap.
     """
     logits_CV = head.logits(hidden_CD)
     kept_CV = logits_CV.clone() if head.cap else None
-    sorted_out = [_spread(logits_CV, labels, spread, objective) for spread in labels.spreads]
-    text_C1 = _text_weight(labels, objective, logits_CV)
+    of_spreads = [_spread(logits_CV, labels, spread, objective) for spread in labels.spreads]
     if objective.target_weight == 0:
         ce_C, slope_CV = _text(logits_CV, labels)
+        text_C1, of_spans = _text_weight(ce_C, labels, objective)
         divergence_C = torch.zeros_like(ce_C)
-        if objective.ce_weight != 1 or labels.text_weight_T is not None:
+        if objective.ce_weight != 1 or labels.spans:
             slope_CV *= text_C1
     elif objective.temperature == 1:
-        ce_C, divergence_C, slope_CV = _buckets(logits_CV, labels, objective, text_C1)
+        ce_C, log_q_CB, rest_CV = _buckets(logits_CV, labels)
+        text_C1, of_spans = _text_weight(ce_C, labels, objective)
+        divergence_C, slope_CV = _slopes(log_q_CB, rest_CV, labels, objective, text_C1)
     else:
-        text_CV = logits_CV.clone()
-        tempered = logits_CV.div_(objective.temperature)
-        _, divergence_C, slope_CV = _buckets(tempered, labels, objective, torch.zeros_like(text_C1))
-        ce_C, text_slope_CV = _text(text_CV, labels)
+        ce_C, text_slope_CV = _text(logits_CV.clone(), labels)
+        text_C1, of_spans = _text_weight(ce_C, labels, objective)
+        _, log_q_CB, rest_CV = _buckets(logits_CV.div_(objective.temperature), labels)
+        divergence_C, slope_CV = _slopes(log_q_CB, rest_CV, labels, objective, torch.zeros_like(text_C1))
         slope_CV = slope_CV.mul_(1 / objective.temperature).addcmul_(text_slope_CV, text_C1)
-    for _, own_slope_CV in sorted_out:
+    for _, own_slope_CV in of_spreads:
         slope_CV += own_slope_CV
-    return [ce_C, divergence_C, *(apart_C for apart_C, _ in sorted_out), head.through(slope_CV, kept_CV)]
+    return [ce_C, divergence_C, *(apart_C for apart_C, _ in of_spreads), *of_spans, head.through(slope_CV, kept_CV)]
 
 
-def _text_weight(labels: Labels, objective: Objective, logits_CV: Tensor) -> Tensor:
-    """[C, 1] what each token's cross-entropy is weighed with; [1, 1] where it is the same for all."""
-    if labels.text_weight_T is None:
-        return logits_CV.new_full((1, 1), objective.ce_weight)
-    return labels.text_weight_T[:, None].to(logits_CV.dtype)
+def _text_weight(ce_C: Tensor, labels: Labels, objective: Objective) -> tuple[Tensor, list[Tensor]]:
+    """[C, 1] what each token's cross-entropy is weighed with, [1, 1] if all alike, and [C] of each teacher's spans."""
+    text_C1, of_spans = ce_C.new_full((1, 1), objective.ce_weight), []
+    for spans in labels.spans:
+        apart_C, own_weight_C = _span_loss(spans, ce_C, objective)
+        text_C1 = text_C1 + (1 - objective.ce_weight) * spans.share * own_weight_C[:, None]
+        of_spans.append(apart_C)
+    return text_C1, of_spans
+
+
+def _span_loss(spans: Spans, ce_C: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """[C] the loss of each span, at its first position, and [C] what its gradient weighs the cross-entropy with."""
+    temperature, begins_C = objective.span_temperature, spans.inside_T & (spans.back_T == 0)
+    begin_C = torch.arange(len(ce_C), device=ce_C.device) - spans.back_T
+    log_q_C = torch.zeros_like(ce_C).index_add_(0, begin_C, -ce_C).masked_fill_(~begins_C, -1)
+    p_CB = _outcomes(spans.logprobs_T.to(ce_C.dtype).masked_fill(~begins_C, -1), temperature).exp()
+    with torch.enable_grad():
+        leaf_C = log_q_C.requires_grad_()
+        apart_C = temperature * objective.divergence(p_CB, _outcomes(leaf_C, temperature)) * begins_C
+        (slope_C,) = torch.autograd.grad(apart_C.sum(), leaf_C)
+    return apart_C.detach(), -slope_C[begin_C] * spans.inside_T
+
+
+def _outcomes(logprobs_C: Tensor, temperature: float) -> Tensor:
+    """[C, 2] log-probabilities of a span's text and of any other, tempered. No text counts as surer than 1 − FLOOR."""
+    log_p_C = logprobs_C.clamp(max=-FLOOR) / temperature
+    return torch.stack([log_p_C, torch.log(-torch.expm1(log_p_C))], -1)
 
 
 def _text(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
@@ -240,31 +273,35 @@ def _spread(logits_CV: Tensor, labels: Labels, spread: Spread, objective: Object
     ids_CK = logits_CV.topk(top_k).indices
     sorted_labels = Labels(labels.tokens_T, ids_CK, torch.ones_like(ids_CK).bool(), spread.probs_TK, spread.tail_T)
     alone = Objective(0.0, total_variation, target_share=(1 - objective.ce_weight) * spread.share)
-    no_text = logits_CV.new_zeros((1, 1))
-    _, apart_C, slope_CV = _buckets(logits_CV.clone(), sorted_labels, alone, no_text)
-    return apart_C, slope_CV
+    _, log_q_CB, rest_CV = _buckets(logits_CV.clone(), sorted_labels)
+    return _slopes(log_q_CB, rest_CV, sorted_labels, alone, logits_CV.new_zeros((1, 1)))
 
 
-def _buckets(logits_CV: Tensor, labels: Labels, objective: Objective, text_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[C] cross-entropy, [C] divergence, and [C, V] the derivatives of their weighted sum, in the place of the logits.
-
-    text_C1 is what the cross-entropy's derivatives are taken with, [1, 1] or for each position.
-    """
-    tokens_C1 = labels.tokens_T[:, None]
-    label_C1 = logits_CV.gather(1, tokens_C1)
+def _buckets(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    """[C] cross-entropy, [C, B] log q of the buckets, [C, V] softmax of what is not listed, in the logits' place."""
+    label_C1 = logits_CV.gather(1, labels.tokens_T[:, None])
     listed_CK = logits_CV.gather(1, labels.ids_TK).masked_fill_(~labels.listed_TK, -torch.inf)
     nothing = torch.finfo(logits_CV.dtype).min
     log_rest_C1, rest_CV = _softmax(logits_CV.scatter_(1, labels.ids_TK, nothing))
     log_z_C1 = torch.logaddexp(log_rest_C1, listed_CK.logsumexp(1, keepdim=True))
     log_q_CB = (torch.cat([listed_CK, log_rest_C1], 1) - log_z_C1).clamp_(min=-NOTHING_NATS)
+    return (log_z_C1 - label_C1).squeeze(1), log_q_CB, rest_CV
 
-    divergence_C, g_CB = _small(labels, log_q_CB, objective, logits_CV.shape[1])
-    q_CB = log_q_CB.exp()
-    slope_CB = g_CB + q_CB * (text_C1 - g_CB.sum(1, keepdim=True))  # g_j − G q_j, and the text's own q_j
+
+def _slopes(
+    log_q_CB: Tensor, rest_CV: Tensor, labels: Labels, objective: Objective, text_C1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[C] divergence, and [C, V] the derivatives of its part of the loss and of the text's, in the place of rest_CV.
+
+    text_C1 is what the cross-entropy's derivatives are taken with, [1, 1] or for each position.
+    """
+    divergence_C, g_CB = _small(labels, log_q_CB, objective, rest_CV.shape[1])
+    slope_CB = g_CB + log_q_CB.exp() * (text_C1 - g_CB.sum(1, keepdim=True))  # g_j − G q_j, and the text's own q_j
     rest_CV *= slope_CB[:, -1:]
     rest_CV.scatter_add_(1, labels.ids_TK, slope_CB[:, :-1] * labels.listed_TK)
-    rest_CV.scatter_add_(1, tokens_C1, (-text_C1).expand_as(label_C1))
-    return (log_z_C1 - label_C1).squeeze(1), divergence_C, rest_CV
+    tokens_C1 = labels.tokens_T[:, None]
+    rest_CV.scatter_add_(1, tokens_C1, (-text_C1).expand(tokens_C1.shape))
+    return divergence_C, rest_CV
 
 
 def _small(labels: Labels, log_q_CB: Tensor, objective: Objective, vocab_size: int) -> tuple[Tensor, Tensor]:

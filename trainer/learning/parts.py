@@ -1,13 +1,6 @@
-"""The parts of the loss that belong to teachers whose tokens are not translated: as tensors, and what spans weigh.
+"""The parts of the loss that belong to teachers whose tokens are not translated: their shares, and what they said.
 
-Teachers matched by `sorted` become spreads, which losses.py holds against the student's own. Those matched by `spans`
-come here (Approximate Likelihood Matching, arXiv 2503.20083): with p and q the probabilities that teacher and student
-give to the text of a span, there are two outcomes, this text or another, and the loss is the divergence of
-(p^(1/τ), 1 − p^(1/τ)) from (q^(1/τ), 1 − q^(1/τ)), least at q = p whatever τ. It is multiplied by τ, so that it does
-not vanish as τ grows: forward KL then comes near a log(a/b) − a + b, where a = −log p and b = −log q.
-
-log q is a sum over the span's tokens, so its derivative is one number for all of them: what their cross-entropy is
-weighed with. It must be known before the gradient is made, which costs a pass over the head without gradients.
+Those matched by `sorted` become spreads, those matched by `spans` become spans; losses.py says what is done with them.
 """
 
 from collections.abc import Sequence
@@ -16,13 +9,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from alignment.unaligned import SortedProbs, SpanLikelihoods
 from trainer.config import RunConfig
-from trainer.learning.divergences import FLOOR
-from trainer.learning.labels import Labels, Spread
-from trainer.learning.losses import Head, Objective, head_loss
+from trainer.learning.labels import Labels, Spans, Spread
 from trainer.targets.fuser import Lesson, part_shares
 from trainer.targets.pipeline import supervised_from
 
@@ -35,23 +25,6 @@ class Part:
     name: str
     match: Literal["spans", "sorted"]
     share: float
-
-
-@dataclass(frozen=True, eq=False)
-class Spans:
-    """S spans of one teacher over T positions, disjoint.
-
-    span_T      int64: the span of each position; S where it is in none
-    logprobs_S  float32 nats, of the teacher
-    share       of what all teachers weigh in the loss
-    """
-
-    span_T: Tensor
-    logprobs_S: Tensor
-    share: float
-
-    def to(self, device: torch.device) -> "Spans":
-        return replace(self, span_T=self.span_T.to(device), logprobs_S=self.logprobs_S.to(device))
 
 
 def parts_of(config: RunConfig, progress: float) -> tuple[Part, ...]:
@@ -71,13 +44,13 @@ def target_share(config: RunConfig, progress: float) -> float:
     return 1.0 if len(fused) == len(config.teachers) else sum(fused)
 
 
-def with_parts(
-    labels: Labels, lessons: Sequence[Lesson], parts: Sequence[Part], first_position: int
-) -> tuple[Labels, list[Spans]]:
-    """The labels of all lessons' supervised positions with the spreads of their teachers, and the others' spans."""
-    spreads = tuple(spread_from(lessons, part, first_position) for part in parts if part.match == "sorted")
-    spans = [spans_from(lessons, part, first_position) for part in parts if part.match == "spans"]
-    return replace(labels, spreads=spreads), spans
+def with_parts(labels: Labels, lessons: Sequence[Lesson], parts: Sequence[Part], first_position: int) -> Labels:
+    """The labels of all lessons' supervised positions with what the parts' teachers said there."""
+    return replace(
+        labels,
+        spreads=tuple(spread_from(lessons, part, first_position) for part in parts if part.match == "sorted"),
+        spans=tuple(spans_from(lessons, part, first_position) for part in parts if part.match == "spans"),
+    )
 
 
 def spread_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Spread:
@@ -98,73 +71,19 @@ def spread_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> S
 
 def spans_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Spans:
     """One teacher's spans over the supervised positions of all lessons, but for those that are not supervised whole."""
-    columns, logprobs, num_spans = [np.zeros(0, dtype=np.int64)], [np.zeros(0)], 0
+    columns = [(np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))]
     for lesson in lessons:
         at = first_position + np.flatnonzero(supervised_from(lesson, first_position))
-        own, span_T = lesson.unaligned[part.index], np.full(len(at), -1)
+        inside_T, back_T, logprobs_T = (np.zeros(len(at), dtype=column.dtype) for column in columns[0])
+        own = lesson.unaligned[part.index]
         if isinstance(own, SpanLikelihoods) and len(own):
             begin, end = own.student.T
-            inside = np.searchsorted(begin, at, side="right") - 1
-            inside[at >= end[inside]] = -1
-            whole = np.bincount(inside[inside >= 0], minlength=len(own)) == end - begin
-            numbers = np.where(whole, num_spans + np.cumsum(whole) - 1, -1)
-            span_T = np.where(inside >= 0, numbers[inside], -1)
-            logprobs.append(own.logprobs[whole])
-            num_spans += int(whole.sum())
-        columns.append(span_T)
-    every_T = np.concatenate(columns)
-    every_T[every_T < 0] = num_spans
-    return Spans(torch.from_numpy(every_T), torch.from_numpy(np.concatenate(logprobs).astype(np.float32)), part.share)
-
-
-def parts_loss(
-    head: Head, hidden_TD: Tensor, labels: Labels, objective: Objective, spans: Sequence[Spans]
-) -> tuple[Tensor, ...]:
-    """`head_loss` of all parts: its total, [T] cross-entropy, [T] divergence, [T] of each spread, [S] of all spans.
-
-    The total's value is not the loss where there are spans, its gradient is.
-    """
-    labels, of_spans = weigh_spans(head, hidden_TD, labels, objective, spans)
-    loss = head_loss(head, hidden_TD, labels, objective)
-    return loss.total, loss.ce_T, loss.divergence_T, *loss.spreads_NT, *of_spans
-
-
-def weigh_spans(
-    head: Head, hidden_TD: Tensor, labels: Labels, objective: Objective, spans: Sequence[Spans]
-) -> tuple[Labels, list[Tensor]]:
-    """The labels with weights of their text that hold the gradient of all spans, and each teacher's loss on them [S].
-
-    One pass over the head without gradients: a product more than the three of `head_loss`.
-    """
-    if not spans:
-        return labels, []
-    plain = replace(labels, text_weight_T=None, spreads=())
-    with torch.no_grad():
-        nats_T = head_loss(head, hidden_TD, plain, Objective(chunk_tokens=objective.chunk_tokens)).ce_T
-    weight_T, of_spans = torch.full_like(nats_T, objective.ce_weight), []
-    for own in (one.to(nats_T.device) for one in spans):
-        apart_S, own_weight_T = span_loss(own, nats_T, objective)
-        weight_T += (1 - objective.ce_weight) * own.share * own_weight_T
-        of_spans.append(apart_S)
-    return replace(labels, text_weight_T=weight_T), of_spans
-
-
-def span_loss(spans: Spans, nats_T: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """[S] the loss of each span, and [T] what its gradient weighs the cross-entropy of each position with.
-
-    nats_T  what the student pays for each token
-    """
-    num_spans, temperature = len(spans.logprobs_S), objective.span_temperature
-    log_q_S = nats_T.new_zeros(num_spans + 1).index_add_(0, spans.span_T, -nats_T)[:num_spans]
-    p_SB = _outcomes(spans.logprobs_S.to(nats_T.dtype), temperature).exp()
-    with torch.enable_grad():
-        leaf_S = log_q_S.detach().requires_grad_()
-        apart_S = temperature * objective.divergence(p_SB, _outcomes(leaf_S, temperature))
-        (slope_S,) = torch.autograd.grad(apart_S.sum(), leaf_S)
-    return apart_S.detach(), torch.cat([-slope_S, slope_S.new_zeros(1)])[spans.span_T]
-
-
-def _outcomes(logprobs_S: Tensor, temperature: float) -> Tensor:
-    """[S, 2] log-probabilities of a span's text and of any other, tempered. No text counts as surer than 1 − FLOOR."""
-    log_p_S = logprobs_S.clamp(max=-FLOOR) / temperature
-    return torch.stack([log_p_S, torch.log(-torch.expm1(log_p_S))], -1)
+            span_T = np.searchsorted(begin, at, side="right") - 1
+            inside_T = (span_T >= 0) & (at < end[span_T])
+            whole = np.bincount(span_T[inside_T], minlength=len(own)) == end - begin
+            inside_T &= whole[span_T]
+            back_T[inside_T] = (at - begin[span_T])[inside_T]
+            logprobs_T[inside_T] = own.logprobs[span_T][inside_T]
+        columns.append((inside_T, back_T, logprobs_T))
+    inside_T, back_T, logprobs_T = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Spans.of(inside_T, back_T, logprobs_T, part.share)

@@ -14,8 +14,8 @@ from trainer.data.order import DROPOUT
 from trainer.errors import DataError, NonFiniteLoss
 from trainer.learning.divergences import divergence
 from trainer.learning.labels import labels_from
-from trainer.learning.losses import Objective
-from trainer.learning.parts import Part, parts_loss, parts_of, target_share, with_parts
+from trainer.learning.losses import Objective, head_loss
+from trainer.learning.parts import Part, parts_of, target_share, with_parts
 from trainer.learning.student import Student
 from trainer.ranks import Ranks
 from trainer.targets.fuser import Lesson
@@ -144,14 +144,14 @@ def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, plan
     """Gradients of one part; returns the sums of cross-entropy, divergence and each teacher's own part."""
     pairs = [labels_of(lesson, student.first_position) for lesson in lessons]
     labels = labels_from([tokens for tokens, _ in pairs], [target for _, target in pairs])
-    labels, spans = with_parts(labels, lessons, plan.parts, student.first_position)
-    total, ce_T, divergence_T, *of_parts = student.compute(
+    labels = with_parts(labels, lessons, plan.parts, student.first_position).to(student.device)
+    total, ce_T, divergence_T, parts_NT = student.compute(
         [lesson.tokens for lesson in lessons],
         [supervised_from(lesson, student.first_position) for lesson in lessons],
-        partial(parts_loss, labels=labels.to(student.device), objective=plan.objective, spans=spans),
+        partial(head_loss, labels=labels, objective=plan.objective),
     )
     (total / num_tokens).backward()
-    columns_T = (ce_T, divergence_T, *of_parts)
+    columns_T = (ce_T, divergence_T, *parts_NT)
     sums = torch.stack([column.double().sum() for column in columns_T]).cpu()
     if not bool(torch.isfinite(sums).all()):
         raise _non_finite(columns_T, lessons, student.first_position, plan)
