@@ -32,6 +32,7 @@ from trainer.learning.labels import Labels, Spans, Spread
 from trainer.learning.losses import Head, Objective, head_loss
 
 TOP_K = 64
+SPAN_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,24 @@ GPU_TIMES = (Size(8_192, 49_152, 576), Size(8_192, 151_936, 896), Size(8_192, 15
 
 
 def inputs(size: Size, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Labels]:
-    """Hidden states and weight that ask for gradients, and targets with mass 0.9 on TOP_K tokens."""
+    """Hidden states and weight that ask for gradients, and labels: targets with mass 0.9 on TOP_K tokens, parts."""
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(size.tokens, size.width, generator=generator)
     weight_VD = torch.randn(size.vocab, size.width, generator=generator) / size.width**0.5
     tokens_T = torch.randint(size.vocab, (size.tokens,), generator=generator)
     ids_TK = (torch.arange(TOP_K) * 31 + tokens_T[:, None]) % size.vocab
     probs_TK = 0.9 * torch.rand(size.tokens, TOP_K, generator=generator).softmax(1)
-    labels = Labels(tokens_T, ids_TK, torch.ones_like(ids_TK, dtype=torch.bool), probs_TK, 1 - probs_TK.sum(1))
+    tail_T = 1 - probs_TK.sum(1)
+    back_T = np.arange(size.tokens) % SPAN_TOKENS
+    labels = Labels(
+        tokens_T,
+        ids_TK,
+        torch.ones_like(ids_TK, dtype=torch.bool),
+        probs_TK,
+        tail_T,
+        (Spread(probs_TK, tail_T, 1.0),),
+        (Spans.of(back_T, np.full(size.tokens, -6, dtype=np.float32), 1.0),),
+    )
     return (
         hidden_TD.to(device, dtype).requires_grad_(),
         weight_VD.to(device, dtype).requires_grad_(),
@@ -87,22 +98,18 @@ def torch_chunked(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels) -> Tenso
 
 
 def ours(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
+    labels = replace(labels, spreads=(), spans=())
     return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
 
 
 def by_spans(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
-    """A teacher of one span to each token."""
-    count = len(labels)
-    on_cpu = labels.probs_TK[:, 0].log().cpu().numpy()
-    spans = Spans.of(np.ones(count, dtype=bool), np.zeros(count, dtype=np.int64), on_cpu, 1.0)
-    labels = replace(labels, spans=(spans,)).to(str(hidden_TD.device))
-    return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
+    """A teacher of spans of SPAN_TOKENS."""
+    return head_loss(Head(weight_VD), hidden_TD, replace(labels, spreads=()), objective).total
 
 
 def by_spread(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
     """A teacher of sorted probabilities."""
-    labels = replace(labels, spreads=(Spread(labels.probs_TK, labels.tail_T, 1.0),))
-    return head_loss(Head(weight_VD), hidden_TD, labels, objective).total
+    return head_loss(Head(weight_VD), hidden_TD, replace(labels, spans=()), objective).total
 
 
 Arm = Callable[[Tensor, Tensor, Labels], Tensor]

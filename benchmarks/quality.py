@@ -76,14 +76,19 @@ class Arm:
     lr: float = 1.0
 
 
-UPPER = {"student.train_layers": 8, "optim.warmup_steps": 4}
+UPPER = {"student.train_layers": 8, "optim.warmup_steps": 4, "optim.lr": 5e-4}
+RANDOM = {"optim.lr": 2e-3, "optim.warmup_steps": 20}
 SETTINGS = {
-    "base-scarce": Setting("base", 16, 10, UPPER | {"optim.lr": 5e-4}),
+    "base-scarce": Setting("base", 16, 10, UPPER),
+    "base-scarce×2": Setting("base", 32, 5, UPPER),  # how much more text is worth as much as teachers
+    "base-scarce×4": Setting("base", 64, 3, UPPER),
     "base-once": Setting("base", 160, 1, UPPER | {"optim.lr": 1e-4}),
     "lora-scarce": Setting("base", 16, 10, {"student.lora.rank": 16, "optim.lr": 1e-3, "optim.warmup_steps": 4}),
     "cut-once": Setting("cut", 320, 1, {"optim.lr": 5e-4, "optim.warmup_steps": 10}),
-    "random-once": Setting("random", 400, 1, {"optim.lr": 2e-3, "optim.warmup_steps": 20}),
-    "random-scarce": Setting("random", 40, 10, {"optim.lr": 2e-3, "optim.warmup_steps": 20}),
+    "random-once": Setting("random", 400, 1, RANDOM),
+    "random-scarce": Setting("random", 40, 10, RANDOM),
+    "random-scarce×2": Setting("random", 80, 5, RANDOM),
+    "random-scarce×4": Setting("random", 160, 4, RANDOM),
 }
 BOTH = tuple(MODELS)
 LAMBDA = "loss.ce_weight"

@@ -1,6 +1,7 @@
 """Shared parts: tiny models once a session, the real ones where `tutelage demo --prepare` has put them."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.vllm_server import stock_server
 from trainer.data import index
 from trainer.places import find_model
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 transformers_logging.disable_progress_bar()
 settings.register_profile("tutelage", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("tutelage")

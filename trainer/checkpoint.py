@@ -3,7 +3,7 @@
 A checkpoint is a folder step-N that torch.distributed.checkpoint writes under another name, from a copy, on a thread of
 its own, and that is renamed when every rank has written its part: one that was cut off is never found. It can be read
 by any number of ranks. Frozen weights are not saved, they are the base model's; nor is random state, which every step
-makes anew from the seed (step.py). What the data needs is the step.
+makes anew from the seed (learning/step.py). What the data needs is the step.
 """
 
 import hashlib

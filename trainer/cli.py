@@ -147,7 +147,7 @@ def serve(
         if only_print:
             import yaml
 
-            from teachers.serving.ray_options import serve_config
+            from teachers.ray_options import serve_config
 
             typer.echo(yaml.safe_dump(serve_config(teachers, host, port), sort_keys=False), nl=False)
             return

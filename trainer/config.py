@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from teachers.serving.ray_options import ServeOptions
+from teachers.ray_options import ServeOptions
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -240,7 +240,7 @@ class LossConfig(Section):
     span_temperature: Annotated[float, Field(gt=0)] = 100.0
     """τ of teachers matched by spans: likelihoods are compared as p^(1/τ). At 1 an unlikely span teaches little."""
     chunk_tokens: Positive = 512
-    """Positions whose logits exist at once."""
+    """Positions whose logits exist at once; more where spans of teachers overlap over more."""
 
     @property
     def last_ce_weight(self) -> float:

@@ -22,8 +22,8 @@ from teachers.engines import open_engine
 from teachers.errors import TeacherError
 from teachers.keys import Keys, keys_from_environment
 from teachers.models import model_folder
+from teachers.ray_options import ServeOptions, route_prefix
 from teachers.serving.app import build_app, key_guard
-from teachers.serving.ray_options import ServeOptions, route_prefix
 from teachers.serving.service import Service
 
 CONSTRUCTIONS = 3  # a model that cannot be loaded is not there at the twentieth try either

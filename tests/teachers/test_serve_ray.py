@@ -24,8 +24,8 @@ from teachers.asking.pool import TeacherPool
 from teachers.engine import EngineOptions
 from teachers.engines.transformers import TransformersEngine
 from teachers.protocol import ScoreRequest
+from teachers.ray_options import ServeOptions
 from teachers.rows import Rows, as_received
-from teachers.serving.ray_options import ServeOptions
 from tests.serve import free_port
 from tests.test_processes import TUTELAGE, wait_for
 

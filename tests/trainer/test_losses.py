@@ -47,9 +47,9 @@ def some_spread(share: float, top_k: int, seed: int) -> Spread:
 def some_spans(share: float = 1.0, seed: int = 0) -> Spans:
     """Of 12 positions: spans of one, two and four tokens, positions in none, likelihoods from sure to hopeless."""
     span_T = np.array([0, 1, 1, -1, 2, 2, 2, 2, -1, 3, 4, 4])
-    back_T = np.array([0, 0, 1, 0, 0, 1, 2, 3, 0, 0, 0, 1])
+    back_T = np.array([0, 0, 1, -1, 0, 1, 2, 3, -1, 0, 0, 1])
     logprobs_S = -np.logspace(-4, 1.5, 5) * (1 + seed)
-    return Spans.of(span_T >= 0, back_T, np.append(logprobs_S, 0).astype(np.float32)[span_T], share)
+    return Spans.of(back_T, np.append(logprobs_S, 0).astype(np.float32)[span_T], share)
 
 
 def some_head(seed: int = 0, dtype: torch.dtype = torch.float64, **given: float) -> Head:
@@ -89,12 +89,13 @@ def dense(head: Head, hidden: torch.Tensor, labels: Labels, objective: Objective
 
 def dense_spans(ce_T: torch.Tensor, spans: Spans, objective: Objective) -> torch.Tensor:
     """[T] the loss of each span at its first position."""
-    apart_T, begins = [torch.zeros(())] * len(ce_T), torch.arange(len(ce_T)) - spans.back_T
-    for begin in begins[spans.inside_T].unique().tolist():
-        q = ce_T[spans.inside_T & (begins == begin)].sum().neg().div(objective.span_temperature).exp()
+    apart_T = [ce_T.new_zeros(())] * len(ce_T)
+    begins = torch.where(spans.back_T < 0, -1, torch.arange(len(ce_T)) - spans.back_T)
+    for begin in torch.nonzero(spans.back_T == 0)[:, 0].tolist():
+        q = ce_T[begins == begin].sum().neg().div(objective.span_temperature).exp()
         p = spans.logprobs_T[begin].double().div(objective.span_temperature).exp()
-        two = (torch.stack([share, 1 - share]) for share in (p, q))
-        apart_T[begin] = objective.span_temperature * objective.divergence(next(two)[None], next(two)[None].log())[0]
+        p_B, q_B = (torch.stack([share, 1 - share])[None] for share in (p, q))
+        apart_T[begin] = objective.span_temperature * objective.divergence(p_B, q_B.log())[0]
     return torch.stack(apart_T)
 
 
@@ -171,8 +172,8 @@ def test_a_second_backward_pass_is_refused() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_is_near_float64_however_sure_the_student_is(name: str) -> None:
     """A tail of the student of 1e-12 and less: 1 − Σq would be noise."""
-    labels, head = some_labels(), some_head()
-    objective = Objective(0.3, divergence(name))
+    labels, head = replace(some_labels(), spans=(some_spans(0.5),)), some_head()
+    objective = Objective(0.3, divergence(name), target_share=0.5)
     for loudness in (1.0, 10.0, 40.0):
         hidden = some_hidden(len(labels)).detach() * loudness
         wide = hidden.requires_grad_()
@@ -278,7 +279,7 @@ def fixed_points() -> list[str]:
 
 def _spans(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
     likely = labels.probs_TK[0, :1].log().numpy()
-    spans = Spans.of(np.ones(1, dtype=bool), np.zeros(1, dtype=np.int64), likely, 1.0)
+    spans = Spans.of(np.zeros(1, dtype=np.int64), likely, 1.0)
     return _ours(logits, replace(labels, spans=(spans,)), Objective(0.0, target_share=0.0))
 
 
@@ -335,9 +336,9 @@ def test_a_frozen_head_gets_no_gradient_and_a_frozen_trunk_none_either() -> None
 
 
 def test_bf16_autocast_stays_near_float32() -> None:
-    labels, head = some_labels(), some_head(dtype=torch.float32)
+    labels, head = replace(some_labels(), spans=(some_spans(0.5),)), some_head(dtype=torch.float32)
     hidden = some_hidden(len(labels), torch.float32)
-    objective = Objective(0.3)
+    objective = Objective(0.3, target_share=0.5)
 
     def run() -> tuple[Loss, list[torch.Tensor]]:
         loss = head_loss(head, hidden, labels, objective)

@@ -25,7 +25,7 @@ from trainer.learning.divergences import NAMES, divergence
 from trainer.learning.labels import Spans, labels_from
 from trainer.learning.losses import Objective, head_loss
 from trainer.learning.parts import Part, spans_from, spread_from
-from trainer.learning.step import plan_step
+from trainer.learning.step import StepPlan, _non_finite, plan_step
 from trainer.loop import train
 from trainer.reports.metrics import read_metrics
 from trainer.targets.fuser import Lesson
@@ -51,9 +51,9 @@ def test_the_loss_on_spans_is_that_of_dense_logits_for_every_divergence(name: st
 def test_free_spans_come_to_rest_on_the_teachers_likelihoods(name: str, span_temperature: float) -> None:
     """And the tokens within a span share it as they like: only their sum is known."""
     likely, spans = torch.tensor([0.9, 0.3, 0.05, 0.5, 0.01]), some_spans()
-    begins = torch.arange(12) - spans.back_T
-    which_T = torch.searchsorted(begins[spans.inside_T].unique(), begins)
-    spans = replace(spans, logprobs_T=likely.log()[which_T.clamp(max=4)])
+    which_T = (spans.back_T == 0).cumsum(0) - 1
+    inside_T = spans.back_T >= 0
+    spans = replace(spans, logprobs_T=likely.log()[which_T])
     labels = replace(some_labels(), spans=(spans,))
     objective = Objective(0.0, divergence(name), target_share=0.0, span_temperature=span_temperature)
     logits = torch.zeros(12, 40, dtype=torch.float64, requires_grad=True)
@@ -66,17 +66,17 @@ def test_free_spans_come_to_rest_on_the_teachers_likelihoods(name: str, span_tem
         optimizer.step()
         schedule.step()
     log_q_T = logits.detach().log_softmax(-1).gather(1, labels.tokens_T[:, None])[:, 0]
-    found = [float(log_q_T[spans.inside_T & (which_T == s)].sum().exp()) for s in range(5)]
+    found = [float(log_q_T[inside_T & (which_T == s)].sum().exp()) for s in range(5)]
     np.testing.assert_allclose(found, likely, rtol=0.02)
     assert float(loss.total.detach()) == pytest.approx(0, abs=1e-3 * span_temperature**0.5)
-    assert not logits.detach()[~spans.inside_T].any()
+    assert not logits.detach()[~inside_T].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_span_that_is_certain_on_either_side_keeps_the_gradient_finite(name: str) -> None:
     logits = torch.tensor([[80.0, 0.0], [0.0, 80.0], [0.0, 0.0]], requires_grad=True)
     likely = np.array([0.0, 0.0, -80.0], dtype=np.float32)
-    spans = Spans.of(np.ones(3, dtype=bool), np.zeros(3, dtype=np.int64), likely, 1.0)
+    spans = Spans.of(np.zeros(3, dtype=np.int64), likely, 1.0)
     labels = replace(labels_from([np.zeros(3, dtype=np.int64)], [None]), spans=(spans,))
     head = replace(FREE, weight_VD=torch.eye(2))
     for temperature in (1.0, 100.0):
@@ -87,26 +87,45 @@ def test_a_span_that_is_certain_on_either_side_keeps_the_gradient_finite(name: s
         assert bool(torch.isfinite(loss.parts_NT).all())
 
 
+def test_a_sure_student_moves_by_what_its_likelihood_says_in_float32_too() -> None:
+    """Its cross-entropy is a small difference of large logits, and a span's gradient divides by it."""
+    spans = Spans.of(np.zeros(40, dtype=np.int64), np.full(40, -3, dtype=np.float32), 1.0)
+    slopes = {}
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.randn(40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        logits[:, 7] = logits.amax(1) + torch.linspace(8, 12, 40)
+        logits = logits.to(torch.float32).to(dtype).requires_grad_()
+        labels = replace(labels_from([np.full(40, 7)], [None]), spans=(spans,))
+        head = replace(FREE, weight_VD=torch.eye(40, dtype=dtype))
+        loss = head_loss(head, logits, labels, Objective(0.0, target_share=0.0))
+        (slopes[dtype],) = torch.autograd.grad(loss.total, logits)
+    torch.testing.assert_close(slopes[torch.float32].double(), slopes[torch.float64], rtol=0, atol=0.01)
+
+
 @given(
-    st.lists(st.lists(st.integers(1, 9), max_size=30).map(tuple), min_size=1, max_size=3).map(tuple),
+    st.lists(st.lists(st.integers(-2, 9), max_size=30).map(tuple), min_size=1, max_size=3).map(tuple),
     st.integers(1, 12),
 )
 def test_no_chunk_ends_within_a_span(lengths: tuple[tuple[int, ...], ...], size: int) -> None:
-    """Of one to three teachers, over as many positions as the shortest has."""
-    backs = [np.concatenate([np.zeros(1, np.int64), *(np.arange(n) for n in own)]) for own in lengths]
+    """Of one to three teachers, over as many positions as the shortest has; a negative length is a gap."""
+    backs = [
+        np.concatenate([np.zeros(0, np.int64), *(np.arange(n) if n > 0 else np.full(-n, -1) for n in own)])
+        for own in lengths
+    ]
     count = min(map(len, backs))
-    whole = [Spans.of(b[:count] >= 0, b[:count], np.zeros(count, np.float32), 1.0) for b in backs]
-    labels = replace(labels_from([np.arange(count)], [None]), spans=tuple(whole))
+    spans = tuple(Spans.of(back_T[:count], np.zeros(count, np.float32), 1.0) for back_T in backs)
+    labels = replace(labels_from([np.arange(count)], [None]), spans=spans)
     chunks = labels.split(size)
     assert torch.equal(torch.cat([chunk.tokens_T for chunk in chunks]), labels.tokens_T)
-    joined = np.logical_or.reduce([spans.joined_T for spans in whole])
+    joined, first = np.logical_or.reduce([each.joined_T for each in spans]), 0
     for chunk in chunks:
-        first = int(chunk.tokens_T[0])
-        assert not any(spans.joined_T[0] for spans in chunk.spans)
-        assert len(chunk) <= size or joined[first + 1 : first + len(chunk)].all()
-        end = first + size
-        if len(chunk) < size and end < count:
-            assert joined[first + len(chunk) + 1 : end + 1].all()  # no later place up to there
+        after = first + len(chunk)
+        assert not joined[first:][:1].any()
+        assert len(chunk) <= size or joined[first + 1 : after].all()
+        assert after == count or len(chunk) >= size or joined[after + 1 : first + size + 1].all()  # no later place
+        for own, each in zip(chunk.spans, spans, strict=True):
+            assert torch.equal(own.back_T, each.back_T[first:after])
+        first = after
 
 
 # --- from lessons to tensors ---
@@ -138,13 +157,25 @@ def test_spans_that_are_not_supervised_whole_are_left_out(tiny_byte_level: Path)
         lesson_of(spans_at((1, 2), (2, 4), (4, 6)), "0110111", tiny_byte_level),
     ]
     without_bos = spans_from(lessons, PART, 1)
-    assert without_bos.inside_T.tolist() == [c == "1" for c in "01110110000010110"]
-    assert without_bos.back_T.tolist() == [0, 0, 1, 0, 0, 0, 1, *[0] * 5, 0, 0, 0, 1, 0]
+    assert without_bos.back_T.tolist() == [-1, 0, 1, 0, -1, 0, 1, *[-1] * 5, 0, -1, 0, 1, -1]
     assert without_bos.logprobs_T.tolist() == [0, -3, -3, -5, 0, -7, -7, *[0] * 5, -2, 0, -5, -5, 0]
     with_bos = spans_from(lessons, PART, 0)
-    assert with_bos.back_T.tolist()[:8] == [0, 1, 0, 1, 0, 0, 0, 1]
-    assert with_bos.inside_T.tolist()[:8] == [True] * 5 + [False] + [True] * 2
+    assert with_bos.back_T.tolist()[:8] == [0, 1, 0, 1, 0, -1, 0, 1]
     assert with_bos.share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("column", "words"), [(0, "the loss of sample s at"), (3, "the loss of teacher b of sample s at")]
+)
+def test_what_is_not_finite_names_its_sample_its_token_and_its_teacher(
+    tiny_byte_level: Path, column: int, words: str
+) -> None:
+    lessons = [lesson_of(None, "11", tiny_byte_level), lesson_of(None, "0110", tiny_byte_level)]
+    columns = torch.zeros(4, 4)
+    columns[column, 3] = torch.nan
+    parts = tuple(Part(i, name, "spans", 0.5) for i, name in enumerate("ab"))
+    plan = StepPlan(1e-3, Objective(), 1, 1.0, ("a", "b"), parts=parts)
+    assert str(_non_finite(list(columns), lessons, 0, plan)).startswith(f"{words} token 2 is nan (teachers: a, b)")
 
 
 def test_sorted_probabilities_stand_at_their_positions(tiny_byte_level: Path) -> None:

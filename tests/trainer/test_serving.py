@@ -6,7 +6,7 @@ import pytest
 
 from teachers.engine import EngineOptions
 from teachers.models import model_folder
-from teachers.serving.ray_options import ServeOptions
+from teachers.ray_options import ServeOptions
 from trainer.commands.serve import served_teachers
 from trainer.errors import ConfigError
 from trainer.run_file import load_config

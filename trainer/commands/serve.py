@@ -2,7 +2,7 @@
 
 from urllib.parse import urlsplit
 
-from teachers.serving.ray_options import ServeOptions, route_prefix
+from teachers.ray_options import ServeOptions, route_prefix
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 

@@ -33,23 +33,20 @@ class Spread:
 class Spans:
     """How likely one teacher finds stretches of the text: disjoint spans of neighbours among T positions.
 
-    inside_T    bool: whether the position is in a span
-    back_T      int64: how many positions back its span begins; 0 outside
-    logprobs_T  float32 nats, of the teacher for all of the position's span
+    back_T      int64: how many positions back the position's span begins; −1 where there is none
+    logprobs_T  float32 nats, of the teacher for all of the position's span; any where there is none
     joined_T    back_T > 0, always on the CPU: between such a position and the one before it labels are not cut
     share       of what all teachers weigh in the loss
     """
 
-    inside_T: Tensor
     back_T: Tensor
     logprobs_T: Tensor
     joined_T: NDArray[np.bool_]
     share: float
 
     @classmethod
-    def of(cls, inside_T: np.ndarray, back_T: np.ndarray, logprobs_T: np.ndarray, share: float) -> "Spans":
-        inside, back, logprobs = (torch.from_numpy(column) for column in (inside_T, back_T, logprobs_T))
-        return cls(inside, back, logprobs, back_T > 0, share)
+    def of(cls, back_T: np.ndarray, logprobs_T: np.ndarray, share: float) -> "Spans":
+        return cls(torch.from_numpy(back_T), torch.from_numpy(logprobs_T), back_T > 0, share)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +76,10 @@ class Labels:
         return self._each(lambda column: column.to(device))
 
     def split(self, size: int) -> list["Labels"]:
-        """Chunks of `size` positions: fewer where a span would be cut in two, more where one alone is longer."""
+        """Chunks of `size` positions: fewer where a span would be cut in two, more where one alone is longer.
+
+        Overlapping spans of several teachers count as one.
+        """
         bounds = _bounds(len(self), size, [spans.joined_T for spans in self.spans])
         return [self._part(slice(begin, end)) for begin, end in pairwise(bounds)]
 
@@ -91,19 +91,15 @@ class Labels:
         own = (self.tokens_T, self.ids_TK, self.listed_TK, self.probs_TK, self.tail_T)
         tokens_T, ids_TK, listed_TK, probs_TK, tail_T = (change(column) for column in own)
         spreads = (replace(s, probs_TK=change(s.probs_TK), tail_T=change(s.tail_T)) for s in self.spreads)
-        spans = (
-            replace(s, inside_T=change(s.inside_T), back_T=change(s.back_T), logprobs_T=change(s.logprobs_T))
-            for s in self.spans
-        )
+        spans = (replace(s, back_T=change(s.back_T), logprobs_T=change(s.logprobs_T)) for s in self.spans)
         return Labels(tokens_T, ids_TK, listed_TK, probs_TK, tail_T, tuple(spreads), tuple(spans))
 
 
 def _bounds(length: int, size: int, joined: Sequence[NDArray[np.bool_]]) -> list[int]:
     """Where chunks begin, and the end of the last; one chunk even of nothing."""
-    if not length:
-        return [0, 0]
-    free = np.flatnonzero(~np.logical_or.reduce(joined)) if joined else np.arange(length)
-    starts, bounds = [*free.tolist(), length], [0]
+    if not joined or not length:
+        return [*range(0, max(length, 1), size), length]
+    starts, bounds = [*np.flatnonzero(~np.logical_or.reduce(joined)).tolist(), length], [0]
     while bounds[-1] < length:
         last = bisect_right(starts, bounds[-1] + size) - 1
         bounds.append(starts[last] if starts[last] > bounds[-1] else starts[last + 1])

@@ -87,7 +87,7 @@ class Loss(NamedTuple):
     """total is the sum over T positions, with its gradient; the others are nats of each, without weights or gradient.
 
     The divergence is not computed where it has no weight, and then 0. parts_NT has a row for each of the labels'
-    spreads, then of their spans: a span's loss stands at its first position.
+    spreads (total variations), then of their spans: a span's loss stands at its first position.
     """
 
     total: Tensor
@@ -207,7 +207,7 @@ def _chunk(head: Head, hidden_CD: Tensor, labels: Labels, objective: Objective) 
         ce_C, slope_CV = _text(logits_CV, labels)
         text_C1, of_spans = _text_weight(ce_C, labels, objective)
         divergence_C = torch.zeros_like(ce_C)
-        if objective.ce_weight != 1 or labels.spans:
+        if objective.ce_weight != 1:
             slope_CV *= text_C1
     elif objective.temperature == 1:
         ce_C, log_q_CB, rest_CV = _buckets(logits_CV, labels)
@@ -236,15 +236,15 @@ def _text_weight(ce_C: Tensor, labels: Labels, objective: Objective) -> tuple[Te
 
 def _span_loss(spans: Spans, ce_C: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """[C] the loss of each span, at its first position, and [C] what its gradient weighs the cross-entropy with."""
-    temperature, begins_C = objective.span_temperature, spans.inside_T & (spans.back_T == 0)
-    begin_C = torch.arange(len(ce_C), device=ce_C.device) - spans.back_T
-    log_q_C = torch.zeros_like(ce_C).index_add_(0, begin_C, -ce_C).masked_fill_(~begins_C, -1)
-    p_CB = _outcomes(spans.logprobs_T.to(ce_C.dtype).masked_fill(~begins_C, -1), temperature).exp()
+    temperature, begins_C = objective.span_temperature, spans.back_T == 0
+    begin_C = torch.arange(len(ce_C), device=ce_C.device) - spans.back_T.clamp(min=0)
+    log_q_C = torch.zeros_like(ce_C).index_add_(0, begin_C, -ce_C)
+    p_CB = _outcomes(spans.logprobs_T.to(ce_C.dtype), temperature).exp()
     with torch.enable_grad():
         leaf_C = log_q_C.requires_grad_()
         apart_C = temperature * objective.divergence(p_CB, _outcomes(leaf_C, temperature)) * begins_C
         (slope_C,) = torch.autograd.grad(apart_C.sum(), leaf_C)
-    return apart_C.detach(), -slope_C[begin_C] * spans.inside_T
+    return apart_C.detach(), -slope_C[begin_C]
 
 
 def _outcomes(logprobs_C: Tensor, temperature: float) -> Tensor:
@@ -257,9 +257,9 @@ def _text(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     """[C] cross-entropy and [C, V] its derivatives, in the place of the logits."""
     tokens_C1 = labels.tokens_T[:, None]
     label_C1 = logits_CV.gather(1, tokens_C1)
-    log_z_C1, q_CV = _softmax(logits_CV)
+    top_C1, log_top_C1, q_CV = _softmax(logits_CV)
     minus_one = torch.full_like(label_C1, -1)
-    return (log_z_C1 - label_C1).squeeze(1), q_CV.scatter_add_(1, tokens_C1, minus_one)
+    return (top_C1 - label_C1 - log_top_C1).squeeze(1), q_CV.scatter_add_(1, tokens_C1, minus_one)
 
 
 def _spread(logits_CV: Tensor, labels: Labels, spread: Spread, objective: Objective) -> tuple[Tensor, Tensor]:
@@ -282,10 +282,12 @@ def _buckets(logits_CV: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor]
     label_C1 = logits_CV.gather(1, labels.tokens_T[:, None])
     listed_CK = logits_CV.gather(1, labels.ids_TK).masked_fill_(~labels.listed_TK, -torch.inf)
     nothing = torch.finfo(logits_CV.dtype).min
-    log_rest_C1, rest_CV = _softmax(logits_CV.scatter_(1, labels.ids_TK, nothing))
-    log_z_C1 = torch.logaddexp(log_rest_C1, listed_CK.logsumexp(1, keepdim=True))
-    log_q_CB = (torch.cat([listed_CK, log_rest_C1], 1) - log_z_C1).clamp_(min=-NOTHING_NATS)
-    return (log_z_C1 - label_C1).squeeze(1), log_q_CB, rest_CV
+    top_rest_C1, log_top_C1, rest_CV = _softmax(logits_CV.scatter_(1, labels.ids_TK, nothing))
+    top_C1 = torch.maximum(top_rest_C1, listed_CK.amax(1, keepdim=True))  # sums near it keep a sure student's digits
+    log_CB = torch.cat([listed_CK - top_C1, top_rest_C1 - top_C1 - log_top_C1], 1)
+    log_z_C1 = log_CB.logsumexp(1, keepdim=True)
+    ce_C = (top_C1 - label_C1 + log_z_C1).squeeze(1)
+    return ce_C, (log_CB - log_z_C1).clamp_(min=-NOTHING_NATS), rest_CV
 
 
 def _slopes(
@@ -316,8 +318,11 @@ def _small(labels: Labels, log_q_CB: Tensor, objective: Objective, vocab_size: i
     return divergence_C.detach(), g_CB * objective.target_weight
 
 
-def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """[C, 1] logsumexp, and the softmax in the place of the logits; the largest entry tells the sum."""
+def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[C, 1] the largest logit and the log of its share, and the softmax [C, V] in the place of the logits.
+
+    The first less the second is the logsumexp. Apart they have digits that their difference, as large as logits, loses.
+    """
     top_C1, at_C1 = logits_CV.max(1, keepdim=True)
     torch.softmax(logits_CV, 1, out=logits_CV)
-    return top_C1 - logits_CV.gather(1, at_C1).log(), logits_CV
+    return top_C1, logits_CV.gather(1, at_C1).log(), logits_CV

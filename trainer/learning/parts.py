@@ -71,10 +71,10 @@ def spread_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> S
 
 def spans_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Spans:
     """One teacher's spans over the supervised positions of all lessons, but for those that are not supervised whole."""
-    columns = [(np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))]
+    columns = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))]
     for lesson in lessons:
         at = first_position + np.flatnonzero(supervised_from(lesson, first_position))
-        inside_T, back_T, logprobs_T = (np.zeros(len(at), dtype=column.dtype) for column in columns[0])
+        back_T, logprobs_T = np.full(len(at), -1), np.zeros(len(at), dtype=np.float32)
         own = lesson.unaligned[part.index]
         if isinstance(own, SpanLikelihoods) and len(own):
             begin, end = own.student.T
@@ -84,6 +84,6 @@ def spans_from(lessons: Sequence[Lesson], part: Part, first_position: int) -> Sp
             inside_T &= whole[span_T]
             back_T[inside_T] = (at - begin[span_T])[inside_T]
             logprobs_T[inside_T] = own.logprobs[span_T][inside_T]
-        columns.append((inside_T, back_T, logprobs_T))
-    inside_T, back_T, logprobs_T = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return Spans.of(inside_T, back_T, logprobs_T, part.share)
+        columns.append((back_T, logprobs_T))
+    back_T, logprobs_T = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Spans.of(back_T, logprobs_T, part.share)

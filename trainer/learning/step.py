@@ -161,18 +161,14 @@ def _backward(student: Student, lessons: Sequence[Lesson], num_tokens: int, plan
 def _non_finite(
     columns_T: Sequence[torch.Tensor], lessons: Sequence[Lesson], first_position: int, plan: StepPlan
 ) -> NonFiniteLoss:
-    """Which sample, where, and whose."""
-    loss_T = columns_T[0] + columns_T[1]
+    """Which sample, where, and whose: cross-entropy first, for what is wrong with the student shows there."""
     positions = [np.flatnonzero(supervised_from(lesson, first_position)) + first_position for lesson in lessons]
-    for lesson, at, part in zip(lessons, positions, loss_T.split([len(p) for p in positions]), strict=True):
-        bad = torch.isfinite(part).logical_not().nonzero()
-        if len(bad):
-            return NonFiniteLoss(
-                f"the loss of sample {lesson.sample.name} at token {int(at[int(bad[0])])} is "
-                f"{float(part[bad[0]])} (teachers: {', '.join(plan.teachers) or 'none'}); "
-                "nothing was updated"
-            )
-    own = zip(plan.parts, columns_T[2:], strict=True)
-    whose = ", ".join(part.name for part, column in own if not bool(torch.isfinite(column).all()))
-    names = ", ".join(lesson.sample.name for lesson in lessons)
-    return NonFiniteLoss(f"the loss of teacher {whose} is not finite for the samples {names}; nothing was updated")
+    whose = ["", "", *(f" of teacher {part.name}" for part in plan.parts)]
+    found = (
+        f"the loss{of} of sample {lesson.sample.name} at token {int(at[int(bad[0])])} is {float(part[bad[0]])} "
+        f"(teachers: {', '.join(plan.teachers) or 'none'}); nothing was updated"
+        for of, column_T in zip(whose, columns_T, strict=True)
+        for lesson, at, part in zip(lessons, positions, column_T.split([len(p) for p in positions]), strict=True)
+        if len(bad := torch.isfinite(part).logical_not().nonzero())
+    )
+    return NonFiniteLoss(next(found))
