@@ -162,7 +162,7 @@ def test_a_demo_ends_with_a_table_and_leaves_nothing_running(tiny_cache: Path, t
     demo.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_demo_that_is_ended_takes_its_teachers_along(tiny_cache: Path, tmp_path: Path, how: signal.Signals) -> None:
     demo = Demo(tiny_cache, tmp_path / "out", "train.epochs=1000")
     try:
@@ -174,6 +174,22 @@ def test_a_demo_that_is_ended_takes_its_teachers_along(tiny_cache: Path, tmp_pat
         demo.process.kill()
         demo.process.communicate()
     assert demo.process.returncode == (130 if how == signal.SIGINT else -how)
+    demo.assert_nothing_is_left()
+
+
+def test_a_demo_that_is_told_to_end_while_it_trains_does_not_begin_with_the_twin(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    demo = Demo(tiny_cache, tmp_path / "out", "train.epochs=1000")
+    try:
+        wait_for(lambda: steps_written(tmp_path / "out" / "fused") > 0, 120, "the first step")
+        demo.process.terminate()
+        demo.process.communicate(timeout=60)
+    finally:
+        demo.process.kill()
+        demo.process.communicate()
+    assert demo.process.returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "out" / "twin").exists()
     demo.assert_nothing_is_left()
 
 

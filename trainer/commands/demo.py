@@ -9,6 +9,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,8 +77,12 @@ def _with_key(config: RunConfig) -> RunConfig:
 
 
 def _train(config: RunConfig, folder: Path, title: str, silent: bool) -> RunResult:
+    """Told to end, it ends the demo too."""
     config = config.model_copy(update={"output": config.output.model_copy(update={"dir": str(folder)})})
-    return train(config, listener=None if silent else watching(title))
+    result = train(config, listener=None if silent else watching(title))
+    if result.told_to_end:
+        raise SystemExit(128 + signal.SIGTERM)
+    return result
 
 
 @contextmanager
