@@ -119,6 +119,7 @@ ARMS = {
     **{f"plain-lr×{x:g}": Arm({LAMBDA: 1.0}, lr=x) for x in (0.3, 3)},
     **{f"mean-lr×{x:g}": Arm(teachers=BOTH, lr=x) for x in (0.3, 3)},
 }
+DRAWN = (PLAIN, "smollm2", "gemma", "mean", "mean-λ0", "mean-λ0.1", "mean-λ0.5", "fusellm-min_ed")  # of the figures
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,8 @@ def flat(place: Place, seeds: Sequence[int]) -> Iterator[tuple[str, float]]:
 
 
 def curves(place: Place, setting: str, seeds: Sequence[int]) -> Iterator[Curve]:
-    """Held-out bits per byte against tokens, each arm's mean over the seeds that all arms have finished."""
-    runs = {arm: {seed: run for seed in seeds if (run := finished(place.run(setting, arm, seed)))} for arm in ARMS}
+    """Held-out bits per byte against tokens, each drawn arm's mean over the seeds that all of these have finished."""
+    runs = {arm: {seed: run for seed in seeds if (run := finished(place.run(setting, arm, seed)))} for arm in DRAWN}
     runs = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
     common = sorted(set(seeds).intersection(*runs.values()))
     for number, (arm, by_seed) in enumerate(runs.items() if common else ()):
