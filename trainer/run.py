@@ -122,12 +122,12 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
 
 def _check(config: RunConfig, ranks: Ranks, out: Path, resume: bool) -> None:
     """What can be refused before a model is loaded."""
+    if config.train.batch_samples < ranks.size:
+        raise ConfigError(f"train.batch_samples is {config.train.batch_samples}, fewer than the {ranks.size} processes")
     if out.is_file():
         raise ConfigError(f"output.dir: {out} is a file")
     if ranks.agreed(out.exists() and any(out.iterdir())) and not resume:
         raise CheckpointError(f"{out} already holds a run: continue it with --resume or choose another output.dir")
-    if config.train.batch_samples < ranks.size:
-        raise ConfigError(f"train.batch_samples is {config.train.batch_samples}, fewer than the {ranks.size} processes")
     check_trackers(config.tracking)
 
 

@@ -19,6 +19,7 @@ from trainer.errors import ConfigError
 from trainer.loop import train
 from trainer.ranks import Ranks, joined
 from trainer.reports.metrics import read_metrics
+from trainer.run import begin
 
 
 def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -88,9 +89,8 @@ def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_batch_of_fewer_samples_than_processes_is_refused(tmp_path: Path, tiny_byte_level: Path) -> None:
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], train={"batch_samples": 1})
-    done = subprocess.run(command(config, 2), capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode != 0
-    assert "train.batch_samples is 1, fewer than the 2 processes" in done.stderr
+    with pytest.raises(ConfigError, match="batch_samples is 1, fewer than the 2 processes"):
+        begin(config, Ranks(0, 2), resume=False)
     assert not (tmp_path / "out").exists()
 
 
