@@ -10,8 +10,10 @@ their order and what is held out: arms of one seed are compared with each other.
 Every run is one of `tutelage train`, in DIR/SETTING/ARM/SEED. What is finished there is not run again: begin anew with
 the same command, or add arms, settings and seeds to what is there. Of a run its metrics.jsonl stays.
 
-before, end, best  bits per byte of held-out text: mean over seeds, ± half the range between them
-gain               plain's best minus the arm's best, the same seed: mean, ± half the range
+Each figure is a mean over seeds, ± half the range between them.
+
+before, end, best  bits per byte of held-out text
+gain               plain's best minus the arm's best, the same seed
 tokens             until the arm is as good as plain at its best, over what plain needed, on straight lines between
                    measurements; "never" if a seed never was. FuseLLM's is 1/3.9 = 0.26
 """
@@ -49,6 +51,7 @@ BASE = "smollm2-135m-instruct"
 CUT_LAYERS = (0, 1, 2, 3, 4, 5, 28, 29)  # of 30: the first read, the last write
 PLAIN = "plain"
 HELD_OUT = 24  # documents, of each the first window
+COLUMNS = ("before", "end", "best", "gain", "tokens")
 Values = Mapping[str, Any]  # of a run file: {"loss.ce_weight": 0.1}
 
 
@@ -274,13 +277,11 @@ def flat(place: Place, seeds: Sequence[int]) -> Iterator[tuple[str, float]]:
                 continue
             name = f"{setting}_{arm}"
             yield f"{name}_seeds", len(found.end)
-            for column in ("before", "end", "best", "gain"):
-                values = getattr(found, column)
-                yield f"{name}_{column}", round(statistics.mean(values), 5)
-                yield f"{name}_{column}_spread", round((max(values) - min(values)) / 2, 5)
-            ratios = [ratio for ratio in found.tokens if ratio is not None]
-            if len(ratios) == len(found.tokens):
-                yield f"{name}_tokens", round(statistics.mean(ratios), 3)
+            for column in COLUMNS:
+                values = [value for value in getattr(found, column) if value is not None]
+                if len(values) == len(found.end):
+                    yield f"{name}_{column}", round(statistics.mean(values), 5)
+                    yield f"{name}_{column}_spread", round((max(values) - min(values)) / 2, 5)
 
 
 def curves(place: Place, setting: str, seeds: Sequence[int]) -> Iterator[Curve]:
@@ -305,14 +306,14 @@ def table(figures: Mapping[str, float]) -> str:
             lines.append(f"\n{setting:<18} seeds   before  end              best             gain               tokens")
         for arm in arms:
             name = f"{setting}_{arm}"
-            end, best, gain = (
-                f"{figures[f'{name}_{column}']:{sign}.4f} ± {figures[f'{name}_{column}_spread']:.4f}"
-                for column, sign in (("end", ""), ("best", ""), ("gain", "+"))
+            end, best, gain, tokens = (
+                f"{figures[f'{name}_{column}']:{form}} ± {figures[f'{name}_{column}_spread']:{form.strip('+')}}"
+                if f"{name}_{column}" in figures
+                else "never"
+                for column, form in (("end", ".4f"), ("best", ".4f"), ("gain", "+.4f"), ("tokens", ".2f"))
             )
-            tokens = figures.get(f"{name}_tokens")
-            ratio = "never" if tokens is None else f"{tokens:.2f}"
             before = f"{figures[f'{name}_before']:.4f}"
-            lines.append(f"{arm:<18} {figures[f'{name}_seeds']:>5} {before:>8}  {end}  {best}  {gain} {ratio:>7}")
+            lines.append(f"{arm:<18} {figures[f'{name}_seeds']:>5} {before:>8}  {end}  {best}  {gain}  {tokens}")
     return "\n".join(lines) + "\n"
 
 
