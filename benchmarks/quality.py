@@ -1,6 +1,6 @@
 """Does it teach? Students with and without teachers, on the same tokens in the same order, several seeds.
 
-`python -m benchmarks.quality [SETTING ...] [--arms PATTERN ...] [--seeds 3] [--out DIR] [--json FILE]`
+`python -m benchmarks.quality [SETTING ...] [--arms PATTERN ...] [--seeds 3] [--out DIR] [--show] [--json FILE]`
 
 A setting is a student and how much text it gets; an arm is who teaches it and how. The text is docstrings of pinned
 packages, the teachers SmolLM2-135M and Gemma 3 270M (made by `tutelage demo --prepare`), served and asked as in any
@@ -83,15 +83,15 @@ UPPER = {"student.train_layers": 8, "optim.warmup_steps": 4, "optim.lr": 5e-4}
 RANDOM = {"optim.lr": 2e-3, "optim.warmup_steps": 20}
 SETTINGS = {
     "base-scarce": Setting("base", 16, 10, UPPER),
-    "base-scarce×2": Setting("base", 32, 5, UPPER),  # how much more text is worth as much as teachers
-    "base-scarce×4": Setting("base", 64, 3, UPPER),
+    "base-scarce-2x": Setting("base", 32, 5, UPPER),  # how much more text is worth as much as teachers
+    "base-scarce-4x": Setting("base", 64, 3, UPPER),
     "base-once": Setting("base", 160, 1, UPPER | {"optim.lr": 1e-4}),
     "lora-scarce": Setting("base", 16, 10, {"student.lora.rank": 16, "optim.lr": 1e-3, "optim.warmup_steps": 4}),
     "cut-once": Setting("cut", 320, 1, {"optim.lr": 5e-4, "optim.warmup_steps": 10}),
     "random-once": Setting("random", 400, 1, RANDOM),
     "random-scarce": Setting("random", 40, 10, RANDOM),
-    "random-scarce×2": Setting("random", 80, 5, RANDOM),
-    "random-scarce×4": Setting("random", 160, 4, RANDOM),
+    "random-scarce-2x": Setting("random", 80, 5, RANDOM),
+    "random-scarce-4x": Setting("random", 160, 4, RANDOM),
 }
 BOTH = tuple(MODELS)
 LAMBDA = "loss.ce_weight"
@@ -324,6 +324,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=cache_dir() / "quality")
     parser.add_argument("--device", default="cpu", help="of student and teachers")
+    parser.add_argument("--show", action="store_true", help="run nothing: what is finished already")
     parser.add_argument("--json", type=Path, help="write {name: number} of all that is finished here")
     parser.add_argument("--curves", type=Path, help="folder for a figure of each setting")
     arguments = parser.parse_args()
@@ -331,13 +332,16 @@ def main() -> None:
     arms = [arm for arm in ARMS if arm == PLAIN or any(fnmatch(arm, pattern) for pattern in arguments.arms)]
     seeds = range(arguments.seeds)
     settings = arguments.settings or list(SETTINGS)
-    run_all(place, [(setting, arm, seed) for setting in settings for seed in seeds for arm in arms])
+    if not arguments.show:
+        run_all(place, [(setting, arm, seed) for setting in settings for seed in seeds for arm in arms])
     figures = dict(flat(place, seeds))
     sys.stdout.write(table(figures))
     for setting in SETTINGS if arguments.curves else ():
         drawn = list(curves(place, setting, seeds))
-        if drawn:
-            page = svg(f"{setting}: held-out text", "bits per byte, tokens trained on", drawn, drawn[0].y[0])
+        if len(drawn) > 1:
+            late = max(float(curve.y[len(curve.y) // 5 :].max()) for curve in drawn)  # not what all fall from at first
+            top = min(float(drawn[0].y[0]), late)
+            page = svg(f"{setting}: held-out text", "bits per byte, tokens trained on", drawn, top)
             (arguments.curves / f"quality-{setting}.svg").write_text(page, encoding="utf-8")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
