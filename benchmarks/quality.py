@@ -252,7 +252,7 @@ def figures_of(place: Place, setting: str, arm: str, seeds: Sequence[int]) -> Fi
             continue
         bpb, plain_bpb = run.evals.columns["held_out_bpb"], plain.evals.columns["held_out_bpb"]
         needed, reached = (tokens_to(r, plain_bpb.min()) for r in (plain, run))
-        ratio = None if needed is None or reached is None else reached / needed
+        ratio = reached / needed if needed and reached is not None else None  # no goal where plain never was better
         rows.append((bpb[0], bpb[-1], bpb.min(), plain_bpb.min() - bpb.min(), ratio))
     return Figures(*zip(*rows, strict=True)) if rows else None
 

@@ -46,21 +46,21 @@ def teach_model(folder: Path, options: TeachOptions, say: Callable[[str], None])
     """Serve until stopped. Raises TeacherError for an address, key, certificate or model that cannot be used."""
     import uvloop
 
-    from teachers.serving import process as serving
+    from teachers.serving import process
     from teachers.serving.app import key_guard
 
     keys = _keys(options.key_file)
     if (options.tls_cert is None) != (options.tls_key is None):
         raise TeacherError("give --tls-cert and --tls-key together: a certificate chain and its private key")
-    tls = serving.tls_context(options.tls_cert, options.tls_key) if options.tls_cert and options.tls_key else None
+    tls = process.tls_context(options.tls_cert, options.tls_key) if options.tls_cert and options.tls_key else None
     if keys is None and not _is_loopback(options.host):
         say(f"warning: {options.host} can be reached by others, and this teacher asks for no key: give it --key-file")
     if options.request_log:
         logging.getLogger("tutelage.requests").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an exit closes the engine on its way
     if options.stop_with_parent:
-        serving.stop_with_parent()
-    sock = serving.listen_on(options.host, options.port)
+        process.stop_with_parent()
+    sock = process.listen_on(options.host, options.port)
 
     async def teach() -> None:
         engine = await open_engine(options.kind, folder, options.engine)
@@ -68,8 +68,8 @@ def teach_model(folder: Path, options: TeachOptions, say: Callable[[str], None])
         guarded = f"with {len(keys)} key{'s' if len(keys) > 1 else ''}" if keys else "without a key"
         where = f"{options.host}:{options.port}{' over TLS' if tls else ''}"
         say(f"teacher {engine.card.model} on {where} {guarded}, up to K = {engine.card.max_top_k}")
-        server = serving.TeacherServer(service, key_guard(keys) if keys else None, tls, options.drain_s)
-        await serving.serve(service, sock, server)
+        server = process.TeacherServer(service, key_guard(keys) if keys else None, tls, options.drain_s)
+        await process.serve(service, sock, server)
 
     uvloop.run(teach())
 
