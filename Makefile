@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev lint
 	$(BIN)/tutelage demo --prepare
 	$(BIN)/python -m tests.zoo
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

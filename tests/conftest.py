@@ -10,9 +10,7 @@ from hypothesis import settings
 from transformers.utils import logging as transformers_logging
 
 from alignment import Vocabulary
-from tests.needs import need
 from tests.tiny import save_tiny_model
-from tests.vllm_server import stock_server
 from trainer.data import index
 from trainer.places import find_model
 
@@ -59,11 +57,3 @@ def smollm2_vocabulary(smollm2: Path) -> Vocabulary:
 @pytest.fixture(scope="session")
 def gemma_vocabulary(gemma: Path) -> Vocabulary:
     return Vocabulary.load(gemma)
-
-
-@pytest.fixture(scope="session")
-def vllm_server(smollm2: Path) -> Iterator[str]:
-    """A stock vLLM server on SmolLM2 with our plugin and a key: K up to 64, 1,023 tokens."""
-    need("vllm")
-    with stock_server(smollm2, max_top_k=64, max_tokens=1023, batch_tokens=512) as url:
-        yield url

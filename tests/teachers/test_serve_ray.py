@@ -296,14 +296,14 @@ async def a_full_queue_is_overloaded(client: Client) -> None:
     card = await client.card()
     began, refused = time.monotonic(), 0
     request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
-    jobs = [asyncio.create_task(client.score(request, card, 60.0)) for _ in range(8)]
+    jobs = [asyncio.create_task(client.score(request, card, 60.0)) for _ in range(12)]
     try:
         for job in asyncio.as_completed(jobs):
             with pytest.raises(errors.Overloaded, match="teacher slow at") as caught:
                 await job
             assert caught.value.retry_after_s == 7.0
             refused += 1
-            if refused == 5:  # one is worked on, two wait
+            if refused == 6:  # one is worked on and two wait; what a replica sends back leaves room for more than two
                 break
         assert time.monotonic() - began < 2.5
     finally:

@@ -16,8 +16,6 @@ from teachers.asking.client import TeacherClient, find_client
 from teachers.asking.completion import question
 from teachers.asking.stock import StockClient
 from teachers.asking.stock_card import PROBE_TEXT, StockCard
-from teachers.engine import EngineOptions
-from teachers.engines.transformers import TransformersEngine
 from teachers.protocol import PROBE, ScoreRequest
 from teachers.rows import Rows
 from tests.needs import need
@@ -25,8 +23,7 @@ from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port, saying, serving
 from tests.stock import StockServer, completion
 from tests.teachers.test_completion import answer, asked, in_logits
-from tests.tiny import TEXT, tiny_vocabulary
-from tests.vllm_server import KEY
+from tests.tiny import tiny_vocabulary
 
 T = TypeVar("T")
 
@@ -300,37 +297,6 @@ def test_the_fake_has_the_shape_of_vllms_own_classes() -> None:
     assert (read.prompt_logprobs, read.max_tokens, read.temperature) == (8, 1, 0.0)
     assert {"id", "root", "parent", "max_model_len"} <= set(ModelCard.model_fields)
     assert {"model", "prompt", "add_special_tokens"} <= set(TokenizeCompletionRequest.model_fields)
-
-
-def test_a_real_vllm_server_answers_as_the_transformers_engine_does(vllm_server: str, smollm2: Path) -> None:
-    engine = TransformersEngine(smollm2, EngineOptions())
-    ids = [int(token) for token in np.random.default_rng(0).integers(100, 40_000, 60)]
-    card = call(vllm_server, lambda c: c.card(), key=KEY)
-    text = call(vllm_server, lambda c: c._tokenize(card.model, TEXT), key=KEY)
-    request = ScoreRequest(sequences=[text, text[:7], ids], starts=[1, 3, 40], top_k=64)
-    received = call(vllm_server, lambda c: c.score(request, card, 60.0), key=KEY)
-    call(vllm_server, lambda c: c.check(card, 30.0), key=KEY)
-    with pytest.raises(errors.Rejected, match="greater than max allowed: 64"):
-        call(vllm_server, lambda c: c.score(request.model_copy(update={"top_k": 65}), card, 60.0), key=KEY)
-    with pytest.raises(errors.NotFound, match="/v1/nothing"):
-        call(vllm_server, lambda c: c._http.get("/v1/nothing", 30.0), key=KEY)
-    for name in ("vocab_size", "tokenizer_sha256", "bos_id", "eos_id", "expects_bos", "chat_template_sha256"):
-        assert getattr(card, name) == getattr(engine.card, name), name
-    assert (card.max_top_k, card.max_tokens) == (64, 1023)
-
-    async def expected() -> list[Rows]:
-        pairs = zip(request.sequences, request.starts, strict=True)
-        return [await engine.score(sequence, start, 64) for sequence, start in pairs]
-
-    for got, own in zip(received, asyncio.run(expected()), strict=True):
-        assert np.abs(got.actual - own.actual).mean() < 0.1
-        assert np.abs(got.tail - own.tail).mean() < 0.01
-        assert np.abs(got.logprobs - own.logprobs).mean() < 0.1
-        shared = [len(np.intersect1d(a, b)) for a, b in zip(got.ids, own.ids, strict=True)]
-        assert np.mean(shared) > 58
-        certain = own.logprobs[:, 0] - own.logprobs[:, 1] > 0.5
-        np.testing.assert_array_equal(got.ids[certain, 0], own.ids[certain, 0])
-    engine.close()
 
 
 def test_the_probe_is_not_only_plain_prose() -> None:

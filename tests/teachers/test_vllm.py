@@ -4,7 +4,7 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,15 +18,16 @@ from alignment import Vocabulary
 from teachers.asking.client import TeacherClient
 from teachers.engine import EngineOptions
 from teachers.engines.transformers import TransformersEngine
-from teachers.errors import Rejected, Unauthorized
+from teachers.errors import NotFound, Rejected, Unauthorized
 from teachers.protocol import ScoreRequest
 from teachers.rows import Rows, as_received
 from tests.needs import need
 from tests.serve import free_port
+from tests.teachers.test_stock import call as call_stock
 from tests.test_processes import wait_for
 from tests.tiny import TEXT
 from tests.trainer.test_export import export, save_base, trained
-from tests.vllm_server import KEY, descendants, started
+from tests.vllm_server import KEY, descendants, started, stock_server
 
 T = TypeVar("T")
 LENGTHS = (2, 3, 17, 64, 240)
@@ -109,6 +110,14 @@ def assert_agree(one: Rows, other: Rows, sequence: list[int], worst: float, mean
 
 
 @pytest.fixture(scope="module")
+def vllm_server(smollm2: Path) -> Iterator[str]:
+    """A stock vLLM server on SmolLM2 with our plugin and a key: K up to 64, 1,023 tokens."""
+    need("vllm")
+    with stock_server(smollm2, max_top_k=64, max_tokens=1023, batch_tokens=512) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
 def sequences(smollm2_vocabulary: Vocabulary) -> list[list[int]]:
     ids = smollm2_vocabulary.encode(TEXT).ids.tolist()
     return [ids[n : n + length] for n, length in enumerate(LENGTHS)]
@@ -182,6 +191,39 @@ def test_more_than_the_server_allows_is_refused_before_vllm_sees_it(vllm_server:
     with pytest.raises(Rejected, match="at most 1023"):
         call(vllm_server, lambda c: ask(c, [[1] * 1024]))
     assert len(call(vllm_server, lambda c: ask(c, [[1] * 1023], 1))[0]) == 1022
+
+
+def test_without_the_plugin_it_is_found_by_asking_and_answers_as_the_transformers_engine_does(
+    vllm_server: str, smollm2: Path
+) -> None:
+    engine = TransformersEngine(smollm2)
+    ids = [int(token) for token in np.random.default_rng(0).integers(100, 40_000, 60)]
+    card = call_stock(vllm_server, lambda c: c.card(), key=KEY)
+    text = call_stock(vllm_server, lambda c: c._tokenize(card.model, TEXT), key=KEY)
+    request = ScoreRequest(sequences=[text, text[:7], ids], starts=[1, 3, 40], top_k=64)
+    received = call_stock(vllm_server, lambda c: c.score(request, card, 60.0), key=KEY)
+    call_stock(vllm_server, lambda c: c.check(card, 30.0), key=KEY)
+    with pytest.raises(Rejected, match="greater than max allowed: 64"):
+        call_stock(vllm_server, lambda c: c.score(request.model_copy(update={"top_k": 65}), card, 60.0), key=KEY)
+    with pytest.raises(NotFound, match="/v1/nothing"):
+        call_stock(vllm_server, lambda c: c._http.get("/v1/nothing", 30.0), key=KEY)
+    for name in ("vocab_size", "tokenizer_sha256", "bos_id", "eos_id", "expects_bos", "chat_template_sha256"):
+        assert getattr(card, name) == getattr(engine.card, name), name
+    assert (card.max_top_k, card.max_tokens) == (64, 1023)
+
+    async def expected() -> list[Rows]:
+        pairs = zip(request.sequences, request.starts, strict=True)
+        return [await engine.score(sequence, start, 64) for sequence, start in pairs]
+
+    for got, own in zip(received, asyncio.run(expected()), strict=True):
+        assert np.abs(got.actual - own.actual).mean() < 0.1
+        assert np.abs(got.tail - own.tail).mean() < 0.01
+        assert np.abs(got.logprobs - own.logprobs).mean() < 0.1
+        shared = [len(np.intersect1d(a, b)) for a, b in zip(got.ids, own.ids, strict=True)]
+        assert np.mean(shared) > 58
+        certain = own.logprobs[:, 0] - own.logprobs[:, 1] > 0.5
+        np.testing.assert_array_equal(got.ids[certain, 0], own.ids[certain, 0])
+    engine.close()
 
 
 def metric(url: str, *starts: str) -> float:

@@ -1,7 +1,9 @@
 """A run as a job on a Ray cluster that stands already, as `ray job submit` sends it."""
 
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,27 +23,32 @@ START_S = 90
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[str]:
+def cluster() -> Iterator[str]:
     """The dashboard's address of a cluster of this machine; no process outlives it."""
-    url = f"http://127.0.0.1:{free_port()}"
+    folder = Path(tempfile.mkdtemp(prefix="r"))  # short: a socket's whole path has 107 bytes
+    said, url = folder / "said.txt", f"http://127.0.0.1:{free_port()}"
     command = [str(RAY), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"]
     command += [f"--port={free_port()}", "--num-cpus=4", "--object-store-memory=100000000", "--temp-dir", str(folder)]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={url.rpartition(':')[2]}"]
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with said.open("wb") as file:
+        process = psutil.Popen(command, stdout=file, stderr=file)
+    below: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + START_S
         while not is_up(f"{url}/api/jobs/"):
-            assert process.poll() is None
+            assert process.poll() is None, said.read_text(encoding="utf-8")
             assert time.monotonic() < deadline, f"Ray was not up in {START_S} s"
             time.sleep(0.2)
         yield url
     finally:
-        below = process.children(recursive=True)
-        process.terminate()
+        with suppress(psutil.NoSuchProcess):
+            below = process.children(recursive=True)
+            process.terminate()
         for left in psutil.wait_procs([process, *below], timeout=20)[1]:
             with suppress(psutil.NoSuchProcess):
                 left.kill()
         process.wait()
+        shutil.rmtree(folder)
 
 
 def is_up(url: str) -> bool:
@@ -50,9 +57,7 @@ def is_up(url: str) -> bool:
     return False
 
 
-def test_a_job_on_a_ray_cluster_runs_the_same_run_file(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, tiny_byte_level: Path
-) -> None:
+def test_a_job_on_a_ray_cluster_runs_the_same_run_file(tmp_path: Path, tiny_byte_level: Path) -> None:
     corpus = write_corpus(tmp_path)
     train(run_config(tiny_byte_level, corpus, tmp_path / "alone", []))
     config = run_config(tiny_byte_level, corpus, tmp_path / "job", [])
@@ -60,7 +65,7 @@ def test_a_job_on_a_ray_cluster_runs_the_same_run_file(
     job.mkdir()
     run_file(job, config)
     tutelage = [str(RAY.with_name("tutelage")), "train", "run.toml", "--ray-workers", "2"]
-    with cluster(tmp_path_factory.mktemp("r")) as url:
+    with cluster() as url:
         submit = [str(RAY), "job", "submit", "--address", url, "--working-dir", str(job), "--", *tutelage]
         done = subprocess.run(submit, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
