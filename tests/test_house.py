@@ -2,9 +2,9 @@
 
 import ast
 import importlib
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,9 +30,10 @@ def test_the_asking_side_imports_without_torch() -> None:
 
 def test_help_is_there_in_half_a_second() -> None:
     def took() -> float:
-        began = time.monotonic()
+        began = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "trainer.cli", "--help"], capture_output=True, check=True)
-        return time.monotonic() - began
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)  # of CPU: other tests run beside this one
+        return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
 
     assert min(took() for _ in range(5)) < 0.5
 

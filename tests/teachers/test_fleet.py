@@ -226,7 +226,7 @@ def test_a_dropped_teacher_is_left_out_at_once_and_joins_again(tiny_byte_level: 
             began = time.monotonic()
             with pytest.raises(TeacherLost):
                 await pool.score("t", [1, 2, 3], 1, 4)
-            assert time.monotonic() - began < 0.05
+            assert time.monotonic() - began < 0.25  # and not the half second of its patience
             with serving(FormulaEngine(tiny_byte_level), port=port):
                 await until_kind(events, "teacher_lost", "teacher_joined")
                 assert len(await pool.score("t", [1, 2, 3], 1, 4)) == 2
