@@ -17,7 +17,9 @@ from trainer.config import RunConfig
 
 KILLS = 5  # under each launcher
 STEPS = 36
-PATIENCE_S = 240
+PATIENCE_S = 480  # 130 to 240 were needed under Ray
+
+pytestmark = pytest.mark.timeout(2 * PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
