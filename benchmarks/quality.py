@@ -303,7 +303,7 @@ def table(figures: Mapping[str, float]) -> str:
     for setting in SETTINGS:
         arms = [arm for arm in ARMS if f"{setting}_{arm}_seeds" in figures]
         if arms:
-            lines.append(f"\n{setting:<18} seeds   before  end              best             gain               tokens")
+            lines.append(f"\n{setting:<20} seeds   before  end              best             gain               tokens")
         for arm in arms:
             name = f"{setting}_{arm}"
             end, best, gain, tokens = (
@@ -313,7 +313,7 @@ def table(figures: Mapping[str, float]) -> str:
                 for column, form in (("end", ".4f"), ("best", ".4f"), ("gain", "+.4f"), ("tokens", ".2f"))
             )
             before = f"{figures[f'{name}_before']:.4f}"
-            lines.append(f"{arm:<18} {figures[f'{name}_seeds']:>5} {before:>8}  {end}  {best}  {gain}  {tokens}")
+            lines.append(f"{arm:<20} {figures[f'{name}_seeds']:>5} {before:>8}  {end}  {best}  {gain}  {tokens}")
     return "\n".join(lines) + "\n"
 
 
