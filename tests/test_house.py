@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import resource
 import subprocess
 import sys
@@ -36,6 +37,13 @@ def test_help_is_there_in_half_a_second() -> None:
         return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
 
     assert min(took() for _ in range(5)) < 0.5
+
+
+def test_threads_of_the_command_do_not_spin_while_they_wait() -> None:
+    asked = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    code = [sys.executable, "-c", "import trainer.cli, torch"]
+    done = subprocess.run(code, env=asked | {"OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True, text=True, check=True)
+    assert "GOMP_SPINCOUNT = '0'" in done.stderr  # 300000 by itself
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 # Student and teachers may share a machine: a thread that waits for another one leaves its core to them. Read by OpenMP
-# when torch is loaded. Beside one busy process a teacher scores 1.8 to 2.6 times the tokens, alone as many as before.
+# when torch is loaded. Beside one busy process a teacher then scores twice the tokens: docs/log.md has what was seen.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(

@@ -48,7 +48,7 @@ def cluster() -> Iterator[str]:
             with suppress(psutil.NoSuchProcess):
                 left.kill()
         process.wait()
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_up(url: str) -> bool:
