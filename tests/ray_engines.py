@@ -1,4 +1,4 @@
-"""An engine for replicas on Ray: it answers from a formula and writes down, in a folder, what happens to it."""
+"""An engine for replicas on Ray: it answers from a formula once told to, and notes what happens to it in a folder."""
 
 import asyncio
 import os
@@ -13,16 +13,18 @@ from tests.serve import FormulaEngine
 
 
 class WatchedEngine(FormulaEngine):
-    """Its check fails while a file in the folder is named after its process."""
+    """No answer until the folder has a file 'go'; its check fails while a file there is named after its process."""
 
-    def __init__(self, folder: Path, notes: Path, delay_s: float) -> None:
-        super().__init__(folder, delay_s)
+    def __init__(self, folder: Path, notes: Path) -> None:
+        super().__init__(folder)
         self._notes = notes
         self._note("opened")
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
         self._note("asked")
         try:
+            while not (self._notes / "go").exists():
+                await asyncio.sleep(0.01)
             return await super().score(sequence, start, top_k)
         except asyncio.CancelledError:
             self._note("dropped")
@@ -40,13 +42,13 @@ class WatchedEngine(FormulaEngine):
             file.write(f"{event} {os.getpid()}\n")
 
 
-async def _open(notes: Path, delay_s: float, _: EngineKind, folder: Path, __: EngineOptions) -> Engine:
-    return WatchedEngine(folder, notes, delay_s)
+async def _open(notes: Path, _: EngineKind, folder: Path, __: EngineOptions) -> Engine:
+    return WatchedEngine(folder, notes)
 
 
-def watched(notes: Path, delay_s: float) -> Opening:
+def watched(notes: Path) -> Opening:
     """How a replica opens one, whose notes go to this folder."""
-    return partial(_open, notes, delay_s)
+    return partial(_open, notes)
 
 
 def events(notes: Path, event: str) -> Sequence[int]:
