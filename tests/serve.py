@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +24,12 @@ from tests.rows import random_rows
 
 
 class FormulaEngine:
-    """Answers like `random_rows`, after a delay; counts what was asked, finished and dropped."""
+    """Answers like `random_rows`, late and while `open` is set; counts what was asked, finished and dropped."""
 
     def __init__(self, folder: Path, delay_s: float = 0.0, **card: object) -> None:
         vocabulary = Vocabulary.load(folder)
-        self.delay_s = delay_s
+        self.delay_s, self.open = delay_s, threading.Event()
+        self.open.set()
         self.asked = self.finished = self.dropped = 0
         self._files = {"tokenizer.json": folder / "tokenizer.json"}
         values = {
@@ -57,6 +58,8 @@ class FormulaEngine:
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
         self.asked += 1
         try:
+            while not self.open.is_set():
+                await asyncio.sleep(0.005)
             await asyncio.sleep(self.delay_s)
         except asyncio.CancelledError:
             self.dropped += 1
@@ -107,7 +110,7 @@ def running(server: uvicorn.Server, port: int = 0) -> Iterator[int]:
         yield port
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=30)
         sock.close()
         assert not thread.is_alive()
 
@@ -143,6 +146,12 @@ def saying(answer: bytes, hang_up: bool = True) -> Iterator[str]:
         stop.set()
         thread.join(timeout=5)
         listener.close()
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 def free_port() -> int:

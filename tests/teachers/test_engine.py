@@ -4,9 +4,11 @@ import asyncio
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -137,16 +139,19 @@ def test_bos_is_what_the_tokenizer_says_where_it_says_something(
 
 
 def test_closing_drops_what_came_while_the_engine_was_busy(tiny_byte_level: Path) -> None:
+    begun = threading.Event()
+
     class Slow(TransformersEngine):
-        def _hidden(self, sequences: list[list[int]]) -> torch.Tensor:
-            time.sleep(0.1)
-            return super()._hidden(sequences)
+        def _answer(self, batch: list[Any]) -> None:
+            begun.set()
+            assert self._closing.wait(20)
+            super()._answer(batch)
 
     engine = Slow(tiny_byte_level, EngineOptions(dtype="float32"))
 
     async def ask() -> list[object]:
         first = asyncio.create_task(engine.score(IDS[:9], 1, 4))
-        await asyncio.sleep(0.05)
+        assert await asyncio.to_thread(begun.wait, 20)
         more = [asyncio.create_task(engine.score(IDS[:9], 1, 4)) for _ in range(5)]
         await asyncio.sleep(0)
         await asyncio.to_thread(engine.close)

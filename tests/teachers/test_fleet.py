@@ -105,7 +105,7 @@ def test_a_replica_that_is_stopped_is_found_out_and_left(trio: list[FaultyTeache
     began = time.monotonic()
     answers, _ = ask_all(address_of(trio, timeout_s=60), lambda: trio[2].send_signal(signal.SIGSTOP))
     assert_undisturbed(answers, vocab_size)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
 
 
 def test_stragglers_are_asked_twice_and_only_a_few_of_them(trio: list[FaultyTeacher], vocab_size: int) -> None:
@@ -215,7 +215,7 @@ async def until_kind(events: list[Event], *kinds: str) -> None:
 
 def test_a_dropped_teacher_is_left_out_at_once_and_joins_again(tiny_byte_level: Path) -> None:
     port, events = free_port(), list[Event]()
-    address = TeacherAddress("t", (f"http://127.0.0.1:{port}",), patience_s=0.5, on_loss="drop")
+    address = TeacherAddress("t", (f"http://127.0.0.1:{port}",), patience_s=2.0, on_loss="drop")
 
     async def run() -> None:
         async with TeacherPool([address], events.append) as pool:
@@ -226,7 +226,7 @@ def test_a_dropped_teacher_is_left_out_at_once_and_joins_again(tiny_byte_level: 
             began = time.monotonic()
             with pytest.raises(TeacherLost):
                 await pool.score("t", [1, 2, 3], 1, 4)
-            assert time.monotonic() - began < 0.25  # and not the half second of its patience
+            assert time.monotonic() - began < 1.0  # and not the two seconds of its patience
             with serving(FormulaEngine(tiny_byte_level), port=port):
                 await until_kind(events, "teacher_lost", "teacher_joined")
                 assert len(await pool.score("t", [1, 2, 3], 1, 4)) == 2

@@ -63,7 +63,7 @@ def teacher(tiny_byte_level: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         assert process.poll() is None, (folder / "stderr").read_text()
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
     written = (folder / "stderr").read_text(encoding="utf-8")
     assert "Traceback" not in written, written
     assert KEY not in written

@@ -9,7 +9,7 @@ from teachers.asking.address import TeacherAddress
 from teachers.asking.pool import TeacherPool
 from teachers.errors import FingerprintMismatch, InvalidRows, Rejected, Unavailable
 from teachers.rows import Rows
-from tests.serve import FormulaEngine, free_port, serving
+from tests.serve import FormulaEngine, free_port, serving, until
 
 
 async def ask_many(addresses: list[TeacherAddress], count: int) -> list[Rows]:
@@ -27,7 +27,7 @@ def test_every_sample_is_answered_by_every_teacher(tiny_byte_level: Path, tiny_s
 
 
 def test_replicas_share_the_work(tiny_byte_level: Path) -> None:
-    engines = [FormulaEngine(tiny_byte_level, delay_s=0.02) for _ in range(2)]
+    engines = [FormulaEngine(tiny_byte_level, delay_s=0.1) for _ in range(2)]
     with serving(engines[0]) as one, serving(engines[1]) as two:
         asyncio.run(ask_many([TeacherAddress("t", (one, two), concurrency=2)], 20))
     assert sum(e.finished for e in engines) == 20
@@ -87,7 +87,7 @@ def test_a_replica_that_comes_back_is_asked_again(tiny_byte_level: Path) -> None
             await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(8)))
             back = FormulaEngine(tiny_byte_level, delay_s=0.01)
             with serving(back, port=port):
-                await asyncio.sleep(2)
+                await until(lambda: pool.stats()["t"].serving == 2)
                 await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(40)))
             return back.finished
 
@@ -96,10 +96,10 @@ def test_a_replica_that_comes_back_is_asked_again(tiny_byte_level: Path) -> None
 
 
 def test_patience_does_not_count_the_time_behind_other_questions(tiny_byte_level: Path) -> None:
-    engine = FormulaEngine(tiny_byte_level, delay_s=0.3)
+    engine = FormulaEngine(tiny_byte_level, delay_s=0.5)
 
     async def run(url: str) -> list[Rows]:
-        async with TeacherPool([TeacherAddress("t", (url,), patience_s=1.0, concurrency=1)]) as pool:
+        async with TeacherPool([TeacherAddress("t", (url,), patience_s=3.0, concurrency=1)]) as pool:
             await pool.connect("t")
             return await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(8)))
 

@@ -25,7 +25,7 @@ from teachers.engines.transformers import TransformersEngine
 from teachers.protocol import ScoreRequest
 from teachers.ray_options import ServeOptions
 from teachers.rows import Rows, as_received
-from tests.serve import free_port
+from tests.serve import free_port, until
 from tests.test_processes import TUTELAGE, wait_for
 
 if importlib.util.find_spec("ray") is None:
@@ -276,18 +276,14 @@ def under_way(notes: Path) -> int:
     return len(events(notes, "asked")) - len(events(notes, "dropped"))
 
 
-async def until(met: Callable[[], bool], what: str) -> None:
-    await asyncio.to_thread(wait_for, met, 60, what)
-
-
 async def a_replica_that_is_taken_away_finishes_its_answer(address: str, notes: Path) -> None:
     client = TeacherClient("slow", f"{address}/slow", "right")
     request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
     try:
         answer = asyncio.create_task(client.score(request, await client.card(), 60.0))
-        await until(lambda: under_way(notes) == 1, "a question that the engine holds")
+        await until(lambda: under_way(notes) == 1, 60)
         leaving = asyncio.create_task(asyncio.to_thread(serve.delete, "slow"))
-        await until(lambda: serve.status().applications["slow"].status == "DELETING", "a replica that is taken away")
+        await until(lambda: serve.status().applications["slow"].status == "DELETING", 60)
         (notes / "go").touch()
         assert len(await answer) == 1
         await leaving
@@ -322,12 +318,12 @@ async def a_full_queue_is_overloaded(client: Client) -> None:
 
 async def a_client_that_leaves_has_its_work_dropped(client: Client, notes: Path) -> None:
     card = await client.card()
-    await until(lambda: under_way(notes) == 0, "the end of what others asked")
+    await until(lambda: under_way(notes) == 0, 60)
     request = ScoreRequest(sequences=[[1, 2], [3, 4, 5]], starts=[1, 1], top_k=4)
     asking = asyncio.create_task(client.score(request, card, 60.0))
-    await until(lambda: under_way(notes) == 2, "two sequences that the engine holds")
+    await until(lambda: under_way(notes) == 2, 60)
     asking.cancel()
-    await until(lambda: under_way(notes) == 0, "two sequences dropped")
+    await until(lambda: under_way(notes) == 0, 60)
     with pytest.raises(errors.Unavailable, match="no complete answer within 0.5 s"):
         await client.score(request, card, 0.5)
 

@@ -25,12 +25,12 @@ from teachers.serving import connections
 from teachers.serving.app import key_guard
 from teachers.serving.process import TeacherServer
 from teachers.serving.service import Refusal, Service
-from tests.serve import FormulaEngine, running, serving
+from tests.serve import FormulaEngine, running, serving, until
 
 QUESTION = {"sequences": [[1, 2, 3]], "starts": [1], "top_k": 4}
 
 
-def await_that(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+def await_that(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
     until = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < until
@@ -41,20 +41,23 @@ def await_that(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
 
 
 def test_a_server_told_to_stop_finishes_what_is_under_way_and_refuses_what_is_new(tiny_byte_level: Path) -> None:
-    server = TeacherServer(Service(FormulaEngine(tiny_byte_level, delay_s=1.0)), drain_s=5.0)
+    engine = FormulaEngine(tiny_byte_level)
+    engine.open.clear()
+    server = TeacherServer(Service(engine), drain_s=30.0)
     with running(server) as port, ThreadPoolExecutor(1) as others:
         url = f"http://127.0.0.1:{port}"
         first = others.submit(httpx.post, f"{url}/v1/score", json=QUESTION)
-        await_that(lambda: server._service.queued_tokens > 0)
+        await_that(lambda: engine.asked == 1)
         server.handle_exit(signal.SIGTERM, None)
         for refused in (httpx.get(f"{url}/ready"), httpx.post(f"{url}/v1/score", json=QUESTION)):
             assert (refused.status_code, refused.headers["connection"]) == (503, "close")
             assert refused.json()["title"] == "Draining"
-            assert refused.headers["retry-after"] == "5"
+            assert refused.headers["retry-after"] == "30"
         assert httpx.get(f"{url}/health").status_code == 200
+        engine.open.set()
         assert first.result().status_code == 200
         assert first.result().content.endswith(b"\xff\xff\xff\xff\x00\x00\x00\x00"), "the end mark of an Arrow stream"
-        await_that(lambda: not listens(port), 2.0)
+        await_that(lambda: not listens(port))
 
 
 def listens(port: int) -> bool:
@@ -129,8 +132,7 @@ def test_tokens_are_counted_from_the_moment_of_admission(tiny_byte_level: Path) 
             service.answer(question)
         assert [chunk async for chunk in chunks]
         service.answer(question)  # never read at all
-        await asyncio.sleep(0.05)
-        assert service.queued_tokens == 0
+        await until(lambda: service.queued_tokens == 0)
 
     asyncio.run(run())
 
@@ -159,14 +161,18 @@ def test_a_body_that_comes_too_slowly_is_408_and_ends_the_connection(tiny_byte_l
 
 
 def test_only_so_many_bodies_are_read_at_once(tiny_byte_level: Path) -> None:
-    with serving(FormulaEngine(tiny_byte_level), limits=Limits(max_bodies=2, max_body_s=0.6)) as url:
+    with serving(FormulaEngine(tiny_byte_level), limits=Limits(max_bodies=2, max_body_s=2.0)) as url:
+
+        def answered(status: int) -> bool:
+            answers.append(httpx.post(f"{url}/v1/score", json=QUESTION))
+            return answers[-1].status_code == status
+
+        answers: list[httpx.Response] = []
         held = [opened(url, scoring(100) + b"{") for _ in range(2)]
-        time.sleep(0.2)
-        refused = httpx.post(f"{url}/v1/score", json=QUESTION)
-        assert (refused.status_code, refused.json()["title"]) == (503, "Too many at once")
-        assert refused.headers["retry-after"] == "1"
-        time.sleep(0.6)
-        assert httpx.post(f"{url}/v1/score", json=QUESTION).status_code == 200
+        await_that(lambda: answered(503))
+        assert answers[-1].json()["title"] == "Too many at once"
+        assert answers[-1].headers["retry-after"] == "1"
+        await_that(lambda: answered(200))
         for sock in held:
             sock.close()
 
@@ -206,8 +212,8 @@ def test_a_client_that_takes_nothing_of_its_answer_loses_it(
     body = json.dumps({"sequences": [[1] * 4096] * 16, "starts": [1] * 16, "top_k": 64}).encode()
     with caplog.at_level(logging.CRITICAL), running(server) as port:
         with opened(f"http://127.0.0.1:{port}", scoring(len(body)) + body):
-            await_that(lambda: sample(server._service, 'aborted_total{reason="stalled"}') == 1, 20.0)
-            await_that(lambda: server._service.idle and not server.server_state.connections, 20.0)
+            await_that(lambda: sample(server._service, 'aborted_total{reason="stalled"}') == 1)
+            await_that(lambda: server._service.idle and not server.server_state.connections)
 
 
 def test_a_body_that_is_no_json_by_its_own_word_is_415(tiny_byte_level: Path) -> None:
@@ -235,8 +241,8 @@ def test_meters_say_what_was_answered_refused_and_cut_short(tiny_byte_level: Pat
         http.post("/v1/score", json={**QUESTION, "top_k": 65})
         http.post("/v1/score", json=QUESTION, headers={"authorization": "Bearer wrong"})
         http.get("/ready")
-        engine.delay_s = 5.0
-        http.post("/v1/score", json=QUESTION, headers={TIMEOUT_HEADER: "0.2"})
+        engine.open.clear()
+        http.post("/v1/score", json=QUESTION, headers={TIMEOUT_HEADER: "1"})
         scraped = httpx.get(f"http://127.0.0.1:{port}/metrics")
         http.close()
     found = {

@@ -280,8 +280,8 @@ def test_teach_serves_an_exported_student_with_vllm_and_takes_it_along_when_it_e
             call(url, lambda c: ask(c, [ids], 17), key=None)
         below = descendants(process.pid)
         process.terminate()
-        assert process.wait(timeout=20) == 128 + signal.SIGTERM
-        wait_for(lambda: not any(map(runs, below)), 5, "the engine's processes are gone")
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        wait_for(lambda: not any(map(runs, below)), 20, "the engine's processes are gone")
     assert (card.max_tokens, card.max_top_k, card.dtype) == (400, 16, "float32")
     assert below
     engine = TransformersEngine(model, EngineOptions(dtype="float32"))

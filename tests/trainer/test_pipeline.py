@@ -15,7 +15,7 @@ import pytest
 
 from alignment import Vocabulary
 from teachers.rows import Rows
-from tests.serve import FormulaEngine, serving
+from tests.serve import FormulaEngine, serving, until
 from tests.tiny import TEXT
 from tests.trainer.runs import run_config, write_corpus
 from trainer.commands.console import watching
@@ -36,13 +36,12 @@ QUIET_S = 0.5
 class WatchedEngine(FormulaEngine):
     """Remembers what it was asked, in order, and the most tokens that were asked for and not taken by the step.
 
-    It answers while `open` is set; a sequence in `held` only once `release` is.
+    The question whose number is `held` it answers only once `release` is set.
     """
 
     def __init__(self, folder: Path, delay_s: float = 0.0) -> None:
         super().__init__(folder, delay_s)
-        self.open, self.release = threading.Event(), threading.Event()
-        self.open.set()
+        self.release = threading.Event()
         self.lengths: list[int] = []
         self.taken_tokens = self.most_tokens = 0
         self.held: int | None = None
@@ -50,7 +49,8 @@ class WatchedEngine(FormulaEngine):
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
         self.lengths.append(len(sequence) - len(self.card.prefix))
         self.most_tokens = max(self.most_tokens, self.under_way)
-        while not (self.release if len(self.lengths) - 1 == self.held else self.open).is_set():
+        held = len(self.lengths) - 1 == self.held
+        while held and not self.release.is_set():
             await asyncio.sleep(0.005)
         return await super().score(sequence, start, top_k)
 
@@ -216,9 +216,7 @@ def test_a_stream_that_is_left_in_the_middle_ends_its_thread(tmp_path: Path, tin
             config_of(tiny_byte_level, tmp_path, [url]), vocabulary, pairs(samples_of(vocabulary, 12))
         ) as stream:
             next(iter(stream))
-        began = time.monotonic()
         assert not [thread for thread in threading.enumerate() if thread.name == "targets"]
-        assert time.monotonic() - began < 5
         engine.release.set()
 
 
@@ -248,9 +246,9 @@ def test_the_step_knows_on_whom_it_waited_and_how_deep_the_queue_was(
         with stream_of(config, vocabulary, pairs(samples_of(vocabulary, 8))) as stream:
             batches = iter(stream)
             fast.settled(8)
-            threading.Timer(0.5, slow.open.set).start()
+            threading.Timer(2.0, slow.open.set).start()
             first = next(batches)
-            time.sleep(QUIET_S)
+            asyncio.run(until(lambda: stream._made == 4))
             second = next(batches)
     assert first.waited_on.keys() == {"t1"}
     assert first.waited_s >= first.waited_on["t1"] > 0.4
@@ -272,22 +270,22 @@ def test_only_the_time_between_question_and_answer_is_a_teachers() -> None:
 class SlowToConnect(FormulaEngine):
     @property
     def tokenizer_files(self) -> dict[str, Path]:
-        time.sleep(0.5)
+        time.sleep(2.0)
         return super().tokenizer_files
 
 
 def test_metrics_say_where_the_time_of_every_step_went(
     tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fast, slow = SlowToConnect(tiny_byte_level), FormulaEngine(tiny_sentencepiece, delay_s=0.3)
+    fast, slow = SlowToConnect(tiny_byte_level), FormulaEngine(tiny_sentencepiece, delay_s=0.6)
     with serving(fast) as one, serving(slow) as two:
         config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [one, two])
         config = config.model_copy(update={"train": config.train.model_copy(update={"prefetch_tokens": 1})})
         train(config, listener=watching("a run"))
     start, *events = read_metrics(tmp_path / "out" / "metrics.jsonl")
     steps = [event for event in events if event["event"] == "step"]
-    assert start["connect_s"] > 0.5
-    assert steps[0]["waited_s"] < start["connect_s"] + 0.3  # connecting is not the first step's
+    assert start["connect_s"] > 2.0
+    assert steps[0]["waited_s"] < start["connect_s"] + 0.6  # connecting is not the first step's
     assert steps[0]["teachers"]["t1"]["waited_s"] > 0.2
     for step in steps[:3]:  # the second epoch comes from memory
         assert step["teachers"]["t0"]["waited_s"] == 0
@@ -296,7 +294,7 @@ def test_metrics_say_where_the_time_of_every_step_went(
         assert 0 <= step["queued_batches"] <= 1  # prefetch_tokens
         assert step["mass"] + step["tail"] == pytest.approx(1, abs=1e-5)
         assert step["coverage"] == 1
-        assert 0 < step["teachers"]["t1"]["tokens_per_s"] < 4 * 62 / 0.3  # at most four windows in 0.3 s
+        assert 0 < step["teachers"]["t1"]["tokens_per_s"] < 4 * 62 / 0.6  # at most four windows in 0.6 s
         assert step["teachers"]["t0"]["tokens_per_s"] > 0
         assert {"share", "own_bpb", "aligned_bpb", "mass", "fleet"} <= step["teachers"]["t0"].keys()
     assert all(step["align_s"] == 0 for step in steps[3:])

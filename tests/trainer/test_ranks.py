@@ -105,7 +105,7 @@ def test_sigterm_saves_and_ends_cleanly(tmp_path: Path, tiny_byte_level: Path) -
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
     events = read_metrics(tmp_path / "told" / "metrics.jsonl")
     done = max(losses(tmp_path / "told"))
     assert events[-1] == events[-1] | {"event": "end", "step": done, "model": None}
