@@ -54,8 +54,8 @@ def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[
         yield process
         below = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-        _, alive = psutil.wait_procs(below, timeout=20)
+        process.wait(timeout=120)
+        _, alive = psutil.wait_procs(below, timeout=60)
         assert not alive
     finally:
         for left in [*below, process]:

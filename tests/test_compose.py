@@ -31,7 +31,7 @@ from trainer.run_file import load_config
 ROOT = Path(__file__).parents[1]
 PORTS = {"smollm2": 8101, "gemma": 8102}
 RECIPE = ROOT / "recipes" / "compose.toml"
-START_S, STEP_S, STOP_S = 120.0, 0.5, 20.0
+START_S, STEP_S, STOP_S = 240.0, 0.5, 60.0
 Service = dict[str, Any]
 
 
@@ -296,7 +296,7 @@ def test_the_trainer_learns_from_both_teachers_and_goes_on_when_started_again(
         command += [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
         for stop in (["--stop-at", "7"], [], []):  # cut short, to the end, and once more when there is nothing left
             done = subprocess.run(
-                command + stop, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=120
+                command + stop, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=240
             )
             assert done.returncode == 0, done.stderr
     events = read_metrics(out / "metrics.jsonl")

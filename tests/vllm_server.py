@@ -55,7 +55,7 @@ def started(command: Sequence[str], port: int, **env: str) -> Iterator["subproce
         finally:
             process.terminate()
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=60)
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)

@@ -47,7 +47,7 @@ from tests.ray_commands import is_ready, printed, run_file, started
 from tests.ray_engines import events, watched
 
 ROOT = Path(__file__).parents[2]
-START_S = 120.0
+START_S = 240.0
 FLOAT32 = EngineOptions(dtype="float32")
 TOP_K = 16
 
@@ -68,7 +68,7 @@ def cluster(tiny_byte_level: Path, tiny_sentencepiece: Path, tmp_path_factory: p
     finally:
         ray.shutdown()
     left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
-    _, alive = psutil.wait_procs(left, timeout=20)
+    _, alive = psutil.wait_procs(left, timeout=60)
     assert not alive
 
 
@@ -265,8 +265,8 @@ def test_keys_queue_cancelling_health_and_drain_of_one_slow_teacher(address: str
     each_way(address, "slow", lambda c: a_client_that_leaves_has_its_work_dropped(c, slow), key="right")
     (sick,) = set(events(slow, "opened"))
     (slow / str(sick)).touch()
-    wait_for(lambda: len(events(slow, "opened")) == 2, 60, "a replica in place of the sick one")
-    wait_for(lambda: not psutil.pid_exists(sick), 60, "the end of the sick replica")
+    wait_for(lambda: len(events(slow, "opened")) == 2, START_S, "a replica in place of the sick one")
+    wait_for(lambda: not psutil.pid_exists(sick), START_S, "the end of the sick replica")
     asyncio.run(a_replica_that_is_taken_away_finishes_its_answer(address, slow))
     assert events(slow, "closed") == events(slow, "opened")
 

@@ -54,7 +54,7 @@ def evaluated(folder: Path, *arguments: object) -> "subprocess.CompletedProcess[
     need("lm_eval")
     env = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "trainer.cli", "eval", *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=480)
 
 
 def accuracy(folder: Path, prefix: Sequence[int]) -> float:

@@ -82,7 +82,7 @@ def test_ranks_killed_under_torchrun_change_no_loss(tmp_path: Path, undisturbed:
     launcher.insert(launcher.index("-m", 2), f"--max-restarts={KILLS}")
     with started(launcher) as process:
         kill_ranks(killed, process.children, process)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=240) == 0
     assert_nothing_was_lost(undisturbed, killed)
 
 
@@ -96,5 +96,5 @@ def test_workers_killed_under_ray_train_change_no_loss(tmp_path: Path, undisturb
             return [p for p in process.children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
 
         kill_ranks(killed, workers, process)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=240) == 0
     assert_nothing_was_lost(undisturbed, killed)

@@ -251,7 +251,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(tmp_path: Path, ti
     done = subprocess.run(
         [sys.executable, "-c", "import sys; from tests.trainer.test_loop import limited; limited(sys.argv[1])",
          config.model_dump_json()],
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert "the last good one is step-00000002: make room, then run again with --resume" in done.stdout

@@ -24,7 +24,7 @@ from trainer.run import begin
 
 def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":
     """`tutelage train` of this run file in several processes."""
-    done = subprocess.run(command(config, ranks, *more), capture_output=True, text=True, timeout=240, **options)
+    done = subprocess.run(command(config, ranks, *more), capture_output=True, text=True, timeout=480, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
