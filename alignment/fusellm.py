@@ -104,7 +104,7 @@ def token_map(teacher: Vocabulary, student: Vocabulary, method: str, cache: Path
     """The map of `em` (equal strings only) or `min_ed`, known so far in the `cache` folder."""
     if method not in METHODS:
         raise ValueError(f"expected a method of {', '.join(METHODS)}, received {method!r}")
-    name = f"{method}-{key_of(_FORMAT, teacher.fingerprint, student.fingerprint)}"
+    name = f"{method}-{key_of(_FORMAT, teacher.fingerprint, student.fingerprint, len(teacher), len(student))}"
     return TokenMap(teacher, student, nearest=method == "min_ed", keep_at=cache / name if cache else None)
 
 

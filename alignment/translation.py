@@ -71,10 +71,10 @@ def translate(
     """Build the table for ids below `vocab_size`, by default those of the tokenizer, or find it in the `cache` folder.
 
     Equal tokenizers translate every id, special or not, into itself, but for roles that they give to other ids. Ids
-    that no tokenizer has stay untranslated.
+    that no tokenizer has stay untranslated. Raises TokenizerError if the teacher writes ids beyond `vocab_size`.
     """
     num_ids = vocab_size or len(teacher)
-    pieces = teacher.token_bytes + (None,) * (num_ids - len(teacher))
+    pieces = teacher.within(num_ids).token_bytes + (None,) * (num_ids - len(teacher))
     path = cache / f"translation-{_key(teacher, student, num_ids)}" if cache else None
     found = load_arrays(path) if path else None
     offsets, tokens = (found["offsets"], found["tokens"]) if found else _table(teacher, student, pieces)
@@ -88,7 +88,8 @@ def translate(
 
 def _key(teacher: Vocabulary, student: Vocabulary, num_ids: int) -> str:
     roles = [(role, v.roles.get(role)) for v in (teacher, student) for role in SHARED_ROLES]
-    return key_of(_FORMAT, tokenizers.__version__, teacher.fingerprint, student.fingerprint, num_ids, roles)
+    sizes = (num_ids, len(student))
+    return key_of(_FORMAT, tokenizers.__version__, teacher.fingerprint, student.fingerprint, *sizes, roles)
 
 
 def _table(
@@ -96,7 +97,7 @@ def _table(
 ) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     rows: list[list[int]] = [[] for _ in pieces]
     if teacher.fingerprint == student.fingerprint:
-        rows[: len(teacher)] = [[i] for i in range(len(teacher))]
+        rows = [[i] if i < min(len(teacher), len(student)) else [] for i in range(len(pieces))]
     else:
         written = [i for i, data in enumerate(pieces) if data]
         for i, ids in zip(written, student.write([pieces[i] or b"" for i in written]), strict=True):

@@ -101,6 +101,20 @@ class Vocabulary:
             roles[role] = found
         return replace(self, roles=roles)
 
+    def within(self, num_ids: int) -> "Vocabulary":
+        """The same for a model of so many ids: it cannot take the special tokens beyond, which are left out.
+
+        Gemma 3 has one for images that its text models lack. Raises TokenizerError if a text could need one of them.
+        """
+        needed = set(self.roles.values())
+        for i in range(num_ids, len(self)):
+            if self.token_bytes[i] is not None or i in needed:
+                raise TokenizerError(
+                    f"the tokenizer of {self.name} has token {i} ({self.tokens[i]!r}), its model only ids up to "
+                    f"{num_ids - 1}"
+                )
+        return replace(self, token_bytes=self.token_bytes[:num_ids])
+
     @cached_property
     def tokens(self) -> tuple[str, ...]:
         """[V] each id as the tokenizer spells it; empty for unassigned ids."""
@@ -155,6 +169,9 @@ class Vocabulary:
         """
         encoding = self._parser.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
+        if ids and max(ids) >= len(self):
+            spelling = self._reader.id_to_token(max(ids))
+            raise TokenizerError(f"{self.name}: a rendered chat has {spelling!r}, which its model does not know")
         parts: list[Tokens] = []
         char = byte = first = 0  # where the stretch of ordinary tokens begins: in characters, bytes and tokens
         special = [i for i, token in enumerate(ids) if self._is_spelled(token, text[slice(*offsets[i])])]

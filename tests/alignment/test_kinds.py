@@ -1,6 +1,8 @@
 """Every kind of tokenizer as teacher and as student: each hard case of text, and any text at all."""
 
 import json
+import re
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,6 +14,7 @@ from alignment import Target, Tokens, Translation, Vocabulary, align, translate
 from alignment.chain import Rows, chained
 from alignment.kernels import NONE
 from alignment.report import block_likelihoods
+from alignment.spelling import TokenizerError
 from tests.kinds import KINDS, WRITES_BYTES, vocabulary_of
 from tests.rows import random_rows
 from tests.tiny import TEXT, tokenizer_json
@@ -160,6 +163,14 @@ def test_roles_can_be_given_by_spelling() -> None:
     for spelled, message in (({"end": "<|eos|>"}, "no role 'end'"), ({"eos": "<nope>"}, "'<nope>', which is none")):
         with pytest.raises(ValueError, match=message):
             vocabulary.with_roles(spelled)
+
+
+def test_a_rendered_chat_with_a_token_that_the_model_lacks_is_refused() -> None:
+    vocabulary = vocabulary_of("byte_level")
+    spelling = vocabulary.tokens[vocabulary.roles["bos"]]
+    small = replace(vocabulary, token_bytes=vocabulary.token_bytes[: vocabulary.roles["bos"]])
+    with pytest.raises(TokenizerError, match=f"a rendered chat has '{re.escape(spelling)}', which its model does not"):
+        small.encode_rendered(spelling)
 
 
 def test_added_tokens_that_are_no_special_tokens_write_their_content() -> None:
