@@ -19,7 +19,7 @@ from tests.serve import FormulaEngine, serving, until
 from tests.tiny import TEXT
 from tests.trainer.runs import run_config, write_corpus
 from trainer.commands.console import watching
-from trainer.config import RunConfig
+from trainer.config import FusionConfig, RunConfig
 from trainer.data.reading import Reader
 from trainer.data.samples import Sample
 from trainer.errors import DataError
@@ -27,6 +27,7 @@ from trainer.loop import train
 from trainer.reports.metrics import read_metrics
 from trainer.targets.ahead import CANDIDATE_BYTES
 from trainer.targets.fuser import Fuser
+from trainer.targets.fusion import Gathered, alone
 from trainer.targets.pipeline import Batch, LastAnswer, TargetStream
 
 WINDOW, TOP_K = 40, 16
@@ -86,8 +87,10 @@ def config_of(model: Path, folder: Path, urls: list[str], **train: Any) -> RunCo
 
 
 @contextmanager
-def stream_of(config: RunConfig, vocabulary: Vocabulary, batches: Iterable[Sequence[Sample]]) -> Iterator[TargetStream]:
-    fuser = Fuser(config, len(vocabulary))
+def stream_of(
+    config: RunConfig, vocabulary: Vocabulary, batches: Iterable[Sequence[Sample]], gathered: Gathered = alone
+) -> Iterator[TargetStream]:
+    fuser = Fuser(config, len(vocabulary), gathered=gathered)
     with TargetStream(config, Reader(vocabulary, vocabulary.prefix), batches, fuser=fuser) as stream:
         yield stream
 
@@ -218,6 +221,28 @@ def test_a_stream_that_is_left_in_the_middle_ends_its_thread(tmp_path: Path, tin
             next(iter(stream))
         assert not [thread for thread in threading.enumerate() if thread.name == "targets"]
         engine.release.set()
+
+
+def test_a_fusion_that_waits_for_another_process_does_not_hold_up_the_end_of_this_one(
+    tmp_path: Path, tiny_byte_level: Path
+) -> None:
+    """The other one may wait for that end: only daemons may be left."""
+    vocabulary, begun, release = Vocabulary.load(tiny_byte_level), threading.Event(), threading.Event()
+
+    def gathered(mine: Any) -> list[Any]:
+        begun.set()
+        assert release.wait(60)
+        return [mine]
+
+    before = set(threading.enumerate())
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        config = config_of(tiny_byte_level, tmp_path, [url])
+        config = config.model_copy(update={"fusion": FusionConfig(method="adaptive")})
+        with stream_of(config, vocabulary, pairs(samples_of(vocabulary, 4)), gathered):
+            assert begun.wait(20)
+    left = set(threading.enumerate()) - before
+    release.set()
+    assert [(thread.name, thread.daemon) for thread in left] == [("waits for others", True)]
 
 
 def test_a_signal_handler_ends_an_iteration_that_waits(tmp_path: Path, tiny_byte_level: Path) -> None:

@@ -3,12 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from tests.needs import need_command
-from tests.tiny import save_tiny_model
+from tests.tiny import TEXT, save_tiny_model, tiny_vocabulary
 from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from trainer.config import LoraConfig, StudentConfig
 from trainer.data.reading import Reader
@@ -90,6 +100,53 @@ def test_activation_checkpointing_changes_no_loss(tmp_path: Path, tiny_byte_leve
     less = {"activation_checkpointing": True}
     train(run_config(tiny_byte_level, corpus, tmp_path / "less", [], train={"steps": 3}, student=less))
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "less"), abs=1e-5)
+
+
+def test_activation_checkpointing_computes_only_trained_layers_twice(tmp_path: Path) -> None:
+    folder = save_deep_model(tmp_path / "deep", layers=4)
+    config = StudentConfig(model=str(folder), precision="fp32", train_layers=1, activation_checkpointing=True)
+    student, times = load_student(config), [0] * 4
+    for i, layer in enumerate(student.model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, i=i: times.__setitem__(i, times[i] + 1))
+    text = student.vocabulary.encode(TEXT[:100])
+    (states,) = student.compute([text], [np.ones(len(text) - 1, dtype=bool)], lambda _, states_TD: (states_TD,))
+    states.sum().backward()
+    assert times == [1, 1, 1, 2]
+
+
+def save_deep_model(folder: Path, layers: int) -> Path:
+    """A Gemma 3, whose layers are of two kinds."""
+    save_tiny_model(folder, kind="byte_level", seed=0)
+    kinds = ["sliding_attention" if i % 2 else "full_attention" for i in range(layers)]
+    sizes = SIZES | {
+        "vocab_size": len(tiny_vocabulary("byte_level")),
+        "num_hidden_layers": layers,
+        "head_dim": 16,
+        "layer_types": kinds,
+    }
+    Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=16)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of itself
+def test_layers_stay_compiled_for_every_kind_of_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dynamo alone, which decides when a layer is compiled again and when that was too often."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda layer: compiled(layer, backend="eager"))
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    folder = save_deep_model(tmp_path / "deep", layers=4)
+    student = load_student(StudentConfig(model=str(folder), precision="fp32", compile=True))
+    text = student.vocabulary.encode(TEXT)
+    for lengths in ([60] * 8, [41, 20, 15], [60, 50, 30, 20], [60] * 4, [33], [30, 14, 44], [12, 20, 50], [31] * 6):
+        parts = [text.part(slice(0, length), 0, 0) for length in lengths]
+        wanted = [np.ones(length - 1, dtype=bool) for length in lengths]
+        for learning in (False, True):
+            with torch.set_grad_enabled(learning):
+                (states,) = student.compute(parts, wanted, lambda _, states_TD: (states_TD,))
+            if learning:
+                states.sum().backward()
+            assert states.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ async def _from_server(
 ) -> tuple[Vocabulary, int, list[_Scored]]:
     async with TeacherPool([TeacherAddress("teacher", (url,), key=key)]) as pool:
         card, files = await pool.connect("teacher")
-        vocabulary = Vocabulary.from_files(files, name=card.model)
+        vocabulary = Vocabulary.from_files(files, name=card.model).within(card.vocab_size)
         asked = (_ask(pool, card, vocabulary, window, top_k) for window in windows)
         return vocabulary, card.vocab_size, await together(asked)
 

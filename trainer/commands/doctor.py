@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.learning.student import check_folder, reader_of
 from trainer.places import find_model
 from trainer.run import total_steps
-from trainer.targets.asking import address_of, check_card
+from trainer.targets.asking import address_of, vocabulary_of
 from trainer.targets.fuser import check_routes
 
 EXAMINED = 4096  # samples that are read as every model reads them; they stand for the others where there are more
@@ -39,8 +39,7 @@ def examine(config: RunConfig) -> list[Finding]:
     try:
         folder = find_model(config.student.model)
         vocabulary = Vocabulary.load(folder)
-        check_folder(folder, config)
-        vocabulary = vocabulary.with_roles(config.student.roles)
+        vocabulary = vocabulary.with_roles(config.student.roles).within(check_folder(folder, config))
         findings.append(Finding("student", True, f"{vocabulary.name}: {len(vocabulary)} tokens"))
         corpus = load_corpus(config.data, config.eval, vocabulary, config.train.seed)
         findings += [Finding("data", True, _holds(source)) for source in corpus.sources]
@@ -90,8 +89,7 @@ async def _examine_teacher(teacher: TeacherConfig, samples: Sequence[Sample], da
             findings.append(
                 Finding(who, True, f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}")
             )
-            vocabulary = Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles)
-            check_card(teacher, card, vocabulary)
+            vocabulary = vocabulary_of(teacher, card, files)
             findings.append(Finding(who, True, f"tokenizer of {len(vocabulary)} tokens is the one of its card"))
             template = None
             if any(sample.is_chat for sample in samples):

@@ -34,6 +34,7 @@ from trainer.ranks import Ranks
 
 log = logging.getLogger("tutelage.student")
 NEWLINE = "\n"
+RECOMPILE_LIMIT = 64  # torch's 8 are not enough for Gemma 3, whose layers would then run uncompiled
 COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
 TERMS = ("LICENSE", "NOTICE")  # that go with the weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -202,8 +203,8 @@ def reader_of(folder: Path, vocabulary: Vocabulary, config: RunConfig) -> Reader
     return Reader(vocabulary, vocabulary.prefix, template)
 
 
-def check_folder(folder: Path, config: RunConfig) -> None:
-    """What can be said of a student without loading it. Raises ConfigError for what `load_student` would refuse."""
+def check_folder(folder: Path, config: RunConfig) -> int:
+    """How many ids the student's model has, without loading it. Raises ConfigError for what `load_student` refuses."""
     try:
         model = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     except (OSError, ValueError) as error:
@@ -216,12 +217,15 @@ def check_folder(folder: Path, config: RunConfig) -> None:
     limit = getattr(model, "max_position_embeddings", 1 << 31)
     if config.data.window_tokens > limit:
         raise ConfigError(f"data.window_tokens is {config.data.window_tokens}, the student takes {limit}")
+    num_ids: int = getattr(model, "vocab_size", 1 << 31)
+    return num_ids
 
 
 def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
     """Load, choose what is trained, and share it out over the ranks, which take turns on each machine.
 
-    Raises ConfigError if the model is not there or cannot be trained as the run file says.
+    Raises ConfigError if the model is not there or cannot be trained as the run file says, TokenizerError if its
+    tokenizer is not there or writes ids that it has not.
     """
     folder, device = find_model(config.model), ranks.device(config.device)
     vocabulary = Vocabulary.load(folder).with_roles(config.roles)
@@ -232,6 +236,7 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
         with ranks.one_after_another():
             core, packs = _prepared(config, folder, "cpu")
             shard(core, layers_of(core.model), mesh, bf16=config.precision == "bf16")
+    vocabulary = vocabulary.within(core.model.get_input_embeddings().num_embeddings)
     autocast = config.precision == "bf16" and ranks.size == 1
     return Student(core, vocabulary, folder, device, autocast, packs, config.lora)
 
@@ -250,10 +255,28 @@ def _prepared(config: StudentConfig, folder: Path, device: str) -> tuple[Core, b
     if config.lora is not None:
         add_adapters(model, config.lora)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in layers_of(model) if config.compile else ():
-        layer.compile()
+        _checkpoint_activations(model)
+    if config.compile:
+        _compile(layers_of(model))
     return Core(model), packs
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Raises ConfigError if the model cannot."""
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"student.activation_checkpointing: {error}") from error
+    model.disable_input_require_grads()  # only the reentrant way needs it; it has frozen layers computed twice too
+
+
+def _compile(layers: nn.ModuleList) -> None:
+    """All layers share one code, so what each kind of layer, of mask, of row and of mode needs counts together."""
+    from torch._dynamo import config as dynamo  # a second to import
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    for layer in layers:
+        layer.compile()
 
 
 def _loaded(folder: Path) -> Any:

@@ -7,7 +7,7 @@ one sample, which all models see whole: one that a model cannot take is refused,
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from trainer.data.samples import Sample
 from trainer.data.template import ChatError
 from trainer.places import find_tokenizer, tables_dir
 from trainer.targets.align_chat import align_chat
+from trainer.targets.threads import in_thread
 
 T = TypeVar("T")
 
@@ -249,14 +250,11 @@ def _key_of(teacher: TeacherConfig) -> str | None:
     return key_from_environment(teacher.key_env) if teacher.key_env is not None else None
 
 
-def check_card(teacher: TeacherConfig, card: Card, vocabulary: Vocabulary) -> None:
-    """Refuse what would go wrong later. Raises TeacherError naming the teacher."""
+def vocabulary_of(teacher: TeacherConfig, card: Card, files: Mapping[str, bytes]) -> Vocabulary:
+    """The tokens that its model has. Raises TeacherError or TokenizerError, by its name, for what cannot go well."""
     if teacher.top_k > card.max_top_k:
         raise Rejected(f"teacher {teacher.name}: top_k is {teacher.top_k}, it answers at most {card.max_top_k}")
-    if len(vocabulary) > card.vocab_size:
-        raise TeacherError(
-            f"teacher {teacher.name}: its tokenizer has {len(vocabulary)} tokens, its model only {card.vocab_size}"
-        )
+    return Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles).within(card.vocab_size)
 
 
 @asynccontextmanager
@@ -272,8 +270,7 @@ async def connected(
         answers = await together(pool.connect(teacher.name) for teacher in config.teachers)
         teachers = []
         for teacher, (card, files) in zip(config.teachers, answers, strict=True):
-            vocabulary = Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles)
-            check_card(teacher, card, vocabulary)
+            vocabulary = vocabulary_of(teacher, card, files)
             template = None
             if config.data.has_chats:
                 template = chat_template(files, vocabulary, teacher.roles, teacher.chat_template)
@@ -295,17 +292,6 @@ def _matched(
         return None, None
     translation = translate(own, student, card.vocab_size, cache=tables_dir())
     return translation, None if teacher.match == "chain" else token_map(own, student, teacher.match, tables_dir())
-
-
-async def in_thread(work: Callable[..., T], *given: Any) -> tuple[T, float]:
-    """What `work` returns on a thread beside the event loop and the step, and the CPU seconds that it took there."""
-
-    def timed() -> tuple[T, float]:
-        began = time.thread_time()
-        result = work(*given)
-        return result, time.thread_time() - began
-
-    return await asyncio.to_thread(timed)
 
 
 async def together(questions: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -23,8 +23,9 @@ from trainer.config import RunConfig
 from trainer.data.reading import Reader
 from trainer.data.samples import Sample
 from trainer.targets.ahead import Ahead, Place
-from trainer.targets.asking import Asked, Teachers, connected, in_thread
+from trainer.targets.asking import Asked, Teachers, connected
 from trainer.targets.fuser import Fuser, Lesson
+from trainer.targets.threads import in_daemon_thread
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class TargetStream:
     async def _fused(self, batch: Sequence[Asked | None], teachers: Teachers) -> Batch:
         """In the order of the batches."""
         usable = [asked for asked in batch if asked is not None]
-        lessons, fuse_s = await in_thread(self._fuser.fuse, usable, self._step)
+        lessons, fuse_s = await in_daemon_thread(self._fuser.fuse, usable, self._step)
         self._step += 1
         answers = [
             LastAnswer(teacher.config.name, answer.timing.asked_at, answer.timing.came_at)
