@@ -114,16 +114,14 @@ class Checkpoints:
         return self._folder / f"step-{step:08d}", self._folder / f".partial-{step:08d}"
 
     def _cannot(self, final: Path, partial: Path, error: BaseException) -> CheckpointError:
-        folder = self._folder
-        free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB free" if folder.exists() else "no folder"
+        folder, advice = self._folder, "run again with --resume"
+        if isinstance(_cause(error), OSError) and folder.exists():  # and not a rank that died or memory that is full
+            advice = f"make room ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free), then {advice}"
         if self._ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         last = latest_checkpoint(folder)
         before = f"the last good one is {last.name}" if last else "there is none yet"
-        return CheckpointError(
-            f"cannot write checkpoint {final} ({free}: {_reason(error)}); {before}: make room, then run again "
-            "with --resume"
-        )
+        return CheckpointError(f"cannot write checkpoint {final} ({_reason(error)}); {before}: {advice}")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -196,7 +194,11 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
     return iter(sorted(folder.glob("step-*")))
 
 
+def _cause(error: BaseException) -> BaseException:
+    """Of the first rank that failed."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    error = _cause(error)
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,10 +5,12 @@ then costs anything. Small numbers travel by gloo, whatever the weights travel b
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from trainer.errors import ConfigError
 
 T = TypeVar("T")
+APPEARS_S = 60.0  # NFS may keep what it knows of a folder for so long
 PATIENCE = timedelta(hours=2)  # a rank may write, compile or measure while the others wait for it
 
 
@@ -81,6 +84,19 @@ class Ranks:
         """Until all are here."""
         self.sum([0.0])
 
+    def blind_to(self, folder: Path) -> list[int]:
+        """Ranks that do not see what the first one writes in a folder: it is another one on their machine."""
+        if self.size == 1:
+            return []
+        mark = folder / f".seen-{os.getpid()}"
+        if self.first:
+            mark.touch()
+        name = self.agreed(mark.name)
+        blind = [rank for rank, sees in enumerate(self.gathered(_appears(folder / name))) if not sees]
+        if self.first:
+            mark.unlink()
+        return blind
+
     @contextmanager
     def one_before_the_others(self) -> Iterator[None]:
         """One process of each machine does it first, and the others find it done."""
@@ -104,16 +120,24 @@ class Ranks:
         return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
 
 
+def _appears(path: Path) -> bool:
+    """Whether a file is there, or comes."""
+    until = time.monotonic() + APPEARS_S
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 @contextmanager
 def joined(device: str, patience_s: float = 0.0) -> Iterator[Ranks]:
     """The ranks that this process was started as one of; alone if nothing says so.
 
-    patience_s: how long one of them may wait for a teacher. Raises ConfigError if all of them would take one GPU.
+    patience_s: how long one of them may wait for a teacher. Raises ConfigError if they cannot have a GPU each.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and device.startswith("cuda"):
-        if device != "cuda":
-            raise ConfigError(f"student.device is {device}, which all processes would take; cuda is each one's own")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # meshes and nccl take the current one
+        _take_gpu(device)
     if dist.is_initialized():  # Ray Train has done it
         yield _ranks(patience_s)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -124,6 +148,21 @@ def joined(device: str, patience_s: float = 0.0) -> Iterator[Ranks]:
         dist.destroy_process_group()  # not after an error: it would wait for ranks that do not know of it
     else:
         yield Ranks()
+
+
+def _take_gpu(device: str) -> None:
+    """Make this process's own the current one, which meshes and nccl take."""
+    if device != "cuda":
+        raise ConfigError(f"student.device is {device}, which all processes would take; cuda is each one's own")
+    if "LOCAL_RANK" not in os.environ:
+        raise ConfigError("WORLD_SIZE is set and LOCAL_RANK is not: start the processes with torchrun, or set both")
+    local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"process {local_rank} of this machine (LOCAL_RANK) sees {num_gpus} GPUs: start as many processes as "
+            "there are GPUs, and let each of them see all"
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def _meeting_place() -> tuple[Any, int, int]:

@@ -1,6 +1,7 @@
 """What a run has at hand: made once and checked before anything is spent, and saved."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ class Run:
     @contextmanager
     def opened(self, listener: Listener | None, connect_s: float) -> Iterator[Metrics]:
         """The run's folder and its metrics, which the first rank writes. connect_s: what reaching the teachers took."""
-        make_folder(self.folder)
+        make_folder(self.folder, self.ranks)
         with ExitStack() as stack:
             listeners = stack.enter_context(tracked(self.config, self.done)) if self.ranks.first else []
             path = self.folder / "metrics.jsonl" if self.ranks.first else None
@@ -98,6 +99,9 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
     last = ranks.agreed(latest_checkpoint(out / "checkpoints")) if resume else None
     _check(config, ranks, out, resume)
     torch.manual_seed(config.train.seed)  # of new adapters
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     student = load_student(config.student, ranks)
     longest = config.data.window_tokens + config.data.close_documents
     if longest > student.max_tokens:
@@ -109,6 +113,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
     reader = reader_of(student.folder, student.vocabulary, config)
     optimizer = make_optimizer(student, config.optim)
     identity = identity_of(config, student, corpus)
+    check_alike(ranks.gathered(facts_of(config, identity)))
     done = load_checkpoint(last, student, optimizer, identity, ranks) if last else 0
     num_steps = total_steps(config, corpus)
     fusion_state = load_fusion_state(last) if last else None
@@ -131,12 +136,37 @@ def _check(config: RunConfig, ranks: Ranks, out: Path, resume: bool) -> None:
     check_trackers(config.tracking)
 
 
-def make_folder(out: Path) -> None:
-    """Make the run's folder. Raises ConfigError if it cannot be made."""
+def facts_of(config: RunConfig, identity: Identity) -> dict[str, Any]:
+    """What every rank must have alike, by name."""
+    sections = config.model_dump(mode="json")
+    teachers = sections.pop("teachers")
+    settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    return {"teachers": teachers, **settings, **identity}
+
+
+def check_alike(facts_of_ranks: Sequence[Identity]) -> None:
+    """Raise ConfigError, on all ranks, where one of them would train something else."""
+    first = facts_of_ranks[0]
+    for rank, facts in enumerate(facts_of_ranks):
+        for key, value in facts.items():
+            if value != first[key]:
+                raise ConfigError(
+                    f"process 0 has {key} = {first[key]!r}, process {rank} has {value!r}: all machines need the same "
+                    "run file, student and data"
+                )
+
+
+def make_folder(out: Path, ranks: Ranks = Ranks()) -> None:
+    """Make the run's folder. Raises ConfigError if it cannot be made, or if not all ranks have the same one."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output.dir: cannot make {out}: {error.strerror}") from error
+    if blind := ranks.blind_to(out):
+        raise ConfigError(
+            f"output.dir is {out}, where process {blind[0]} does not see what process 0 writes: give a folder on a "
+            "disk that all machines share"
+        )
 
 
 def total_steps(config: RunConfig, corpus: Corpus) -> int:

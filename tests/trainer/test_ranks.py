@@ -19,7 +19,7 @@ from trainer.errors import ConfigError
 from trainer.loop import train
 from trainer.ranks import Ranks, joined
 from trainer.reports.metrics import read_metrics
-from trainer.run import begin
+from trainer.run import begin, check_alike, make_folder
 
 
 def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -79,6 +79,43 @@ def test_two_ranks_train_adapters_and_export_them_merged(tmp_path: Path, tiny_by
     torchrun(config["two"], 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert_equal_models(tmp_path / "one", tmp_path / "two")
+
+
+def test_ranks_that_would_train_something_else_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"process 0 has optim.lr = 0.1, process 2 has 0.2: all machines need the"):
+        check_alike([{"optim.lr": lr, "samples": "a"} for lr in (0.1, 0.1, 0.2)])
+
+
+class OneOfTwo(Ranks):
+    """A rank whose other one is made up: it names the mark, and sees it."""
+
+    def agreed(self, value: Any) -> Any:
+        return value if self.first else ".seen-by-the-other"
+
+    def gathered(self, mine: Any, group: Any = None) -> list[Any]:
+        return [mine, True] if self.first else [True, mine]
+
+
+def test_an_output_folder_of_another_machine_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.ranks.APPEARS_S", 0.3)
+    assert Ranks().blind_to(tmp_path) == OneOfTwo(0, 2).blind_to(tmp_path) == []
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(
+        ConfigError, match=r"process 1 does not see what process 0 writes: give a folder on a disk that"
+    ):
+        make_folder(tmp_path, OneOfTwo(1, 2))
+    (tmp_path / ".seen-by-the-other").touch()
+    make_folder(tmp_path, OneOfTwo(1, 2))
+
+
+def test_processes_without_a_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ConfigError, match="start the processes with torchrun"), joined("cuda"):
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "1000")
+    with pytest.raises(ConfigError, match="process 1000 of this machine"), joined("cuda"):
+        pass
 
 
 def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
