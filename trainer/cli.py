@@ -185,7 +185,7 @@ def train(
             from trainer.launch import train_on_ray
 
             result = train_on_ray(
-                config, workers=ray_workers, max_failures=max_failures, resume=resume, address=address
+                config, workers=ray_workers, max_failures=max_failures, resume=resume, stop_at=stop_at, address=address
             )
         else:
             from trainer.loop import train as run_loop

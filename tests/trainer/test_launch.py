@@ -58,15 +58,25 @@ def is_up(url: str) -> bool:
 
 
 def test_a_job_on_a_ray_cluster_runs_the_same_run_file(tmp_path: Path, tiny_byte_level: Path) -> None:
-    corpus = write_corpus(tmp_path)
-    train(run_config(tiny_byte_level, corpus, tmp_path / "alone", []))
-    config = run_config(tiny_byte_level, corpus, tmp_path / "job", [])
+    """Its paths are relative to the working directory that the job takes along, but for output.dir."""
     job = tmp_path / "work"
-    job.mkdir()
-    run_file(job, config)
-    tutelage = [str(RAY.with_name("tutelage")), "train", "run.toml", "--ray-workers", "2"]
+    shutil.copytree(tiny_byte_level, job / "student")
+    corpus = write_corpus(job)
+    train(run_config(tiny_byte_level, corpus, tmp_path / "alone", []), stop_at=4)
+    relative = run_config(Path("student"), Path(corpus.name), tmp_path / "job", [])
+    run_file(job, relative)
     with cluster() as url:
-        submit = [str(RAY), "job", "submit", "--address", url, "--working-dir", str(job), "--", *tutelage]
-        done = subprocess.run(submit, capture_output=True, text=True, timeout=400, check=False)
+
+        def submitted(*more: str) -> "subprocess.CompletedProcess[str]":
+            tutelage = [str(RAY.with_name("tutelage")), "train", "run.toml", "--ray-workers", "2", *more]
+            submit = [str(RAY), "job", "submit", "--address", url, "--working-dir", str(job), "--", *tutelage]
+            return subprocess.run(submit, capture_output=True, text=True, timeout=400, check=False)
+
+        lost = submitted("--set", "output.dir=runs/one")
+        done = submitted("--stop-at", "4")
+    assert lost.returncode != 0
+    assert "give an absolute path on a disk that all nodes see" in lost.stdout
     assert done.returncode == 0, done.stdout[-3000:]
+    assert "after a failure the run begins again at its first step" in done.stdout
     assert losses(tmp_path / "job") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+    assert max(losses(tmp_path / "job")) == 4
