@@ -118,6 +118,19 @@ def test_processes_without_a_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatc
         pass
 
 
+def test_two_ranks_in_bf16_with_recomputed_adapters_learn_as_one_in_float32(
+    tmp_path: Path, tiny_byte_level: Path
+) -> None:
+    """To the rounding of bf16, with weights gathered in it and hidden states recomputed."""
+    corpus, lora = write_corpus(tmp_path), {"lora": {"rank": 4, "dropout": 0.0}}
+    mixed = lora | {"precision": "bf16", "activation_checkpointing": True}
+    optim = {"lr": 1e-2}
+    train(run_config(tiny_byte_level, corpus, tmp_path / "one", [], student=lora, optim=optim))
+    torchrun(run_config(tiny_byte_level, corpus, tmp_path / "two", [], student=mixed, optim=optim), 2)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", tolerance=0.03)
+    assert losses(tmp_path / "one") != pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+
+
 def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="student.device is cuda:1, which all processes would take"), joined("cuda:1"):
