@@ -82,12 +82,14 @@ class TokenizerFolder:
         return said if isinstance(said, bool) else None
 
     def special_id(self, role: str) -> int | None:
-        """The id of "bos" or "eos": the model's word, else the tokenizer's."""
-        if f"{role}_token_id" in self.config:
-            value = self.config[f"{role}_token_id"]
-        else:
-            token = self._said.get(f"{role}_token")
-            value = self._tokenizer.token_to_id(token.get("content") if isinstance(token, dict) else token or "")
+        """The id of "bos" or "eos": of BOS the tokenizer's word, else the model's; of EOS the model's first.
+
+        As teachers.engines.files.bos_of has it, for the same reason.
+        """
+        token = self._said.get(f"{role}_token")
+        spelled = self._tokenizer.token_to_id(token.get("content") if isinstance(token, dict) else token or "")
+        of_model = self.config.get(f"{role}_token_id", spelled)
+        value = spelled if role == "bos" and spelled is not None else of_model
         first = value[0] if isinstance(value, list) else value
         return None if first is None else int(first)
 

@@ -27,10 +27,13 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def describe(folder: Path, files: Files, config: Any, dtype: str, **rest: Any) -> Card:
+def describe(
+    folder: Path, files: Files, config: Any, dtype: str, *, config_folder: Path | None = None, **rest: Any
+) -> Card:
     """The card of the weights in `folder`, given the text model's configuration (as transformers has it).
 
-    `rest` is what only the engine knows: engine, expects_bos, max_tokens, max_top_k.
+    config_folder is where config.json lies, if not beside the weights. `rest` is what only the engine knows: engine,
+    expects_bos, max_tokens, max_top_k.
     """
     model, revision = name_of(folder)
     tokenizer_sha256 = sha256(files["tokenizer.json"])
@@ -38,21 +41,22 @@ def describe(folder: Path, files: Files, config: Any, dtype: str, **rest: Any) -
     return Card(
         model=model,
         revision=revision,
-        fingerprint=fingerprint(folder, tokenizer_sha256, dtype),
+        fingerprint=fingerprint(folder, tokenizer_sha256, dtype, config_folder),
         dtype=dtype,
         vocab_size=config.vocab_size,
         tokenizer_sha256=tokenizer_sha256,
-        bos_id=config.bos_token_id,
+        bos_id=bos_of(files, config.bos_token_id),
         eos_id=config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id,
         chat_template_sha256=sha256(template) if template else None,
         **rest,
     )
 
 
-def fingerprint(folder: Path, tokenizer_sha256: str, dtype: str) -> str:
+def fingerprint(folder: Path, tokenizer_sha256: str, dtype: str, config_folder: Path | None = None) -> str:
     """Changes with the weights, their configuration, the tokenizer and the type."""
     digest = hashlib.sha256(f"{tokenizer_sha256} {dtype}".encode())
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+    config = (config_folder or folder) / "config.json"
+    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), config], key=lambda path: path.name)
     with ThreadPoolExecutor() as pool:  # hashing holds no lock, and weights can be many gigabytes
         for path, sha in zip(paths, pool.map(sha256, paths), strict=True):
             digest.update(f"{path.name} {sha}".encode())
@@ -66,6 +70,20 @@ def sha256(path: Path) -> str:
         return blob.name
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bos_of(files: Files, of_config: int | None) -> int | None:
+    """The tokenizer's own BOS; the model configuration's where the tokenizer names none.
+
+    They are not always one: DeepSeek-R1-Distill-Qwen's configuration has its EOS there.
+    """
+    config = json.loads(files["tokenizer_config.json"].read_bytes()) if "tokenizer_config.json" in files else {}
+    token = config.get("bos_token")
+    spelled = token.get("content") if isinstance(token, dict) else token
+    if spelled is None:
+        return of_config
+    added = json.loads(files["tokenizer.json"].read_bytes()).get("added_tokens", [])
+    return next((one["id"] for one in added if one["content"] == spelled), of_config)
 
 
 def says_bos(files: Files, bos_id: int | None) -> bool | None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from teachers.engine import EngineOptions
-from teachers.engines.files import describe, prefers_bos, probe_ids, says_bos, tokenizer_files
+from teachers.engines.files import bos_of, describe, prefers_bos, probe_ids, says_bos, tokenizer_files
 from teachers.errors import TeacherError
 from teachers.protocol import Card
 from teachers.rows import Rows
@@ -170,13 +170,14 @@ class TransformersEngine:
 
     def _describe(self, folder: Path) -> Card:
         options, config = self._options, self._model.config.get_text_config()
+        bos_id = bos_of(self._files, config.bos_token_id)
         return describe(
             folder,
             self._files,
             config,
             options.dtype,
             engine=f"transformers {transformers.__version__}",
-            expects_bos=options.bos == "yes" or (options.bos == "auto" and self._expects_bos(config.bos_token_id)),
+            expects_bos=options.bos == "yes" or (options.bos == "auto" and self._expects_bos(bos_id)),
             max_tokens=min(options.max_tokens or 1 << 31, getattr(config, "max_position_embeddings", 1 << 31)),
             max_top_k=min(options.max_top_k, config.vocab_size),
             max_chosen=MAX_CHOSEN,

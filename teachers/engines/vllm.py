@@ -27,15 +27,14 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
 from teachers.engine import EngineOptions
-from teachers.engines.files import describe, prefers_bos, probe_ids, says_bos, tokenizer_files
-from teachers.errors import InvalidRows, TeacherError, Unavailable
+from teachers.engines.files import bos_of, describe, prefers_bos, probe_ids, says_bos, tokenizer_files
+from teachers.errors import TeacherError, Unavailable
 from teachers.protocol import Card
 from teachers.rows import Rows
 
 BATCH_TOKENS = 2048  # logits of a chunk of prompt are not in vLLM's memory profile: 1.2 GB at 152k tokens in float32
 GPU_SHARE = 0.85
 FLOOR = float(np.finfo(np.float16).min)  # the wire's least log-probability stands for p = 0
-MASS_TOLERANCE = 1e-3
 SHUTDOWN_S = 3.0  # vLLM on a CPU never ends by itself in ten; nothing is left to be saved then
 
 Bos = Literal["auto", "yes", "no"]
@@ -72,18 +71,21 @@ class VllmEngine:
             )
         if config.max_logprobs == 0:
             raise TeacherError("--max-logprobs is 0, so this server answers nothing: start it with --max-logprobs 128")
-        folder = model_folder(config.model, config.revision, client.vllm_config.load_config.download_dir)
+        weights = model_folder(config.model, config.revision, client.vllm_config.load_config.download_dir)
+        beside = (weights / "config.json").is_file()  # vLLM puts nothing but weights into a download_dir
         files = tokenizer_files(model_folder(config.tokenizer, config.tokenizer_revision))
         text_config = config.hf_text_config
+        bos_id = bos_of(files, text_config.bos_token_id)
         dtype = str(config.dtype).removeprefix("torch.")
         card = await asyncio.to_thread(
             describe,
-            folder,
+            weights,
             files,
             text_config,
             f"{dtype} {config.quantization}" if config.quantization else dtype,
+            config_folder=weights if beside else model_folder(config.model, config.revision),
             engine=f"vllm {vllm.__version__}",
-            expects_bos=bos == "yes" or (bos == "auto" and await expects_bos(client, files, text_config.bos_token_id)),
+            expects_bos=bos == "yes" or (bos == "auto" and await expects_bos(client, files, bos_id)),
             max_tokens=config.max_model_len - 1,  # one place is the token that vLLM must generate
             max_top_k=most_top_k(config.max_logprobs, config.get_vocab_size()),
         )
@@ -98,7 +100,7 @@ class VllmEngine:
         return self._files
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
-        """Rows for positions start … len − 1. Cancelling the wait aborts the work. Raises Unavailable, InvalidRows."""
+        """Rows for positions start … len − 1. Cancelling the wait aborts the work. Raises Unavailable."""
         return await ask(self._client, sequence, start, top_k)
 
     async def check(self) -> None:
@@ -207,12 +209,10 @@ def _entries(answer: Any, width: int) -> tuple[NDArray[np.int32], NDArray[np.flo
 
 
 def to_rows(ids: NDArray[np.int32], logprobs: NDArray[np.float32], start: int) -> Rows:
-    """Rows of entries [S, K + 1], the actual token first. Raises InvalidRows for more than all probability."""
+    """Rows of entries [S, K + 1], the actual token first. What no model can mean is the client's to refuse: it knows
+    the sample and asks another replica, where an error here would only cut the answer off."""
     probs = np.exp(logprobs[:, 1:], dtype=np.float64)
     tail = 1.0 - probs.sum(axis=1)
-    if not (tail > -MASS_TOLERANCE).all():  # NaN is no tail either
-        position = start + int(np.flatnonzero(~(tail > -MASS_TOLERANCE))[0])
-        raise InvalidRows(f"position {position}: the listed probabilities sum to {1 - tail[position - start]:.4f}")
     logprobs = np.clip(logprobs, FLOOR, 0.0)
     return Rows(
         start, ids[:, 1:].astype(np.uint32), logprobs[:, 1:], logprobs[:, 0], np.maximum(tail, 0.0).astype(np.float32)

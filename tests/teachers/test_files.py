@@ -1,11 +1,16 @@
 """What a model directory says of itself."""
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from teachers.engines.files import fingerprint, sha256, tokenizer_files
+from alignment import Vocabulary
+from teachers.asking.stock_card import TokenizerFolder
+from teachers.engines.files import bos_of, fingerprint, sha256, tokenizer_files
+from teachers.engines.transformers import TransformersEngine
 from teachers.errors import TeacherError
 from teachers.models import name_of
 
@@ -47,6 +52,30 @@ def test_one_model_has_one_fingerprint_in_a_directory_and_in_a_hubs_cache(tmp_pa
     assert fingerprint(plain, "t", "float32") != fingerprint(plain, "t", "bfloat16")
     (plain / "config.json").write_text("{ }")
     assert fingerprint(cached, "t", "bfloat16") != fingerprint(plain, "t", "bfloat16")
+
+
+def test_weights_without_their_configuration_beside_them_have_the_same_fingerprint(tmp_path: Path) -> None:
+    """As vLLM leaves them in a download_dir."""
+    whole = hub_cache(tmp_path, b"weights", "ab" * 32)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "model.safetensors").symlink_to((whole / "model.safetensors").resolve())
+    assert fingerprint(bare, "t", "bfloat16", whole) == fingerprint(whole, "t", "bfloat16")
+
+
+def test_bos_is_the_tokenizers_word_before_the_models(tmp_path: Path, tiny_sentencepiece: Path) -> None:
+    """DeepSeek-R1-Distill-Qwen's config.json has its EOS there."""
+    folder = shutil.copytree(tiny_sentencepiece, tmp_path / "model")
+    vocabulary = Vocabulary.load(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["bos_token_id"] = vocabulary.roles["eos"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    engine = TransformersEngine(folder)
+    engine.close()
+    assert engine.card.prefix == vocabulary.prefix == [vocabulary.roles["bos"]]
+    assert TokenizerFolder(folder).special_id("bos") == vocabulary.roles["bos"]
+    assert TokenizerFolder(folder).special_id("eos") == vocabulary.roles["eos"]
+    assert bos_of({"tokenizer.json": folder / "tokenizer.json"}, 7) == 7
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

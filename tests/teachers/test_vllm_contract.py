@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 from teachers.engine import EngineOptions
 from teachers.engines import open_engine
 from teachers.errors import InvalidRows, TeacherError
+from teachers.rows import as_received
 from teachers.serving.plugin import TutelagePlugin
 from tests.needs import need
+from tests.teachers.test_protocol import CARD
 from trainer.cli import app
 
 LENGTH, K = 5, 3
@@ -109,12 +111,13 @@ def test_no_probability_at_all_is_the_least_that_the_wire_can_say() -> None:
 
 
 @pytest.mark.parametrize("wrong", [np.nan, 0.5, -0.1])
-def test_more_than_all_probability_is_refused_where_it_arises(wrong: float) -> None:
+def test_more_than_all_probability_goes_to_the_client_which_refuses_it(wrong: float) -> None:
     from teachers.engines.vllm import to_rows
 
     entries = np.array([[-2.0, -0.7, -1.2, -3.0], [-2.0, wrong, -1.0, -3.0]], np.float32)
+    rows = to_rows(np.array([[9, 1, 2, 3]] * 2, np.int32), entries, 7)
     with pytest.raises(InvalidRows, match="position 8"):
-        to_rows(np.array([[9, 1, 2, 3]] * 2, np.int32), entries, 7)
+        as_received(rows, [9] * 9, CARD)
 
 
 def test_the_engine_client_takes_what_we_give_it() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from alignment import Vocabulary
 from alignment.spelling import TokenizerError
+from teachers.errors import TeacherError
 from tests.serve import FormulaEngine, serving
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import losses, run_config, served_models, write_corpus
@@ -46,6 +47,18 @@ def add_special_token(path: Path, content: str) -> None:
     known = len(spec["model"]["vocab"])
     spec["added_tokens"].append(spec["added_tokens"][0] | {"id": known, "content": content, "special": True})
     path.write_text(json.dumps(spec), encoding="utf-8")
+
+
+def test_another_bos_than_the_tokenizers_is_refused(tmp_path: Path, tiny_sentencepiece: Path) -> None:
+    eos = Vocabulary.load(tiny_sentencepiece).roles["eos"]
+    engine = FormulaEngine(tiny_sentencepiece, bos_id=eos)
+    engine.tokenizer_files["tokenizer_config.json"] = tiny_sentencepiece / "tokenizer_config.json"
+    with serving(engine) as url:
+        config = run_config(tiny_sentencepiece, write_corpus(tmp_path), tmp_path / "out", [url])
+        with pytest.raises(
+            TeacherError, match=f"teacher t0: token {eos} is put in front of every text, its tokenizer's"
+        ):
+            train(config)
 
 
 @pytest.mark.parametrize("who", ["student", "teacher"])

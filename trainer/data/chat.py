@@ -18,6 +18,7 @@ from trainer.data.chat_text import Chat
 from trainer.data.template import TODAY, ChatError, Template
 
 END_OF_TURN = "end_of_turn"
+_CONTROL = re.compile(r"<[|｜].+[|｜]>")
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,14 @@ class ChatTemplate:
 
     @cached_property
     def _specials(self) -> re.Pattern[str]:
-        """Matches whatever the tokenizer reads as a special token."""
+        """Matches whatever the tokenizer reads as a special token, and what is spelled as one: DeepSeek's turns are
+        marked by tokens that its tokenizer does not call special."""
         tokens, written = self.vocabulary.tokens, self.vocabulary.token_bytes
-        spellings = {token for token, data in zip(tokens, written, strict=True) if token and data is None}
+        spellings = {
+            token
+            for token, data in zip(tokens, written, strict=True)
+            if token and (data is None or _CONTROL.fullmatch(token))
+        }
         if self.end_of_turn is not None:
             spellings.add(tokens[self.end_of_turn])
         return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) or r"(?!)")

@@ -254,7 +254,14 @@ def vocabulary_of(teacher: TeacherConfig, card: Card, files: Mapping[str, bytes]
     """The tokens that its model has. Raises TeacherError or TokenizerError, by its name, for what cannot go well."""
     if teacher.top_k > card.max_top_k:
         raise Rejected(f"teacher {teacher.name}: top_k is {teacher.top_k}, it answers at most {card.max_top_k}")
-    return Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles).within(card.vocab_size)
+    vocabulary = Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles).within(card.vocab_size)
+    bos = vocabulary.roles.get("bos")
+    if card.prefix and bos is not None and card.prefix != [bos]:
+        raise TeacherError(
+            f"teacher {teacher.name}: token {card.prefix[0]} is put in front of every text, its tokenizer's BOS is "
+            f"{bos}: if that is wrong, name the right one in roles of this teacher"
+        )
+    return vocabulary
 
 
 @asynccontextmanager
