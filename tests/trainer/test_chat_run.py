@@ -19,7 +19,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.learning.student import load_student, reader_of
 from trainer.loop import train
 from trainer.reports.metrics import read_metrics
-from trainer.targets.asking import Asked, connected, together
+from trainer.targets.asking import Asked, Teacher, connected, together
 from trainer.targets.fuser import Fuser
 
 BYTE_LEVEL = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|eos|>\n{% endfor %}"
@@ -114,6 +114,30 @@ def test_only_answers_and_their_ends_have_targets(tmp_path: Path, tiny_byte_leve
 
 
 BROKEN = [{"role": "user", "content": "a<|eos|>b"}, {"role": "assistant", "content": "no"}]
+
+
+def test_a_teacher_is_asked_from_the_first_answer_on(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        teachers = dict(zip(urls, ("byte_level", "sentencepiece"), strict=True))
+        config = chat_config(tmp_path, tiny_byte_level, teachers, write_chats(tmp_path))
+        some = ask(config)
+        monkeypatch.setattr(Teacher, "first_wanted", lambda *_: 1)
+        whole = ask(config)
+    for fewer, more in zip(some, whole, strict=True):
+        assert fewer is not None
+        assert more is not None
+        for one, other in zip(fewer.answers, more.answers, strict=True):
+            assert one.rows is not None
+            assert other.rows is not None
+            supervised = int(one.reading.supervised_T.argmax())
+            assert len(one.rows) == len(one.reading) - supervised < len(other.rows)
+            np.testing.assert_array_equal(one.target.ids, other.target.ids)
+            np.testing.assert_allclose(one.target.probs, other.target.probs, atol=1e-3)  # another batch
+            np.testing.assert_allclose(one.target.tail, other.target.tail, atol=1e-3)
+            assert one.report.positions == other.report.positions
+            assert one.nats_per_token == pytest.approx(other.nats_per_token, abs=1e-3)
 
 
 def test_a_chat_that_cannot_be_read_is_refused_by_name_or_skipped_and_counted(

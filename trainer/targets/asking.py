@@ -120,6 +120,12 @@ class Teacher:
         """The ids to score."""
         return [*self.card.prefix, *reading.tokens.ids.tolist()]
 
+    def first_wanted(self, reading: Reading) -> int:
+        """The first position to score: of a chat, that of its first supervised token. At least 1."""
+        is_chat = reading.rendered is not None and self.translation is not None
+        first = int(reading.supervised_T.argmax()) if is_chat else 0
+        return max(len(self.card.prefix) + first, 1)
+
 
 class Teachers:
     """All teachers of a run, for one student. Made by `connected`, inside one event loop."""
@@ -179,7 +185,8 @@ class Teachers:
             return silent
         asked_at = time.monotonic()
         try:
-            rows = await self._pool.score(teacher.config.name, sequence, 1, teacher.config.top_k, sample.name)
+            start = teacher.first_wanted(own)
+            rows = await self._pool.score(teacher.config.name, sequence, start, teacher.config.top_k, sample.name)
         except TeacherLost:  # said loudly where it was lost
             return replace(silent, absent=True)
         except TeacherError as error:
@@ -194,7 +201,7 @@ class Teachers:
 
 
 def _aligned(rows: Rows, teacher: Teacher, own: Reading, student: Reading) -> Answer:
-    first_row = 1 - len(teacher.card.prefix)
+    first_row = rows.start - len(teacher.card.prefix)
     if teacher.translation is None:
         return _unaligned(rows, teacher, own, student)
     if own.rendered is not None and student.rendered is not None:
