@@ -160,9 +160,10 @@ def make_folder(out: Path, ranks: Ranks = Ranks()) -> None:
     """Make the run's folder. Raises ConfigError if it cannot be made, or if not all ranks have the same one."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        blind = ranks.blind_to(out)
     except OSError as error:
-        raise ConfigError(f"output.dir: cannot make {out}: {error.strerror}") from error
-    if blind := ranks.blind_to(out):
+        raise ConfigError(f"output.dir: cannot make {error.filename or out}: {error.strerror}") from error
+    if blind:
         raise ConfigError(
             f"output.dir is {out}, where process {blind[0]} does not see what process 0 writes: give a folder on a "
             "disk that all machines share"

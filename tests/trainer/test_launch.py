@@ -16,6 +16,8 @@ import pytest
 from tests.serve import free_port
 from tests.trainer.runs import losses, run_config, write_corpus
 from tests.trainer.test_cli import run_file
+from trainer.errors import UserError
+from trainer.launch import train_on_ray
 from trainer.loop import train
 
 RAY = Path(sys.executable).with_name("ray")
@@ -65,18 +67,20 @@ def test_a_job_on_a_ray_cluster_runs_the_same_run_file(tmp_path: Path, tiny_byte
     train(run_config(tiny_byte_level, corpus, tmp_path / "alone", []), stop_at=4)
     relative = run_config(Path("student"), Path(corpus.name), tmp_path / "job", [])
     run_file(job, relative)
+    tutelage = [str(RAY.with_name("tutelage")), "train", "run.toml", "--ray-workers", "2", "--stop-at", "4"]
     with cluster() as url:
-
-        def submitted(*more: str) -> "subprocess.CompletedProcess[str]":
-            tutelage = [str(RAY.with_name("tutelage")), "train", "run.toml", "--ray-workers", "2", *more]
-            submit = [str(RAY), "job", "submit", "--address", url, "--working-dir", str(job), "--", *tutelage]
-            return subprocess.run(submit, capture_output=True, text=True, timeout=400, check=False)
-
-        lost = submitted("--set", "output.dir=runs/one")
-        done = submitted("--stop-at", "4")
-    assert lost.returncode != 0
-    assert "give an absolute path on a disk that all nodes see" in lost.stdout
+        submit = [str(RAY), "job", "submit", "--address", url, "--working-dir", str(job), "--", *tutelage]
+        done = subprocess.run(submit, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "after a failure the run begins again at its first step" in done.stdout
     assert losses(tmp_path / "job") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
     assert max(losses(tmp_path / "job")) == 4
+
+
+def test_an_output_folder_that_a_job_would_lose_is_refused(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), Path("runs/one"), [])
+    with pytest.raises(UserError, match="output.dir is runs/one, in the copy .*: give an absolute path on a disk that"):
+        train_on_ray(config, workers=2, max_failures=0, resume=False)
