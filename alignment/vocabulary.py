@@ -110,10 +110,10 @@ class Vocabulary:
         for i in range(num_ids, len(self)):
             if self.token_bytes[i] is not None or i in needed:
                 raise TokenizerError(
-                    f"the tokenizer of {self.name} has token {i} ({self.tokens[i]!r}), its model only ids up to "
-                    f"{num_ids - 1}"
+                    f"the tokenizer of {self.name} has token {i} ({self._reader.id_to_token(i)!r}), its model only ids "
+                    f"up to {num_ids - 1}"
                 )
-        return replace(self, token_bytes=self.token_bytes[:num_ids])
+        return replace(self, token_bytes=self.token_bytes[:num_ids]) if num_ids < len(self) else self
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Where models are, and what they are called: a directory, or a name in this project's cache."""
 
+import json
 import os
 from pathlib import Path
 
@@ -25,3 +26,16 @@ def name_of(folder: Path) -> tuple[str, str | None]:
 def in_hub_cache(path: Path, kind: str) -> bool:
     """Whether a hub's cache holds it in its folder `kind`, snapshots or blobs."""
     return path.parent.name == kind and path.parent.parent.name.startswith("models--")
+
+
+def bos_of(tokenizer_json: bytes, tokenizer_config: bytes, of_model: int | None) -> int | None:
+    """The tokenizer's own BOS; the model configuration's where the tokenizer names none.
+
+    They are not always one: DeepSeek-R1-Distill-Qwen's configuration has its EOS there.
+    """
+    token = json.loads(tokenizer_config).get("bos_token")
+    spelled = token.get("content") if isinstance(token, dict) else token
+    if spelled is None:
+        return of_model
+    added = json.loads(tokenizer_json).get("added_tokens", [])
+    return next((one["id"] for one in added if one["content"] == spelled), of_model)

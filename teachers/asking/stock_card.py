@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from teachers.errors import FingerprintMismatch, TeacherError
+from teachers.models import bos_of
 from teachers.protocol import PROBE, TOKENIZER_FILES, Card
 
 PROBE_TEXT = PROBE + "\n\tdef f(x): return x ** 2  # 1,234.5 € – naïve 東京 🙂\n"
@@ -82,16 +83,20 @@ class TokenizerFolder:
         return said if isinstance(said, bool) else None
 
     def special_id(self, role: str) -> int | None:
-        """The id of "bos" or "eos": of BOS the tokenizer's word, else the model's; of EOS the model's first.
-
-        As teachers.engines.files.bos_of has it, for the same reason.
-        """
-        token = self._said.get(f"{role}_token")
-        spelled = self._tokenizer.token_to_id(token.get("content") if isinstance(token, dict) else token or "")
-        of_model = self.config.get(f"{role}_token_id", spelled)
-        value = spelled if role == "bos" and spelled is not None else of_model
+        """The id of "bos" or "eos": the model's word, else the tokenizer's."""
+        if f"{role}_token_id" in self.config:
+            value = self.config[f"{role}_token_id"]
+        else:
+            token = self._said.get(f"{role}_token")
+            value = self._tokenizer.token_to_id(token.get("content") if isinstance(token, dict) else token or "")
         first = value[0] if isinstance(value, list) else value
         return None if first is None else int(first)
+
+    @property
+    def bos_id(self) -> int | None:
+        """As teachers.models.bos_of has it."""
+        said = self.files.get("tokenizer_config.json", b"{}")
+        return bos_of(self.files["tokenizer.json"], said, self.special_id("bos"))
 
     def encode(self, text: str) -> list[int]:
         """Ids without special tokens."""
@@ -132,7 +137,7 @@ def draft(model: Model, folder: TokenizerFolder, probe_ids: Sequence[int]) -> St
         dtype="unknown",
         vocab_size=folder.config.get("vocab_size", 0),
         tokenizer_sha256=tokenizer_sha256,
-        bos_id=folder.special_id("bos"),
+        bos_id=folder.bos_id,
         eos_id=folder.special_id("eos"),
         expects_bos=False,
         chat_template_sha256=folder.sha256("chat_template.jinja"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+import teachers.models as models
 from teachers.errors import TeacherError
 from teachers.models import in_hub_cache, name_of
 from teachers.protocol import PROBE, TOKENIZER_FILES, Card
@@ -33,7 +34,7 @@ def describe(
     """The card of the weights in `folder`, given the text model's configuration (as transformers has it).
 
     config_folder is where config.json lies, if not beside the weights. `rest` is what only the engine knows: engine,
-    expects_bos, max_tokens, max_top_k.
+    bos_id, expects_bos, max_tokens, max_top_k.
     """
     model, revision = name_of(folder)
     tokenizer_sha256 = sha256(files["tokenizer.json"])
@@ -45,7 +46,6 @@ def describe(
         dtype=dtype,
         vocab_size=config.vocab_size,
         tokenizer_sha256=tokenizer_sha256,
-        bos_id=bos_of(files, config.bos_token_id),
         eos_id=config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id,
         chat_template_sha256=sha256(template) if template else None,
         **rest,
@@ -72,18 +72,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def bos_of(files: Files, of_config: int | None) -> int | None:
-    """The tokenizer's own BOS; the model configuration's where the tokenizer names none.
-
-    They are not always one: DeepSeek-R1-Distill-Qwen's configuration has its EOS there.
-    """
-    config = json.loads(files["tokenizer_config.json"].read_bytes()) if "tokenizer_config.json" in files else {}
-    token = config.get("bos_token")
-    spelled = token.get("content") if isinstance(token, dict) else token
-    if spelled is None:
-        return of_config
-    added = json.loads(files["tokenizer.json"].read_bytes()).get("added_tokens", [])
-    return next((one["id"] for one in added if one["content"] == spelled), of_config)
+def bos_of(files: Files, of_model: int | None) -> int | None:
+    """As teachers.models.bos_of has it."""
+    config = files.get("tokenizer_config.json")
+    return models.bos_of(files["tokenizer.json"].read_bytes(), config.read_bytes() if config else b"{}", of_model)
 
 
 def says_bos(files: Files, bos_id: int | None) -> bool | None:

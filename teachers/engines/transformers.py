@@ -177,6 +177,7 @@ class TransformersEngine:
             config,
             options.dtype,
             engine=f"transformers {transformers.__version__}",
+            bos_id=bos_id,
             expects_bos=options.bos == "yes" or (options.bos == "auto" and self._expects_bos(bos_id)),
             max_tokens=min(options.max_tokens or 1 << 31, getattr(config, "max_position_embeddings", 1 << 31)),
             max_top_k=min(options.max_top_k, config.vocab_size),

@@ -85,6 +85,7 @@ class VllmEngine:
             f"{dtype} {config.quantization}" if config.quantization else dtype,
             config_folder=weights if beside else model_folder(config.model, config.revision),
             engine=f"vllm {vllm.__version__}",
+            bos_id=bos_id,
             expects_bos=bos == "yes" or (bos == "auto" and await expects_bos(client, files, bos_id)),
             max_tokens=config.max_model_len - 1,  # one place is the token that vLLM must generate
             max_top_k=most_top_k(config.max_logprobs, config.get_vocab_size()),

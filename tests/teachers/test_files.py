@@ -73,7 +73,7 @@ def test_bos_is_the_tokenizers_word_before_the_models(tmp_path: Path, tiny_sente
     engine = TransformersEngine(folder)
     engine.close()
     assert engine.card.prefix == vocabulary.prefix == [vocabulary.roles["bos"]]
-    assert TokenizerFolder(folder).special_id("bos") == vocabulary.roles["bos"]
+    assert TokenizerFolder(folder).bos_id == vocabulary.roles["bos"]
     assert TokenizerFolder(folder).special_id("eos") == vocabulary.roles["eos"]
     assert bos_of({"tokenizer.json": folder / "tokenizer.json"}, 7) == 7
 

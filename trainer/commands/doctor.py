@@ -16,7 +16,7 @@ from trainer.errors import UserError
 from trainer.learning.student import check_folder, reader_of
 from trainer.places import find_model
 from trainer.run import total_steps
-from trainer.targets.asking import address_of, vocabulary_of
+from trainer.targets.asking import address_of, checked_vocabulary
 from trainer.targets.fuser import check_routes
 
 EXAMINED = 4096  # samples that are read as every model reads them; they stand for the others where there are more
@@ -89,7 +89,7 @@ async def _examine_teacher(teacher: TeacherConfig, samples: Sequence[Sample], da
             findings.append(
                 Finding(who, True, f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}")
             )
-            vocabulary = vocabulary_of(teacher, card, files)
+            vocabulary = checked_vocabulary(teacher, card, files)
             findings.append(Finding(who, True, f"tokenizer of {len(vocabulary)} tokens is the one of its card"))
             template = None
             if any(sample.is_chat for sample in samples):

@@ -183,9 +183,8 @@ class Teachers:
         silent = Answer(None, 0, own, nothing, AlignmentReport(positions=len(nothing)))
         if len(sequence) < 2:  # one token with nothing in front: there is no position to predict
             return silent
-        asked_at = time.monotonic()
+        start, asked_at = teacher.first_wanted(own), time.monotonic()
         try:
-            start = teacher.first_wanted(own)
             rows = await self._pool.score(teacher.config.name, sequence, start, teacher.config.top_k, sample.name)
         except TeacherLost:  # said loudly where it was lost
             return replace(silent, absent=True)
@@ -257,8 +256,9 @@ def _key_of(teacher: TeacherConfig) -> str | None:
     return key_from_environment(teacher.key_env) if teacher.key_env is not None else None
 
 
-def vocabulary_of(teacher: TeacherConfig, card: Card, files: Mapping[str, bytes]) -> Vocabulary:
-    """The tokens that its model has. Raises TeacherError or TokenizerError, by its name, for what cannot go well."""
+def checked_vocabulary(teacher: TeacherConfig, card: Card, files: Mapping[str, bytes]) -> Vocabulary:
+    """The tokens that its model has. Raises TeacherError or TokenizerError, by its name, for what would go wrong later:
+    a K that it does not answer, tokens that its model does not know, another BOS than its own."""
     if teacher.top_k > card.max_top_k:
         raise Rejected(f"teacher {teacher.name}: top_k is {teacher.top_k}, it answers at most {card.max_top_k}")
     vocabulary = Vocabulary.from_files(files, name=teacher.name).with_roles(teacher.roles).within(card.vocab_size)
@@ -284,7 +284,7 @@ async def connected(
         answers = await together(pool.connect(teacher.name) for teacher in config.teachers)
         teachers = []
         for teacher, (card, files) in zip(config.teachers, answers, strict=True):
-            vocabulary = vocabulary_of(teacher, card, files)
+            vocabulary = checked_vocabulary(teacher, card, files)
             template = None
             if config.data.has_chats:
                 template = chat_template(files, vocabulary, teacher.roles, teacher.chat_template)

@@ -26,7 +26,7 @@ async def in_daemon_thread(work: Callable[..., T], *given: Any) -> tuple[T, floa
     def settle() -> None:
         try:
             future.set_result(timed(work, *given))
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, it is raised where it is awaited
             future.set_exception(error)
 
     threading.Thread(target=settle, name="waits for others", daemon=True).start()
