@@ -279,7 +279,7 @@ class TrainConfig(Section):
     """Decides the order of samples and the held-out documents."""
     deterministic: bool = False
     """Let torch use only operations that give the same bits every time, and refuse those that cannot. Without it a run
-    that is resumed on a GPU differs by rounding; on a CPU it is the same."""
+    that is resumed on a GPU may differ by rounding; on a CPU it does not."""
     prefetch_tokens: Positive = 1 << 16
     """Most tokens of the student under way ahead of the step, of each rank: read, asked for, aligned, fused or waiting.
     A sample counts as a whole window until it is read. The next step's batch is always under way, however long: a

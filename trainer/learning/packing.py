@@ -4,8 +4,8 @@ A row is as long as the longest sample, so attention costs at most what it costs
 together in a row as they fit. Where a sample begins its positions begin again at 0, which is what transformers makes
 its attention masks from. What is left of a row continues the positions of its last sample, which cannot see it.
 
-As soon as one row has two samples all of them need a mask: on a CPU it costs nothing, on a GPU it keeps torch from
-flash attention, and what that costs was not measured.
+As soon as one row has two samples all of them need a mask, which on a GPU keeps torch from flash attention. What that
+costs was not measured.
 """
 
 from collections.abc import Sequence

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -272,8 +273,6 @@ def _checkpoint_activations(model: Any) -> None:
 
 def _compile(layers: nn.ModuleList) -> None:
     """All layers share one code, so what each kind of layer, of mask, of row and of mode needs counts together."""
-    from torch._dynamo import config as dynamo  # a second to import
-
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
     for layer in layers:
         layer.compile()
