@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test test-gpu lint lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tutelage demo
@@ -13,6 +13,9 @@ test: $(VENV)/.dev lint
 	$(BIN)/tutelage demo --prepare
 	$(BIN)/python -m tests.zoo
 	$(BIN)/python -m pytest --numprocesses=2
+
+test-gpu: $(VENV)/.dev  ## what of the tests runs on a GPU too
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

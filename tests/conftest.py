@@ -29,6 +29,12 @@ def windows_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         yield
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a model lives: the same test on the CPU and, where there is one (`make test-gpu`), on a GPU."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def tiny_byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "byte_level", kind="byte_level", seed=1)

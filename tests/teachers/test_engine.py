@@ -49,10 +49,11 @@ def plain_logprobs(folder: Path, sequence: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_tokens", [0, 4096])
-def test_rows_are_those_of_a_plain_float32_forward_pass(tiny_byte_level: Path, batch_tokens: int) -> None:
+def test_rows_are_those_of_a_plain_float32_forward_pass(tiny_byte_level: Path, batch_tokens: int, device: str) -> None:
     sequences = [IDS[:300], IDS[:7], IDS[50:180]]
     assert len(sequences[0]) > CHUNK_TOKENS
-    rows = score(tiny_byte_level, EngineOptions(dtype="float32", batch_tokens=batch_tokens), sequences, 16)
+    options = EngineOptions(dtype="float32", batch_tokens=batch_tokens, device=device)
+    rows = score(tiny_byte_level, options, sequences, 16)
     for sequence, got in zip(sequences, rows, strict=True):
         expected = plain_logprobs(tiny_byte_level, sequence)
         top = expected.topk(16)

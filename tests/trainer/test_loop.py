@@ -34,10 +34,11 @@ from trainer.targets.fuser import Fuser
 
 
 def test_a_student_learns_from_two_teachers_with_other_tokenizers(
-    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, device: str
 ) -> None:
+    sections: dict[str, Any] = {"student": {"device": device}, "train": {"epochs": 8}}
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
-        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, train={"epochs": 8})
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, **sections)
         result = train(config)
     assert result.steps == 24
     assert result.held_out[-1][1] < result.held_out[0][1] - 0.1
@@ -50,12 +51,14 @@ def test_a_student_learns_from_two_teachers_with_other_tokenizers(
 
 
 def test_six_steps_are_three_and_resume_and_three(
-    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, device: str
 ) -> None:
     corpus = write_corpus(tmp_path)
+    sections: dict[str, Any] = {"student": {"device": device}, "eval": {"every_steps": 1}}
     with served_models(tiny_sentencepiece) as urls:
-        straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", urls, eval={"every_steps": 1})
-        halves = run_config(tiny_byte_level, corpus, tmp_path / "halves", urls, eval={"every_steps": 1})
+        straight, halves = (
+            run_config(tiny_byte_level, corpus, tmp_path / name, urls, **sections) for name in ("straight", "halves")
+        )
         train(straight)
         assert train(halves, stop_at=3).model is None
         assert train(halves, resume=True).steps == 6
@@ -63,6 +66,20 @@ def test_six_steps_are_three_and_resume_and_three(
     assert one.keys() == two.keys() == set(range(1, 7))
     assert [two[n] for n in one] == pytest.approx(list(one.values()), abs=1e-6)
     assert held_out(tmp_path / "halves")[6] == pytest.approx(held_out(tmp_path / "straight")[6], abs=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon"])
+def test_a_gpu_gives_the_losses_of_a_cpu(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, divergence: str
+) -> None:
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        for device in ("cpu", "cuda"):
+            sections: dict[str, Any] = {"student": {"device": device}, "loss": {"divergence": divergence}}
+            train(run_config(tiny_byte_level, corpus, tmp_path / device, urls, **sections))
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=1e-4)
+    assert held_out(tmp_path / "cuda") == pytest.approx(held_out(tmp_path / "cpu"), abs=1e-4)
 
 
 def two_sources(folder: Path, model: Path, out: str, weight: float = 0.5) -> RunConfig:
@@ -143,8 +160,8 @@ def test_only_the_upper_layers_change_when_only_they_are_trained(tmp_path: Path,
     assert all(name.startswith(("model.layers.1.", "model.norm")) for name in changed)
 
 
-def test_the_export_loads_and_predicts_as_measured(tmp_path: Path, tiny_byte_level: Path) -> None:
-    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+def test_the_export_loads_and_predicts_as_measured(tmp_path: Path, tiny_byte_level: Path, device: str) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], student={"device": device})
     result = train(config)
     assert result.model is not None
     student = load_student(config.student.model_copy(update={"model": str(result.model)}))
@@ -245,16 +262,18 @@ def test_what_is_not_the_disk_is_not_called_a_full_one(
         train(config, stop_at=2)
 
 
-def test_a_deterministic_run_is_the_same_run(tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
+def test_a_deterministic_run_is_the_same_run(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, device: str
+) -> None:
+    sections: dict[str, Any] = {"student": {"device": device}, "train": {"deterministic": True}}
     try:
         with served_models(tiny_sentencepiece) as urls:
-            for name in ("plain", "deterministic"):
-                chosen = {"deterministic": name == "deterministic"}
-                train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / name, urls, train=chosen))
+            for name in ("one", "two"):
+                train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / name, urls, **sections))
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert losses(tmp_path / "plain") == losses(tmp_path / "deterministic")
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
 def test_a_full_disk_at_a_checkpoint_leaves_the_last_good_one(tmp_path: Path, tiny_byte_level: Path) -> None:

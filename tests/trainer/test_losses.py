@@ -52,14 +52,16 @@ def some_spans(share: float = 1.0, seed: int = 0) -> Spans:
     return Spans.of(back_T, np.append(logprobs_S, 0).astype(np.float32)[span_T], share)
 
 
-def some_head(seed: int = 0, dtype: torch.dtype = torch.float64, **given: float) -> Head:
+def some_head(seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu", **given: float) -> Head:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(VOCAB_SIZE, WIDTH, generator=generator, dtype=dtype).requires_grad_()
-    return Head(weight, torch.randn(VOCAB_SIZE, generator=generator, dtype=dtype).requires_grad_(), **given)
+    shapes = (VOCAB_SIZE, WIDTH), (VOCAB_SIZE,)
+    weight, bias = (torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes)
+    return Head(weight.requires_grad_(), bias.requires_grad_(), **given)
 
 
-def some_hidden(positions: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(positions, WIDTH, generator=torch.Generator().manual_seed(9), dtype=dtype).requires_grad_()
+def some_hidden(positions: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> torch.Tensor:
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(positions, WIDTH, generator=generator, dtype=dtype).to(device).requires_grad_()
 
 
 def dense(head: Head, hidden: torch.Tensor, labels: Labels, objective: Objective) -> torch.Tensor:
@@ -90,7 +92,7 @@ def dense(head: Head, hidden: torch.Tensor, labels: Labels, objective: Objective
 def dense_spans(ce_T: torch.Tensor, spans: Spans, objective: Objective) -> torch.Tensor:
     """[T] the loss of each span at its first position."""
     apart_T = [ce_T.new_zeros(())] * len(ce_T)
-    begins = torch.where(spans.back_T < 0, -1, torch.arange(len(ce_T)) - spans.back_T)
+    begins = torch.where(spans.back_T < 0, -1, torch.arange(len(ce_T), device=ce_T.device) - spans.back_T)
     for begin in torch.nonzero(spans.back_T == 0)[:, 0].tolist():
         q = ce_T[begins == begin].sum().neg().div(objective.span_temperature).exp()
         p = spans.logprobs_T[begin].double().div(objective.span_temperature).exp()
@@ -104,10 +106,10 @@ def dense_spans(ce_T: torch.Tensor, spans: Spans, objective: Objective) -> torch
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients_are_those_of_dense_logits(
-    name: str, ce_weight: float, temperature: float, chunk: int
+    name: str, ce_weight: float, temperature: float, chunk: int, device: str
 ) -> None:
-    labels, head = some_labels(), some_head()
-    hidden = some_hidden(len(labels))
+    labels, head = some_labels().to(device), some_head(device=device)
+    hidden = some_hidden(len(labels), device=device)
     objective = Objective(ce_weight, divergence(name), temperature, chunk)
     got = head_loss(head, hidden, labels, objective)
     expected = dense(head, hidden, labels, objective)
@@ -125,13 +127,13 @@ def test_loss_and_gradients_are_those_of_dense_logits(
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 def test_spreads_and_spans_are_those_of_dense_logits(
-    ce_weight: float, temperature: float, target_share: float, chunk: int
+    ce_weight: float, temperature: float, target_share: float, chunk: int, device: str
 ) -> None:
-    hidden, head = some_hidden(12), some_head(scale=0.4, cap=3.0)
+    hidden, head = some_hidden(12, device=device), some_head(device=device, scale=0.4, cap=3.0)
     spreads, spans = (some_spread(0.3, 7, 1), some_spread(0.2, 3, 2)), (some_spans(0.3), some_spans(0.2, seed=1))
     objective = Objective(ce_weight, divergence("reverse_kl"), temperature, chunk, target_share)
     for parts in ({"spreads": spreads}, {"spans": spans}, {"spreads": spreads, "spans": spans}):
-        labels = replace(some_labels(), **parts)
+        labels = replace(some_labels(), **parts).to(device)
         got, expected = head_loss(head, hidden, labels, objective), dense(head, hidden, labels, objective)
         each_T = weighted(labels, objective, got.ce_T, got.divergence_T, *got.parts_NT)
         torch.testing.assert_close(each_T, expected, atol=1e-6, rtol=1e-6)
@@ -335,9 +337,9 @@ def test_a_frozen_head_gets_no_gradient_and_a_frozen_trunk_none_either() -> None
         assert not head_loss(head, hidden, labels, Objective(0.5)).total.requires_grad
 
 
-def test_bf16_autocast_stays_near_float32() -> None:
-    labels, head = replace(some_labels(), spans=(some_spans(0.5),)), some_head(dtype=torch.float32)
-    hidden = some_hidden(len(labels), torch.float32)
+def test_bf16_autocast_stays_near_float32(device: str) -> None:
+    labels = replace(some_labels(), spans=(some_spans(0.5),)).to(device)
+    head, hidden = some_head(0, torch.float32, device), some_hidden(len(labels), torch.float32, device)
     objective = Objective(0.3, target_share=0.5)
 
     def run() -> tuple[Loss, list[torch.Tensor]]:
@@ -345,7 +347,7 @@ def test_bf16_autocast_stays_near_float32() -> None:
         return loss, list(torch.autograd.grad(loss.total, [hidden, head.weight_VD]))
 
     exact, exact_slopes = run()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         rough, rough_slopes = run()
     assert rough.total.dtype == torch.float32
     torch.testing.assert_close(rough.total, exact.total, rtol=0.02, atol=0.1)

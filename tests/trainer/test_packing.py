@@ -79,7 +79,8 @@ def losses_of(model: Any, vocabulary: Vocabulary, *, packs: bool) -> Loss:
     samples = [Tokens(b"", rng.integers(0, 400, n), np.zeros(n, dtype=np.int64)) for n in LENGTHS]
     wanted = [rng.random(n) < 0.8 for n in LENGTHS]
     labels = labels_from([s.ids[w] for s, w in zip(samples, wanted, strict=True)], [None] * len(samples))
-    student = Student(Core(model), vocabulary, Path(), "cpu", False, packs)
+    labels = labels.to(model.device.type)
+    student = Student(Core(model), vocabulary, Path(), model.device.type, False, packs)
     return Loss(*student.compute(samples, wanted, partial(head_loss, labels=labels, objective=Objective())))
 
 
@@ -98,10 +99,11 @@ MODELS = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_packed_losses_and_gradients_are_those_of_each_sample_alone(
-    kind: str, attention: str, vocabulary: Vocabulary
+    kind: str, attention: str, vocabulary: Vocabulary, device: str
 ) -> None:
     torch.manual_seed(0)
     model: Any = MODELS[kind]()
+    model.to(device)
     model.set_attn_implementation(attention)
     assert keeps_apart(model)
     gradients = []

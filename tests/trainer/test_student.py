@@ -37,8 +37,9 @@ SIZES: Any = {
 }
 
 
-def test_adapters_learn_and_are_merged_on_export(tmp_path: Path, tiny_byte_level: Path) -> None:
-    sections: dict[str, Any] = {"student": {"lora": {"rank": 4, "dropout": 0.1}}, "train": {"epochs": 6}}
+def test_adapters_learn_and_are_merged_on_export(tmp_path: Path, tiny_byte_level: Path, device: str) -> None:
+    student_section = {"device": device, "lora": {"rank": 4, "dropout": 0.1}}
+    sections: dict[str, Any] = {"student": student_section, "train": {"epochs": 6}}
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], optim={"lr": 1e-2}, **sections)
     train(config, stop_at=9)
     result = train(config, resume=True)
@@ -58,15 +59,16 @@ def test_adapters_learn_and_are_merged_on_export(tmp_path: Path, tiny_byte_level
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of itself
 def test_compiled_layers_give_the_same_losses(
-    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     need_command("g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     corpus = write_corpus(tmp_path)
     for name in ("plain", "compiled"):
-        sections: dict[str, Any] = {"student": {"compile": name == "compiled"}, "data": {"max_samples": 4}}
+        student = {"device": device, "compile": name == "compiled"}
+        sections: dict[str, Any] = {"student": student, "data": {"max_samples": 4}}
         train(run_config(tiny_byte_level, corpus, tmp_path / name, [], **sections))
-    assert list((tmp_path / "inductor").rglob("*.so"))
+    assert list((tmp_path / "inductor").rglob("*.so" if device == "cpu" else "*.cubin"))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
     assert held_out(tmp_path / "compiled") == pytest.approx(held_out(tmp_path / "plain"), abs=1e-5)
 
@@ -94,11 +96,11 @@ def test_adapters_of_no_layer_and_of_the_head_are_refused(tmp_path: Path, target
         load_student(StudentConfig(model=str(model), lora=LoraConfig(targets=targets)))
 
 
-def test_activation_checkpointing_changes_no_loss(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_activation_checkpointing_changes_no_loss(tmp_path: Path, tiny_byte_level: Path, device: str) -> None:
     corpus = write_corpus(tmp_path)
-    train(run_config(tiny_byte_level, corpus, tmp_path / "plain", [], train={"steps": 3}))
-    less = {"activation_checkpointing": True}
-    train(run_config(tiny_byte_level, corpus, tmp_path / "less", [], train={"steps": 3}, student=less))
+    for name in ("plain", "less"):
+        student = {"device": device, "activation_checkpointing": name == "less"}
+        train(run_config(tiny_byte_level, corpus, tmp_path / name, [], train={"steps": 3}, student=student))
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "less"), abs=1e-5)
 
 
