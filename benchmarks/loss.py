@@ -5,7 +5,8 @@
 Memory is what the loss adds at its peak to hidden states and weight that are there already, the weight's gradient
 included, each arm in a process of its own (on a GPU: the allocator's peak). Time is the median of rounds in which all
 arms take turns, so that a noisy machine disturbs all alike. The peers: dense logits with autograd, which is how the
-loss is written in most trainers, and cross-entropy alone by torch's own chunked `linear_cross_entropy`.
+loss is written in most trainers, and cross-entropy alone in chunks: by torch's own `linear_cross_entropy` (2.13 has it)
+and, on a GPU where liger-kernel is installed, by Liger's Triton kernel. The fastest of them is what ratios are of.
 """
 
 import argparse
@@ -19,17 +20,19 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import LinearCrossEntropyOptions
-from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from trainer.learning.divergences import NAMES, divergence, forward_kl
 from trainer.learning.labels import Labels, Spans, Spread
 from trainer.learning.losses import Head, Objective, head_loss
+
+Arm = Callable[[Tensor, Tensor, Labels], Tensor]
 
 TOP_K = 64
 SPAN_TOKENS = 3
@@ -94,8 +97,28 @@ def dense_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels) ->
 
 
 def torch_chunked(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels) -> Tensor:
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
     options = LinearCrossEntropyOptions()
     return linear_cross_entropy(hidden_TD, weight_VD, labels.tokens_T, reduction="sum", options=options)
+
+
+def liger(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    total: Tensor = LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight_VD, hidden_TD, labels.tokens_T)
+    return total
+
+
+def chunked_peers(device: str) -> dict[str, Arm]:
+    """Cross-entropy alone, as libraries compute it that are here."""
+    peers: dict[str, Arm] = {}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        peers["torch chunked ce"] = torch_chunked
+    if device != "cpu" and find_spec("liger_kernel"):
+        peers["liger chunked ce"] = liger
+    return peers
 
 
 def ours(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective: Objective) -> Tensor:
@@ -113,10 +136,7 @@ def by_spread(hidden_TD: Tensor, weight_VD: Tensor, labels: Labels, *, objective
     return head_loss(Head(weight_VD), hidden_TD, replace(labels, spans=()), objective).total
 
 
-Arm = Callable[[Tensor, Tensor, Labels], Tensor]
-
-
-def arms(chunk_tokens: int) -> dict[str, Arm]:
+def arms(device: str, chunk_tokens: int) -> dict[str, Arm]:
     fused = {
         name: partial(ours, objective=Objective(0.1, divergence(name), chunk_tokens=chunk_tokens)) for name in NAMES
     }
@@ -124,7 +144,7 @@ def arms(chunk_tokens: int) -> dict[str, Arm]:
     return {
         "dense forward_kl + ce": dense,
         "dense ce": dense_cross_entropy,
-        "torch chunked ce": torch_chunked,
+        **chunked_peers(device),
         "ours ce": partial(ours, objective=Objective(chunk_tokens=chunk_tokens)),
         **{f"ours {name} + ce": arm for name, arm in fused.items()},
         "ours forward_kl at 1.5 + ce": partial(ours, objective=Objective(0.1, forward_kl, 1.5, chunk_tokens)),
@@ -150,7 +170,7 @@ def once(arm: Arm, given: tuple[Tensor, Tensor, Labels]) -> float:
 def peak_bytes(name: str, size: Size, device: str, chunk_tokens: int) -> int:
     """What one loss adds at its peak, in this process."""
     dtype = torch.bfloat16 if device != "cpu" else torch.float32
-    arm = arms(chunk_tokens)[name]
+    arm = arms(device, chunk_tokens)[name]
     once(arm, inputs(Size(64, 1_000, 16), device, dtype))  # what is loaded on first use
     given = inputs(size, device, dtype)
     if device != "cpu":
@@ -167,7 +187,7 @@ def measure_memory(size: Size, device: str, chunk_tokens: int) -> dict[str, int]
     """Bytes of each arm. Dense logits grow with the tokens: they are measured at a quarter and counted four times."""
     context = multiprocessing.get_context("spawn")
     peaks = {}
-    for name in ("dense forward_kl + ce", "dense ce", "torch chunked ce", "ours ce", "ours forward_kl + ce"):
+    for name in ("dense forward_kl + ce", "dense ce", *chunked_peers(device), "ours ce", "ours forward_kl + ce"):
         times = 4 if name.startswith("dense") else 1
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             part = replace(size, tokens=size.tokens // times)
@@ -177,7 +197,7 @@ def measure_memory(size: Size, device: str, chunk_tokens: int) -> dict[str, int]
 
 def measure_times(size: Size, device: str, chunk_tokens: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of each arm; of a hopeless one, those of its first time."""
-    given, measured = inputs(size, device, torch.bfloat16), arms(chunk_tokens)
+    given, measured = inputs(size, device, torch.bfloat16), arms(device, chunk_tokens)
     first = {name: once(arm, given) for name, arm in measured.items()}
     seconds: dict[str, list[float]] = {name: [] for name in measured}
     for _ in range(rounds):
@@ -205,7 +225,7 @@ def main() -> None:
         figures[f"memory {name}, MB"] = peak / 1e6
     for size in CPU_TIMES if given.device == "cpu" else GPU_TIMES:
         times = measure_times(size, given.device, given.chunk_tokens, given.rounds)
-        best = min(times[name] for name in ("dense ce", "torch chunked ce"))
+        best = min(times[name] for name in ("dense ce", *chunked_peers(given.device)))
         say(f"{size}, bf16, chunks of {given.chunk_tokens}: median of {given.rounds}\n")
         for name, value in times.items():
             say(f"  {name:32} {value:10,.1f} ms  {value / best:6.2f} × cross-entropy alone\n")
