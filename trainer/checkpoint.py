@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -32,7 +34,8 @@ from trainer.ranks import Ranks
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _IDENTITY = "identity.json"  # what a checkpoint is worth nothing without
 _FUSION = "fusion.json"
-_SETTINGS = ("weight_decay", "betas")  # the run file's word, not the checkpoint's
+_SETTINGS = ("weight_decay", "betas", "fused", "foreach")  # the run file's word or the device's, not the checkpoint's
+_PLAIN_COPY = StagingOptions(False, False, False, False)  # neither pinned nor shared, and whole before training goes on
 _WRITING = (OSError, RuntimeError, CheckpointException)
 
 Identity = Mapping[str, Any]
@@ -79,8 +82,13 @@ class Checkpoints:
             alone = self._ranks.size == 1
             _quietly()
             state = _state(student, optimizer, step)
-            future = async_save(state, checkpoint_id=partial, process_group=self._ranks.saving, no_dist=alone)
+            # what is copied already needs no GPU: copied ahead, its thread would wait for the training's stream
+            writer, stager = FileSystemWriter(partial, per_thread_copy_ahead=0), DefaultStager(_PLAIN_COPY)
+            future = async_save(
+                state, storage_writer=writer, async_stager=stager, process_group=self._ranks.saving, no_dist=alone
+            )
             assert isinstance(future, Future)
+            future.add_done_callback(lambda _: stager.close())
         except _WRITING as error:
             raise self._cannot(final, partial, error) from error
         self._writing = (step, future)

@@ -181,6 +181,8 @@ def _meeting_place() -> tuple[Any, int, int]:
             "torchrun --max-restarts on several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or "
             "restarted ranks wait for those that died"
         )
+    if rank == 0:
+        store.delete_key("exception_dump")  # nccl writes it beside all prefixes, and ends who reads it
     return PrefixStore(f"attempt {said('TORCHELASTIC_RESTART_COUNT')}", store), rank, size
 
 

@@ -6,10 +6,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 from transformers import AutoModelForCausalLM
 
 from alignment import Vocabulary
@@ -248,6 +250,21 @@ def test_a_checkpoint_that_was_cut_off_is_not_found(tmp_path: Path, tiny_byte_le
     train(config, stop_at=2)
     (tmp_path / "out" / "checkpoints" / ".partial-00000004").mkdir()
     assert train(config, resume=True).steps == 6
+
+
+def test_a_checkpoint_is_written_without_the_gpu(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one, torch would copy ahead on the thread that writes, in the stream of the training."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("copied ahead")
+
+    gpu = SimpleNamespace(**vars(torch) | {"cuda": SimpleNamespace(is_available=lambda: True)})
+    monkeypatch.setattr(filesystem, "torch", gpu)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", refused)
+    train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", []), stop_at=1)
+    assert (tmp_path / "out" / "checkpoints" / "step-00000001").is_dir()
 
 
 def test_what_is_not_the_disk_is_not_called_a_full_one(

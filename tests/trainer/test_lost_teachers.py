@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from alignment.report import AlignmentReport
 from teachers.errors import TeacherLost, Unavailable
 from tests.faulty import FaultyTeacher, faulty_teachers
 from tests.trainer.runs import run_config, write_corpus
 from trainer.config import RunConfig
+from trainer.learning.step import StepResult
 from trainer.loop import train
 from trainer.reports.metrics import read_metrics
+from trainer.reports.told import BatchPart, TeacherPart, step_values
 
 
 @pytest.fixture
@@ -57,6 +60,13 @@ def test_a_dropped_teacher_is_left_out_loudly_and_joins_again(
     assert all(step["coverage"] > 0 for step in steps)
     assert any("teacher t1 is lost" in message for message in caplog.messages)
     assert any("teacher t1 is back" in message for message in caplog.messages)
+
+
+def test_a_step_without_any_target_has_no_divergence_and_no_mass() -> None:
+    teacher = TeacherPart(AlignmentReport(), 0.0, 0, 1, 0.0, {})
+    part = BatchPart(1, 9, 0, 0.0, 0.0, 0, 0, 0, 0, {"waited_s": 0.0}, (teacher,))
+    told = step_values([part], ["t"], StepResult(2.0, 2.0, 0.0, 9, 1.0, 1e-3), 0.1)
+    assert [told[name] for name in ("coverage", "divergence", "mass", "tail")] == [0, None, None, None]
 
 
 def test_a_run_without_any_teacher_left_ends(duo: list[FaultyTeacher], tiny_byte_level: Path, tmp_path: Path) -> None:

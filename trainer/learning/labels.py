@@ -108,25 +108,23 @@ def _bounds(length: int, size: int, joined: Sequence[NDArray[np.bool_]]) -> list
 
 def labels_from(tokens: Sequence[np.ndarray], targets: Sequence[Target | None]) -> Labels:
     """Labels of several samples, one after another; None where a sample has no target."""
-    wide = max([1, *(int(np.diff(t.offsets).max(initial=0)) for t in targets if t is not None)])
-    parts = [_dense(0, None, wide), *(_dense(len(t), target, wide) for t, target in zip(tokens, targets, strict=True))]
-    ids, listed, probs, tail = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
-    return Labels(torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *tokens])), ids, listed, probs, tail)
+    said = [Target.nothing(len(t)) if target is None else target for t, target in zip(tokens, targets, strict=True)]
+    for own, target in zip(tokens, said, strict=True):
+        if len(own) != len(target):
+            raise ValueError(f"expected a target for {len(own)} positions, received {len(target)}")
+    length_T = _joined([np.diff(target.offsets) for target in said], np.int64)
+    listed_TK = np.arange(max(length_T.max(initial=0), 1)) < length_T[:, None]
+    ids_TK, probs_TK = np.zeros(listed_TK.shape, dtype=np.int64), np.zeros(listed_TK.shape, dtype=np.float32)
+    ids_TK[listed_TK] = _joined([target.ids for target in said], np.int32)
+    probs_TK[listed_TK] = _joined([target.probs for target in said], np.float32)
+    np.copyto(ids_TK, ids_TK[:, :1], where=~listed_TK)
+    listed_TK[:, 0] = True
+    tail_T = _joined([target.tail for target in said], np.float32)
+    columns = (_joined(tokens, np.int64), ids_TK, listed_TK, probs_TK, tail_T)
+    text, ids, listed, probs, tail = (torch.from_numpy(column) for column in columns)
+    return Labels(text, ids, listed, probs, tail)
 
 
-def _dense(length: int, target: Target | None, wide: int) -> tuple[np.ndarray, ...]:
-    ids = np.zeros((length, wide), dtype=np.int64)
-    listed = np.zeros((length, wide), dtype=bool)
-    probs = np.zeros((length, wide), dtype=np.float32)
-    listed[:, 0] = True
-    if target is None:
-        return ids, listed, probs, np.zeros(length, dtype=np.float32)
-    if len(target) != length:
-        raise ValueError(f"expected a target for {length} positions, received {len(target)}")
-    some = np.diff(target.offsets) > 0
-    ids[some] = target.ids[target.offsets[:-1][some]][:, None]
-    column = np.arange(len(target.ids)) - target.offsets[target.rows]
-    ids[target.rows, column] = target.ids
-    listed[target.rows, column] = True
-    probs[target.rows, column] = target.probs
-    return ids, listed, probs, target.tail
+def _joined(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    """One after another; nothing, of its type, where there are none."""
+    return np.concatenate([np.zeros(0, dtype=dtype), *parts])

@@ -77,11 +77,11 @@ class StepResult:
 
 
 def make_optimizer(student: Student, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained; matrices decay, norms and biases do not."""
+    """AdamW over what is trained, in one pass over it; matrices decay, norms and biases do not."""
     matrices = [p for p in student.parameters() if p.ndim >= 2]
     others = [p for p in student.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

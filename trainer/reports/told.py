@@ -90,10 +90,10 @@ def step_values(
         return values
     positions, valid = sum(part.positions for part in parts), sum(part.valid for part in parts)
     return values | {
-        "divergence": result.divergence,
+        "divergence": result.divergence if valid else None,
         "coverage": valid / positions if positions else None,
-        "mass": sum(part.mass for part in parts) / max(valid, 1) if positions else None,
-        "tail": sum(part.tail for part in parts) / max(valid, 1) if positions else None,
+        "mass": sum(part.mass for part in parts) / valid if valid else None,
+        "tail": sum(part.tail for part in parts) / valid if valid else None,
         "vanished": sum(part.vanished for part in parts),
         "teachers": {
             name: _teacher([part.teachers[i] for part in parts], parts, slowest.teachers[i].waited_s)
