@@ -35,6 +35,7 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _IDENTITY = "identity.json"  # what a checkpoint is worth nothing without
 _FUSION = "fusion.json"
 _SETTINGS = ("weight_decay", "betas", "fused", "foreach")  # the run file's word or the device's, not the checkpoint's
+_HINTS = {"samples": ": other texts, or other [data] or eval.held_out_documents to cut them by"}
 _PLAIN_COPY = StagingOptions(False, False, False, False)  # neither pinned nor shared, and whole before training goes on
 _WRITING = (OSError, RuntimeError, CheckpointException)
 
@@ -145,7 +146,8 @@ def load_checkpoint(
         saved = dict(json.loads((path / _IDENTITY).read_text(encoding="utf-8")))
         for key, value in identity.items():
             if saved.get(key) != value:
-                raise CheckpointError(f"{path} was written with {key} = {saved.get(key)!r}, this run has {value!r}")
+                said = f"{path} was written with {key} = {saved.get(key)!r}, this run has {value!r}"
+                raise CheckpointError(said + _HINTS.get(key, ""))
         state = _state(student, optimizer, 0)
         _quietly()
         load(state, checkpoint_id=path, no_dist=ranks.size == 1)

@@ -1,5 +1,6 @@
 """What a run has at hand: made once and checked before anything is spent, and saved."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,8 @@ from trainer.reports.metrics import Listener, Metrics
 from trainer.reports.tracking import check_trackers, tracked
 from trainer.results.outcome import Outcome
 from trainer.targets.fuser import Fuser, check_routes
+
+log = logging.getLogger("tutelage.run")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +101,8 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
     out = Path(config.output.dir).expanduser()
     last = ranks.agreed(latest_checkpoint(out / "checkpoints")) if resume else None
     _check(config, ranks, out, resume)
+    if resume and last is None and ranks.first:
+        log.warning("%s holds no checkpoint: the run begins at step 0", out)
     torch.manual_seed(config.train.seed)  # of new adapters
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -162,7 +162,8 @@ async def _raise_for_status(response: httpx.Response) -> None:
     detail = _detail(response.status_code, await _read(response, ERROR_BYTES))
     match response.status_code:
         case 401 | 403:
-            raise Unauthorized(detail)
+            sent = "authorization" in response.request.headers
+            raise Unauthorized(f"{'its key is not the one that was sent' if sent else 'it asks for a key'} ({detail})")
         case 404:
             raise NotFound(f"{response.request.url.path}: {detail}")
         case 429 | 503:

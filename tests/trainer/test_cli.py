@@ -169,13 +169,33 @@ def test_doctor_names_everything_that_is_wrong_at_once(tmp_path: Path, tiny_byte
         ("data.window_tokens=600", "the student takes 512"),
         ("train.batch_samples=64", "do not fill one batch"),
         ("data.sources.0.files=['/nowhere']", "/nowhere is neither a file"),
+        ("student.device=cuda", "student.device is cuda, but torch finds no GPU here"),
+        ("output.dir='CORPUS'", "is a file"),
     ],
 )
-def test_doctor_refuses_what_train_would(tmp_path: Path, tiny_byte_level: Path, override: str, says: str) -> None:
-    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
-    result = call("doctor", run_file(tmp_path, config), "--set", override)
-    assert result.exit_code == 1
-    assert says in result.stdout
+def test_doctor_refuses_what_train_would(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch, override: str, says: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    corpus = write_corpus(tmp_path)
+    path = run_file(tmp_path, run_config(tiny_byte_level, corpus, tmp_path / "out", []))
+    override = override.replace("CORPUS", str(corpus))
+    for command in ("doctor", "train"):
+        result = call(command, path, "--set", override)
+        assert result.exit_code == 1
+        assert says in result.output
+
+
+def test_doctor_says_that_a_folder_holds_a_run(tmp_path: Path, tiny_byte_level: Path) -> None:
+    path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", []))
+    assert call("train", path, "--json", "--stop-at", 1).exit_code == 0
+    result = call("doctor", path)
+    assert result.exit_code == 0
+    assert "out holds a run already: only --resume goes on with it" in result.stdout
+
+
+def test_help_says_which_extras_are_needed() -> None:
+    assert "tutelage[eval]" in call("eval", "--help").stdout
 
 
 def test_doctor_sees_a_teacher_that_wants_bos_and_is_not_given_it(tmp_path: Path, gemma: Path, smollm2: Path) -> None:
@@ -233,8 +253,11 @@ def test_train_refuses_a_wrong_key(tmp_path: Path, tiny_byte_level: Path) -> Non
     (tmp_path / "key").write_text("wrong\n", encoding="utf-8")
     with serving(FormulaEngine(tiny_byte_level), key="right") as url:
         path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
-        for sets in ([], ["--set", f"teachers.0.key_file='{tmp_path}/key'"]):
-            assert_one_sentence(call("train", path, *sets), "send the teacher's key")
+        for sets, says in (
+            ([], "it asks for a key (send the teacher's key"),
+            (["--set", f"teachers.0.key_file='{tmp_path}/key'"], "its key is not the one that was sent"),
+        ):
+            assert_one_sentence(call("train", path, *sets), says)
         (tmp_path / "key").write_text("right\n", encoding="utf-8")
         assert call("train", path, "--json", "--set", f"teachers.0.key_file='{tmp_path}/key'").exit_code == 0
 

@@ -33,6 +33,11 @@ class _Watcher:
                 self._steps = event["steps"]
                 console.rule(self._title)
                 console.print(f"{event['samples']} samples, steps {event['step']} to {event['steps']}")
+                for source in event.get("sources", ()):
+                    if source["broken"]:
+                        console.print(f"{source['name']}: {source['broken']} broken, left out", soft_wrap=True)
+                for key, (was, now) in event.get("changed", {}).items():
+                    console.print(f"changed since it was started before: {key} {was} → {now}", soft_wrap=True)
             case "step":
                 self._waited_s += event["waited_s"]
                 for name, teacher in event.get("teachers", {}).items():
@@ -49,7 +54,7 @@ class _Watcher:
         shares = "  ".join(f"{name} {t['share']:.0%}" for name, t in event.get("teachers", {}).items())
         return (
             f"step {event['step']:>4}/{self._steps}  loss {event['loss']:.4f}  {event['tokens_per_s']:5.0f} tokens/s  "
-            f"waited {self._waited_s:.1f} s{self._most_on()}  {shares}"
+            f"waited {self._waited_s:.1f} s in all{self._most_on()}  {shares}"
         )
 
     def _most_on(self) -> str:

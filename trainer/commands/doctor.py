@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignment import TokenizerError, Vocabulary
 from teachers.asking.pool import TeacherPool
@@ -13,7 +14,7 @@ from trainer.data.reading import Reader, chat_template, readable
 from trainer.data.samples import Corpus, Sample, SourceCounts, load_corpus
 from trainer.data.template import ChatError
 from trainer.errors import UserError
-from trainer.learning.student import check_folder, reader_of
+from trainer.learning.student import check_device, check_folder, reader_of
 from trainer.places import find_model
 from trainer.run import total_steps
 from trainer.targets.asking import address_of, checked_vocabulary
@@ -37,6 +38,7 @@ def examine(config: RunConfig) -> list[Finding]:
     findings: list[Finding] = []
     samples: Sequence[Sample] = ()
     try:
+        check_device(config.student.device)
         folder = find_model(config.student.model)
         vocabulary = Vocabulary.load(folder)
         vocabulary = vocabulary.with_roles(config.student.roles).within(check_folder(folder, config))
@@ -55,7 +57,13 @@ def examine(config: RunConfig) -> list[Finding]:
         findings.append(Finding("data", True, f"{detail}, {total_steps(config, corpus)} steps"))
     except (UserError, TokenizerError) as error:
         findings.append(Finding("data" if findings else "student", False, str(error)))
-    return findings + asyncio.run(_examine_teachers(config, samples))
+    return findings + _output(Path(config.output.dir).expanduser()) + asyncio.run(_examine_teachers(config, samples))
+
+
+def _output(out: Path) -> list[Finding]:
+    if out.is_dir() and any(out.iterdir()):
+        return [Finding("output", True, f"{out} holds a run already: only --resume goes on with it")]
+    return [Finding("output", False, f"output.dir: {out} is a file")] if out.is_file() else []
 
 
 def _holds(source: SourceCounts) -> str:

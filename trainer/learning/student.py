@@ -204,6 +204,12 @@ def reader_of(folder: Path, vocabulary: Vocabulary, config: RunConfig) -> Reader
     return Reader(vocabulary, vocabulary.prefix, template)
 
 
+def check_device(device: str) -> None:
+    """Raise ConfigError for a GPU where there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"student.device is {device}, but torch finds no GPU here")
+
+
 def check_folder(folder: Path, config: RunConfig) -> int:
     """How many ids the student's model has, without loading it. Raises ConfigError for what `load_student` refuses."""
     try:
@@ -228,6 +234,7 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
     Raises ConfigError if the model is not there or cannot be trained as the run file says, TokenizerError if its
     tokenizer is not there or writes ids that it has not.
     """
+    check_device(config.device)
     folder, device = find_model(config.model), ranks.device(config.device)
     vocabulary = Vocabulary.load(folder).with_roles(config.roles)
     if ranks.size == 1:

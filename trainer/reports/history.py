@@ -61,6 +61,7 @@ class History:
     finished      whether the last planned step was made, or the run ended itself, and its end was written
     reason        why it ended itself before that; None if it did not
     exported      the last export: after which step, and its bits per byte of held-out text; None if there is none
+    changed       settings that were others from a step on: the step, the key, what it was and what it is
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class History:
     finished: bool
     reason: str | None = None
     exported: tuple[int, float | None] | None = None
+    changed: tuple[tuple[int, str, Any, Any], ...] = ()
 
     @property
     def run(self) -> Mapping[str, Any]:
@@ -144,6 +146,7 @@ def read_history(folder: Path) -> History:
     now, num_starts, finished = 0, 0, False
     reason: str | None = None
     exported: tuple[int, float | None] | None = None
+    changed: list[tuple[int, str, Any, Any]] = []
     for event in iter_metrics(path):
         kind, now = event["event"], int(event.get("step", now))
         times = [times[0] if times else event.get("time", math.nan), event.get("time", math.nan)]
@@ -152,6 +155,8 @@ def read_history(folder: Path) -> History:
             for table in rows.values():
                 table.cut(now)
             marks = [mark for mark in marks if mark.step <= now]
+            changed = [change for change in changed if change[0] <= now]
+            changed += [(now, key, *values) for key, values in event.get("changed", {}).items()]
         elif kind in rows:
             rows[kind].put(now, numbers(event))
         elif kind.startswith("teacher_"):
@@ -162,4 +167,6 @@ def read_history(folder: Path) -> History:
         finished = kind == "end" and (reason is not None or now == start.get("steps", now))
     began, ended = times or (math.nan, math.nan)
     tables = (rows["step"].table(), rows["eval"].table())
-    return History(folder, start, *tables, tuple(marks), began, ended, num_starts, finished, reason, exported)
+    return History(
+        folder, start, *tables, tuple(marks), began, ended, num_starts, finished, reason, exported, tuple(changed)
+    )

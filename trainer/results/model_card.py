@@ -19,6 +19,7 @@ from trainer.reports.summary import summarise
 PRIVATE = (*PLUMBING, "model", "chat_template", "roles", "seed")
 MARKDOWN = str.maketrans({sign: f"&#{ord(sign)};" for sign in "|[]`*\\"})
 SECTIONS = ("student", "fusion", "loss", "optim", "train")
+OF_TEACHERS = ("top_k", "match", "weight", "final_weight")
 
 
 def model_card(run: History, step: int, bpb: float | None) -> str:
@@ -47,6 +48,7 @@ def model_card(run: History, step: int, bpb: float | None) -> str:
         num_held_out=run.start.get("held_out", 0),
         domains=_at(run, step, "held_out_domains"),
         agreement=_agreement(run, step),
+        changed=[change for change in run.changed if _public(change[1])],
         settings=[(name, settings(run.run[name], PRIVATE)) for name in SECTIONS if name in run.run],
         software=run.start.get("software", {}),
     )
@@ -57,6 +59,13 @@ def _teachers(run: History) -> Iterator[Mapping[str, Any]]:
     cards = run.start.get("teachers", {})
     for teacher in run.run.get("teachers", ()):
         yield {"name": teacher["name"], "asked": teacher, "card": cards.get(teacher["name"], {})}
+
+
+def _public(key: str) -> bool:
+    """Whether a key of the run file is one that the card tells of."""
+    section, _, name = key.partition(".")
+    shown = section in SECTIONS or (section == "teachers" and name.rpartition(".")[2] in ("", *OF_TEACHERS))
+    return shown and name not in PRIVATE
 
 
 def _at(run: History, step: int, key: str) -> dict[str, float]:

@@ -26,6 +26,7 @@ from trainer.results.agreement import Heard, agreement, fused_now, hear
 from trainer.results.evaluate import evaluate_domains, figures, held_out_domains
 from trainer.results.export import export_model, save_card
 from trainer.results.model_card import model_card
+from trainer.results.resumed import Start, changes, check_teachers
 from trainer.targets.fuser import Fuser, check_routes
 
 Exported = tuple[int, float | None] | None  # after which step, and its bits per byte of held-out text
@@ -61,7 +62,8 @@ class Outcome:
         self._heard = Heard({})
         self._out = Path(config.output.dir).expanduser()
         self.held_out: list[tuple[int, float]] = []
-        self._all, self._exported = ranks.agreed(_earlier(self._out, done) if ranks.first else ({}, None))
+        earlier = _earlier(self._out, done) if ranks.first else ({}, None, {})
+        self._all, self._exported, self._before = ranks.agreed(earlier)
 
     @property
     def stalled(self) -> bool:
@@ -75,11 +77,15 @@ class Outcome:
         return f"held-out text has not improved in {self._config.eval.stop_after} measurements (eval.stop_after)"
 
     def hear_teachers(self) -> None:
-        """Ask every teacher what it is and, for its agreement, about held-out samples. Raises their errors."""
+        """Ask every teacher what it is and, for its agreement, about held-out samples.
+
+        Raises their errors, and ConfigError for one that is another than it was.
+        """
         if self._config.eval.agreement_samples:
             check_routes(self._corpus.held_out, self._config)
         heard = hear(self._config, self._reader, self._corpus.held_out) if self._ranks.first else Heard({})
         self._heard = self._ranks.agreed(heard)
+        check_teachers(self._before, self._heard.cards)
 
     def facts(self) -> dict[str, Any]:
         """What the metrics file is told once: what is measured on, and what the model's card will name."""
@@ -89,6 +95,7 @@ class Outcome:
             "held_out": num_read,
             "held_out_skipped": len(self._corpus.held_out) - num_read,
             "base": {"model": name, "revision": revision},
+            "changed": changes(self._before, self._config),
             "teachers": {who: card.model_dump(include=CARD_FACTS) for who, card in self._heard.cards.items()},
             "software": {"python": platform.python_version(), **{name: version(name) for name in SOFTWARE}},
         }
@@ -133,17 +140,18 @@ class Outcome:
         metrics.emit("export", step=step, held_out_bpb=bpb)
 
 
-def _earlier(out: Path, done: int) -> tuple[dict[int, float], Exported]:
-    """What was measured up to `done`, by step, and what model/ holds.
+def _earlier(out: Path, done: int) -> tuple[dict[int, float], Exported, Start]:
+    """What was measured up to `done`, by step, what model/ holds, and how it was started, if any step of it is kept.
 
-    That may be from after `done`, of a run that was killed: it was as good as it says, and is replaced by better.
+    What model/ holds may be from after `done`, of a run that was killed: it was as good as it says, and is replaced by
+    better.
     """
     if not (out / FILE).is_file():
-        return {}, None
+        return {}, None, {}
     history = read_history(out)
     steps, bpb = measured(history) or (np.empty(0, int), np.empty(0))
     known = {step: value for step, value in zip(steps.tolist(), bpb.tolist(), strict=True) if step <= done}
-    return known, history.exported if (out / "model").is_dir() else None
+    return known, history.exported if (out / "model").is_dir() else None, history.start if done else {}
 
 
 def since_better(bpb: Sequence[float], margin: float) -> int:
