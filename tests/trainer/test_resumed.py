@@ -52,6 +52,7 @@ def test_changed_settings_are_said_and_stand_in_the_card(
         train(config, resume=True, stop_at=stop_at, listener=watching("run"))
 
     go_on(2)
+    assert "saved after step 2: --resume goes on from there" in capsys.readouterr().err
     go_on(4, optim={"lr": 1e-3}, train={"prefetch_tokens": 99})
     assert "changed since it was started before: optim.lr 0.003 → 0.001" in capsys.readouterr().err
     go_on(None, optim={"lr": 1e-3})

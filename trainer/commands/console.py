@@ -49,6 +49,8 @@ class _Watcher:
                 console.print(f"[bold]held out after step {event['step']}: {event['held_out_bpb']:.4f} bits per byte")
             case "end" if event["model"]:
                 console.print(f"student exported to {event['model']}")
+            case "end":
+                console.print(f"saved after step {event['step']}: --resume goes on from there")
 
     def _line(self, event: Event) -> str:
         shares = "  ".join(f"{name} {t['share']:.0%}" for name, t in event.get("teachers", {}).items())
