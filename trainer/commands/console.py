@@ -35,9 +35,10 @@ class _Watcher:
                 console.print(f"{event['samples']} samples, steps {event['step']} to {event['steps']}")
                 for source in event.get("sources", ()):
                     if source["broken"]:
-                        console.print(f"{source['name']}: {source['broken']} broken, left out", soft_wrap=True)
+                        console.print(f"{source['name']}: {source['broken']} broken, left out", soft_wrap=True, markup=False)
                 for key, (was, now) in event.get("changed", {}).items():
-                    console.print(f"changed since it was started before: {key} {was} → {now}", soft_wrap=True)
+                    line = f"changed since it was started before: {key} {was} → {now}"
+                    console.print(line, soft_wrap=True, markup=False)
             case "step":
                 self._waited_s += event["waited_s"]
                 for name, teacher in event.get("teachers", {}).items():
