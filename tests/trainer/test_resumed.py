@@ -46,13 +46,18 @@ def test_changed_settings_are_said_and_stand_in_the_card(
     tmp_path: Path, tiny_byte_level: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = write_corpus(tmp_path)
+    with corpus.open("a", encoding="utf-8") as file:
+        file.write("no\n")
 
     def go_on(stop_at: int | None, **sections: dict[str, Any]) -> None:
-        config = run_config(tiny_byte_level, corpus, tmp_path / "out", [], **sections)
+        config = run_config(tiny_byte_level, corpus, tmp_path / "out", [], data={"max_broken": 1}, **sections)
         train(config, resume=True, stop_at=stop_at, listener=watching("run"))
 
     go_on(2)
-    assert "saved after step 2: --resume goes on from there" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 broken, left out" in said
+    assert "line 11: expected a JSON object, received 'no'" in said
+    assert "saved after step 2: --resume goes on from there" in said
     go_on(4, optim={"lr": 1e-3}, train={"prefetch_tokens": 99})
     assert "changed since it was started before: optim.lr 0.003 → 0.001" in capsys.readouterr().err
     go_on(None, optim={"lr": 1e-3})

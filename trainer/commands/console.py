@@ -1,7 +1,7 @@
 """What people see: progress while a run goes on, tables when it has ended. Nothing else prints."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -33,11 +33,7 @@ class _Watcher:
                 self._steps = event["steps"]
                 console.rule(self._title)
                 console.print(f"{event['samples']} samples, steps {event['step']} to {event['steps']}")
-                for source in event.get("sources", ()):
-                    if source["broken"]:
-                        console.print(f"{source['name']}: {source['broken']} broken, left out", soft_wrap=True, markup=False)
-                for key, (was, now) in event.get("changed", {}).items():
-                    line = f"changed since it was started before: {key} {was} → {now}"
+                for line in _remarks(event):
                     console.print(line, soft_wrap=True, markup=False)
             case "step":
                 self._waited_s += event["waited_s"]
@@ -63,6 +59,15 @@ class _Watcher:
     def _most_on(self) -> str:
         name, seconds = max(self._waited_on.items(), key=lambda each: each[1], default=("", 0.0))
         return f", {seconds:.1f} of them on {name}" if seconds > 0 else ""
+
+
+def _remarks(start: Event) -> Iterator[str]:
+    """What a start should not pass over."""
+    for source in start.get("sources", ()):
+        if source["broken"]:
+            yield f"{source['name']}: {source['broken']} broken, left out ({'; '.join(source['first_broken'])})"
+    for key, (was, now) in start.get("changed", {}).items():
+        yield f"changed since it was started before: {key} {was} → {now}"
 
 
 def show_preview(preview: Preview) -> None:
