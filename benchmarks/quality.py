@@ -19,6 +19,7 @@ tokens             until the arm is as good as plain at its best, over what plai
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import signal
@@ -284,6 +285,17 @@ def flat(place: Place, seeds: Sequence[int]) -> Iterator[tuple[str, float]]:
                     yield f"{name}_{column}_spread", round((max(values) - min(values)) / 2, 5)
 
 
+def with_known(figures: Mapping[str, float], known: Mapping[str, float]) -> dict[str, float]:
+    """All arms of both: an arm's figures are from where it has more seeds, from here if as many."""
+    joined: dict[str, float] = {}
+    for setting, arm in itertools.product(SETTINGS, ARMS):
+        name = f"{setting}_{arm}"
+        source = figures if figures.get(f"{name}_seeds", 0) >= known.get(f"{name}_seeds", 0) else known
+        names = [f"{name}_seeds", *(f"{name}_{column}{end}" for column in COLUMNS for end in ("", "_spread"))]
+        joined |= {each: source[each] for each in names if each in source}
+    return joined
+
+
 def curves(place: Place, setting: str, seeds: Sequence[int]) -> Iterator[Curve]:
     """Held-out bits per byte against tokens, each drawn arm's mean over the seeds that all of these have finished."""
     runs = {arm: {seed: run for seed in seeds if (run := finished(place.run(setting, arm, seed)))} for arm in DRAWN}
@@ -325,7 +337,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=cache_dir() / "quality")
     parser.add_argument("--device", default="cpu", help="of student and teachers")
     parser.add_argument("--show", action="store_true", help="run nothing: what is finished already")
-    parser.add_argument("--json", type=Path, help="write {name: number} of all that is finished here")
+    parser.add_argument("--json", type=Path, help="write {name: number} of what is finished, here or in it")
     parser.add_argument("--curves", type=Path, help="folder for a figure of each setting")
     arguments = parser.parse_args()
     place = Place(arguments.out, save_docstrings(arguments.out / "docstrings.jsonl"), arguments.device)
@@ -344,7 +356,8 @@ def main() -> None:
             page = svg(f"{setting}: held-out text", "bits per byte, tokens trained on", drawn, top)
             (arguments.curves / f"quality-{setting}.svg").write_text(page, encoding="utf-8")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        known = json.loads(arguments.json.read_text(encoding="utf-8")) if arguments.json.exists() else {}
+        arguments.json.write_text(json.dumps(with_known(figures, known), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

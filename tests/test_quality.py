@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality import ARMS, PLAIN, SETTINGS, Place, config_of, figures_of, flat, table
+from benchmarks.quality import ARMS, PLAIN, SETTINGS, Place, config_of, figures_of, flat, table, with_known
 from benchmarks.remembered import MOST_TOP_K, Remembering, likeliest
 from benchmarks.texts import SHARED_PARAGRAPH, SHORTEST, docstrings
 from tests.rows import random_rows
@@ -55,6 +55,13 @@ def test_figures_compare_arms_of_one_seed(place: Place) -> None:
     figures = dict(flat(place, range(3)))
     assert figures["base-scarce_mean_seeds"] == 1
     assert "mean" in table(figures)
+
+
+def test_an_arm_that_has_more_seeds_elsewhere_keeps_its_figures() -> None:
+    known = {"base-scarce_plain_seeds": 3, "base-scarce_plain_end": 1.0, "base-scarce_mean_seeds": 1}
+    here = {"base-scarce_plain_seeds": 2, "base-scarce_plain_end": 2.0, "base-scarce_plain_end_spread": 0.1}
+    here |= {"base-scarce_mean_seeds": 1, "base-scarce_mean_end": 3.0}
+    assert with_known(here, known) == known | {"base-scarce_mean_end": 3.0}
 
 
 def test_texts_share_no_long_paragraph_and_are_the_same_each_time() -> None:
