@@ -76,8 +76,8 @@ class SourceConfig(Section):
     name: str | None = None
     """The domain of its documents where no column says one; if absent, the name of the file or dataset."""
     files: list[str] = []
-    """Text files (a document each), .jsonl (a document a line) or .parquet (a document a row), by path or name under
-    $TUTELAGE_CACHE/data."""
+    """Text files (a document each), .jsonl (a document a line) or .parquet (a document a row), by path, by pattern
+    ("shards/*.jsonl", in the order of their names) or by name under $TUTELAGE_CACHE/data."""
     dataset: str | None = None
     """In place of files: a folder that `save_to_disk` wrote, by path or name under $TUTELAGE_CACHE/data, or a dataset
     of the Hugging Face hub."""

@@ -1,5 +1,6 @@
 """Where things lie: models, tokenizers and texts by path or by name, and what is kept between runs."""
 
+from glob import glob, has_magic
 from pathlib import Path
 
 from teachers.models import cache_dir as cache_dir
@@ -26,9 +27,17 @@ def windows_dir() -> Path:
     return cache_dir() / "windows"
 
 
-def find_data(name: str) -> Path:
-    """A file by path, or by name under the cache. Raises ConfigError if there is neither."""
-    return _find(name, "data", "a file", "")
+def find_data(name: str) -> list[Path]:
+    """A file by path, or by name under the cache; or those that a pattern (`*`, `?`, `[a-z]`, `**`) matches, sorted.
+
+    Raises ConfigError if there is none.
+    """
+    if not has_magic(name) or Path(name).expanduser().exists():
+        return [_find(name, "data", "a file", "")]
+    paths = sorted(path for path in map(Path, glob(str(Path(name).expanduser()), recursive=True)) if path.is_file())
+    if not paths:
+        raise ConfigError(f"{name} matches no file")
+    return paths
 
 
 def _find(name: str, kind: str, what: str, must_hold: str) -> Path:

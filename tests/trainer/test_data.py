@@ -17,7 +17,7 @@ from trainer.data.order import batch_indices
 from trainer.data.samples import Corpus, Samples, load_corpus
 from trainer.data.scan import Pass
 from trainer.data.windows import STRETCH_BYTES, cut_windows
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 
 BYTE_LEVEL = tiny_vocabulary("byte_level")
 
@@ -51,6 +51,19 @@ def test_windows_are_those_of_each_text_in_order(tmp_path: Path) -> None:
     assert [(s.name, s.text) for s in corpus.train] == expected
     assert [s.index for s in corpus.train] == list(range(len(expected)))
     assert {s.domain for s in corpus.train} == {"d.jsonl"}
+
+
+def test_a_pattern_is_the_files_it_matches_in_the_order_of_their_names(tmp_path: Path) -> None:
+    files = [write_lines(tmp_path / f"{n}.jsonl", 2) for n in (2, 1, 3)]
+    (tmp_path / "4.jsonl.d").mkdir()
+    by_pattern, by_name = load({"files": [str(tmp_path / "?.jsonl*")]}), load({"files": sorted(files)})
+    assert by_pattern.fingerprint == by_name.fingerprint
+    assert documents_of(by_pattern.train) == {f"{n}.jsonl:{line}" for n in (1, 2, 3) for line in (1, 2)}
+    assert [source.name for source in by_pattern.sources] == ["?.jsonl*"]
+    write_lines(tmp_path / "[1].jsonl", 1)
+    assert documents_of(load({"files": [str(tmp_path / "[1].jsonl")]}).train) == {"[1].jsonl:1"}
+    with pytest.raises(ConfigError, match=r"none-\*.jsonl matches no file"):
+        load({"files": [str(tmp_path / "none-*.jsonl")]})
 
 
 def test_samples_are_a_sequence_that_any_thread_may_read(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -163,7 +164,7 @@ def _fingerprint(indexes: Sequence[Index], chosen: Sequence[NDArray[np.int64]], 
 def _opened(source: SourceConfig) -> list[Documents]:
     if source.dataset is not None:
         return [open_dataset(source)]
-    paths = [find_data(name) for name in source.files]
+    paths = [path for name in source.files for path in find_data(name)]
     return [open_parquet(path, source) if path.suffix == ".parquet" else open_file(path, source) for path in paths]
 
 
@@ -200,7 +201,7 @@ def _draw(chosen: list[NDArray[np.int64]], limit: int | None, seed: int) -> list
 
 def _counts(index: Index, draws: int) -> SourceCounts:
     source, seen = index.source, index.summary
-    name = source.name or source.dataset or ", ".join(part.name for part in index.parts)
+    name = source.name or source.dataset or ", ".join(Path(file).name for file in source.files)
     tokens = None if source.messages_column is not None else seen.tokens
     broken = (seen.broken, tuple(seen.first_broken[:NAMED_BROKEN]))
     return SourceCounts(name, seen.documents, seen.windows, tokens, seen.num_bytes, draws, *broken)
