@@ -106,7 +106,7 @@ async def _examine_teacher(teacher: TeacherConfig, samples: Sequence[Sample], da
             findings.append(_length(teacher, card, reader, samples, data))
             findings.append(await _probe(pool, teacher, card, vocabulary))
     except (UserError, TeacherError, TokenizerError) as error:
-        findings.append(Finding(who, False, str(error)))
+        findings.append(Finding(who, False, str(error).removeprefix(who).lstrip(": ")))
     return findings
 
 
