@@ -28,7 +28,8 @@ def test_another_teacher_under_the_same_name_is_refused(tmp_path: Path, tiny_byt
         [teacher] = other.teachers
         renamed = other.model_copy(update={"teachers": [teacher.model_copy(update={"name": "new"})]})
         assert train(renamed, resume=True).steps == 6
-    assert read_metrics(out / "metrics.jsonl")[-1]["event"] == "end"
+    starts = [event for event in read_metrics(out / "metrics.jsonl") if event["event"] == "start"]
+    assert [start["changed"] for start in starts] == [{}, {"teachers": [["t0"], ["new"]]}]
 
 
 def test_a_run_that_kept_no_step_may_have_any_teacher(tmp_path: Path, tiny_byte_level: Path) -> None:

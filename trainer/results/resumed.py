@@ -30,9 +30,9 @@ def changes(before: Start, config: RunConfig) -> dict[str, list[Any]]:
 
 
 def _flat(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    teachers = run.get("teachers", [])
-    yield "teachers", [teacher["name"] for teacher in teachers]
-    sections = {**run, **{f"teachers.{teacher['name']}": teacher for teacher in teachers}}
-    for section, values in sections.items():
-        if section != "teachers":
+    for section, values in run.items():
+        if section == "teachers":
+            yield section, [teacher["name"] for teacher in values]
+            yield from _flat({f"teachers.{teacher['name']}": teacher for teacher in values})
+        else:
             yield from ((f"{section}.{key}", value) for key, value in values.items())
