@@ -73,7 +73,15 @@ def tiny_vocabulary(kind: Kind) -> Vocabulary:
     return Vocabulary.parse(tokenizer_json(kind).encode(), json.dumps(tokenizer_config(kind)).encode(), name=kind)
 
 
-def save_tiny_model(folder: Path, *, kind: Kind, seed: int, head_dim: int = 8, tied: bool = True) -> Path:
+def save_tiny_model(
+    folder: Path,
+    *,
+    kind: Kind = "byte_level",
+    seed: int = 1,
+    head_dim: int = 8,
+    tied: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A 2-layer Llama and its tokenizer, as a Hugging Face directory. vLLM wants heads of 32."""
     vocabulary = tiny_vocabulary(kind)
     torch.manual_seed(seed)
@@ -91,8 +99,7 @@ def save_tiny_model(folder: Path, *, kind: Kind, seed: int, head_dim: int = 8, t
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer_json(kind), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(kind)), encoding="utf-8")
     return folder

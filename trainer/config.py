@@ -54,8 +54,8 @@ class StudentConfig(Section):
     device: str = "cpu"
     """Where it trains: cpu, cuda, cuda:1, … ; with several processes cuda is each one's own."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 computes products in bf16 over float32 weights, and with several processes norms and sums in a layer too;
-    fp32 computes in float32 throughout."""
+    """bf16 computes products in bf16 over float32 weights (frozen matrices that bf16 holds exactly are kept in it), and
+    with several processes norms and sums in a layer too; fp32 computes in float32 throughout."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and compute the layer again in the backward pass: less memory, a third more time."""
     compile: bool = False

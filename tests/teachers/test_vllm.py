@@ -25,8 +25,8 @@ from tests.needs import need
 from tests.serve import free_port
 from tests.teachers.test_stock import call as call_stock
 from tests.test_processes import wait_for
-from tests.tiny import TEXT
-from tests.trainer.test_export import export, save_base, trained
+from tests.tiny import TEXT, save_tiny_model
+from tests.trainer.test_export import export, trained
 from tests.vllm_server import KEY, descendants, started, stock_server
 
 T = TypeVar("T")
@@ -265,7 +265,7 @@ def runs(pid: int) -> bool:
 
 def test_teach_serves_an_exported_student_with_vllm_and_takes_it_along_when_it_ends(tmp_path: Path) -> None:
     need("vllm")
-    student = trained(save_base(tmp_path / "base", dtype=torch.float32, tied=True, head_dim=32))
+    student = trained(save_tiny_model(tmp_path / "base", head_dim=32))
     model = export(student, tmp_path / "model")
     ids = student.vocabulary.encode(TEXT).ids.tolist()[:300]
     port = free_port()

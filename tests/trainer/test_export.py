@@ -31,17 +31,6 @@ CHATML = (
 )
 
 
-def save_base(folder: Path, *, dtype: torch.dtype, tied: bool, head_dim: int = 8) -> Path:
-    """A tiny model in a type, with one matrix for both ends or two."""
-    save_tiny_model(folder, kind="byte_level", seed=1, head_dim=head_dim)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    if not tied:
-        model.config.tie_word_embeddings = False
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
-    model.to(dtype).save_pretrained(folder)
-    return folder
-
-
 def trained(folder: Path) -> Student:
     """A student whose weights are no longer its base's."""
     student = load_student(StudentConfig(model=str(folder), precision="fp32"))
@@ -71,7 +60,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def test_it_has_the_type_and_the_ties_of_its_base_and_the_students_logits(
     tmp_path: Path, dtype: torch.dtype, tied: bool
 ) -> None:
-    base = save_base(tmp_path / "base", dtype=dtype, tied=tied)
+    base = save_tiny_model(tmp_path / "base", dtype=dtype, tied=tied)
     student = trained(base)
     out = export(student, tmp_path / "model")
     assert tensors(out).keys() == tensors(base).keys()
@@ -85,14 +74,14 @@ def test_it_has_the_type_and_the_ties_of_its_base_and_the_students_logits(
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.copy_(parameter.to(dtype))
-    exact: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    exact: Any = AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(exact(ids).logits, student.model(ids).logits, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_adapters_are_merged_into_the_type_and_the_ties_of_the_base(tmp_path: Path, tied: bool) -> None:
     need("peft")
-    base = save_base(tmp_path / "base", dtype=torch.bfloat16, tied=tied)
+    base = save_tiny_model(tmp_path / "base", dtype=torch.bfloat16, tied=tied)
     student = load_student(StudentConfig(model=str(base), precision="fp32", lora=LoraConfig(rank=4)))
     with torch.no_grad():
         for parameter in student.parameters():
@@ -103,7 +92,7 @@ def test_adapters_are_merged_into_the_type_and_the_ties_of_the_base(tmp_path: Pa
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith("_proj.weight")}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.arange(50)[None]
     with torch.no_grad():
         difference = (loaded(ids).logits - student.model(ids).logits).abs()
@@ -111,7 +100,7 @@ def test_adapters_are_merged_into_the_type_and_the_ties_of_the_base(tmp_path: Pa
 
 
 def test_a_generation_config_that_transformers_refuses_to_save_is_kept_as_it_is(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", dtype=torch.float32, tied=True)
+    base = save_tiny_model(tmp_path / "base")
     said = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}  # of a model on the hub: sampling without do_sample
     with pytest.raises(ValueError, match="do_sample"):
         GenerationConfig(**said).save_pretrained(tmp_path)
@@ -121,14 +110,14 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_kept_as_it_is(
 
 
 def test_a_base_without_a_generation_config_gets_one_that_knows_its_end(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", dtype=torch.float32, tied=True)
+    base = save_tiny_model(tmp_path / "base")
     (base / "generation_config.json").unlink()
     out = export(trained(base), tmp_path / "model")
     assert GenerationConfig.from_pretrained(out).eos_token_id == Vocabulary.load(base).roles["eos"]
 
 
 def test_the_terms_of_the_base_and_no_other_file_go_with_it(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", dtype=torch.float32, tied=True)
+    base = save_tiny_model(tmp_path / "base")
     for name in ("LICENSE", "NOTICE.txt", "README.md", "pytorch_model.bin.index.json", "special_tokens_map.json"):
         (base / name).write_text("{}", encoding="utf-8")
     out = export(trained(base), tmp_path / "model")
@@ -147,7 +136,7 @@ def test_the_terms_of_the_base_and_no_other_file_go_with_it(tmp_path: Path) -> N
 
 
 def test_a_student_of_chats_takes_the_template_that_it_learned_and_ends_with_its_turn(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", dtype=torch.float32, tied=True)
+    base = save_tiny_model(tmp_path / "base")
     (base / "chat_template.jinja").write_text("{{ 'of the base' }}", encoding="utf-8")
     (base / "generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
     student = trained(base)
@@ -163,7 +152,7 @@ def test_a_student_of_chats_takes_the_template_that_it_learned_and_ends_with_its
 
 
 def test_what_stood_there_stays_where_the_new_cannot_be_written(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", dtype=torch.float32, tied=True)
+    base = save_tiny_model(tmp_path / "base")
     out = export(trained(base), tmp_path / "model")
     before = tensors(out)
     broken = trained(base)

@@ -85,6 +85,36 @@ def test_a_run_of_adapters_is_the_same_after_a_resume(tmp_path: Path, tiny_byte_
     assert losses(tmp_path / "straight") == pytest.approx(losses(tmp_path / "halves"), abs=1e-6)
 
 
+@pytest.mark.parametrize("trained", [{"lora": LoraConfig(rank=4)}, {"train_layers": 1}], ids=["adapters", "upper"])
+def test_frozen_matrices_take_half_the_memory_and_change_no_bit(
+    tmp_path: Path, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    base = save_tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    results = []
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr("trainer.learning.student.halve_frozen", lambda _: None)
+        torch.manual_seed(0)  # of new adapters
+        student = load_student(StudentConfig(model=str(base), device=device, **trained))
+        dtypes = {p.requires_grad: p.dtype for name, p in student.model.named_parameters() if name.count("_proj")}
+        assert dtypes == {True: torch.float32, False: torch.bfloat16 if kept else torch.float32}
+        text = student.vocabulary.encode(TEXT[:200])
+        (states,) = student.compute([text], [np.ones(len(text) - 1, dtype=bool)], lambda _, states_TD: (states_TD,))
+        states.float().square().sum().backward()
+        results.append([states, *(p.grad for p in student.parameters()), *student.weights().values()])
+    for half, whole in zip(*results, strict=True):
+        assert torch.equal(half.float(), whole.float())
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "bf16"), (torch.bfloat16, "fp32")])
+def test_frozen_weights_stay_float32_where_bf16_would_change_them(
+    tmp_path: Path, dtype: torch.dtype, precision: Any
+) -> None:
+    base = save_tiny_model(tmp_path / "base", dtype=dtype)
+    student = load_student(StudentConfig(model=str(base), precision=precision, train_layers=1))
+    assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [(["nowhere"], "student.lora.targets"), (["lm_head"], "the head cannot have an adapter")],

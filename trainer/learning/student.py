@@ -1,7 +1,7 @@
 """The student: a causal language model that is trained, split into its trunk and its head.
 
 The trunk gives hidden states, the head turns chosen ones into logits, so that the loss decides how many logits
-exist at once. Weights are float32; bf16 is what is computed in.
+exist at once. What is trained is float32; bf16 is what is computed in.
 """
 
 import logging
@@ -237,25 +237,36 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
     check_device(config.device)
     folder, device = find_model(config.model), ranks.device(config.device)
     vocabulary = Vocabulary.load(folder).with_roles(config.roles)
+    autocast = config.precision == "bf16" and ranks.size == 1
     if ranks.size == 1:
-        core, packs = _prepared(config, folder, device)
+        core, packs = _prepared(config, folder)
+        if autocast:
+            halve_frozen(core.model.get_decoder())
+        with _load_errors(folder, device):
+            core.to(device)
     else:
         mesh = mesh_of(device, ranks)
         with ranks.one_after_another():
-            core, packs = _prepared(config, folder, "cpu")
+            core, packs = _prepared(config, folder)
             shard(core, layers_of(core.model), mesh, bf16=config.precision == "bf16")
     vocabulary = vocabulary.within(core.model.get_input_embeddings().num_embeddings)
-    autocast = config.precision == "bf16" and ranks.size == 1
     return Student(core, vocabulary, folder, device, autocast, packs, config.lora)
 
 
-def _prepared(config: StudentConfig, folder: Path, device: str) -> tuple[Core, bool]:
-    """The whole model, checked, with what is trained chosen; and whether it keeps samples in a row apart."""
+@contextmanager
+def _load_errors(folder: Path, device: str) -> Iterator[None]:
+    """What libraries raise, as ConfigError."""
     try:
-        model = _loaded(folder).to(device).train()
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
+        yield
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"student.model: cannot load {folder} on {device}: {reason}") from error
+
+
+def _prepared(config: StudentConfig, folder: Path) -> tuple[Core, bool]:
+    """The whole model on the CPU, checked, with what is trained chosen; whether it keeps samples in a row apart."""
+    with _load_errors(folder, "cpu"):
+        model = _loaded(folder).train()
     check_head(model)
     packs = keeps_apart(model)
     if config.train_layers is not None:
@@ -288,6 +299,18 @@ def _compile(layers: nn.ModuleList) -> None:
 def _loaded(folder: Path) -> Any:
     loader: Any = AutoModelForCausalLM
     return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+def halve_frozen(trunk: nn.Module) -> None:
+    """Keep frozen matrices in bf16, in place, where it holds them exactly: autocast multiplies in it anyway.
+
+    It takes half of their memory and changes no bit of what is computed and exported.
+    """
+    for module in trunk.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            half = module.weight.detach().to(torch.bfloat16)
+            if torch.equal(half.float(), module.weight):
+                module.weight.data = half
 
 
 def train_upper_layers(model: Any, num_layers: int) -> None:
