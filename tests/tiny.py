@@ -3,7 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -99,7 +99,8 @@ def save_tiny_model(
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer.json").write_text(tokenizer_json(kind), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(kind)), encoding="utf-8")
     return folder

@@ -151,7 +151,7 @@ class TeacherConfig(Section):
     ca_file: str | None = None
     """Certificates to trust for https, where the system's are not enough."""
     tokenizer: str | None = None
-    """Folder with its tokenizer.json, for a plain vLLM server, which hands out none."""
+    """Folder with its tokenizer.json, for a plain vLLM server, which hands out none; for no other."""
     top_k: Positive = 64
     """Candidates asked for at every position."""
     match: Literal["chain", "em", "min_ed", "spans", "sorted"] = "chain"

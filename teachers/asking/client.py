@@ -159,10 +159,17 @@ async def find_client(
 ) -> Client:
     """The client that speaks this server's dialect; close it when done. `tokenizer` is StockClient's.
 
-    Raises TeacherError if the server speaks none, and Unavailable if it does not answer now.
+    Raises TeacherError if the server speaks none, or has a tokenizer where one is given, and Unavailable if it does not
+    answer now.
     """
     native = TeacherClient(name, url, key, ca_file)
     if await _knows(native, native.card):
+        if tokenizer is not None:
+            await native.aclose()
+            raise TeacherError(
+                f"teacher {name} at {native.url} hands out its own tokenizer: leave teachers.{name}.tokenizer "
+                f"({tokenizer}) out"
+            )
         return native
     stock = StockClient(name, url, key, ca_file, tokenizer)
     if await _knows(stock, lambda: stock.model(CARD_TIMEOUT_S)):

@@ -242,9 +242,9 @@ def test_what_the_server_says_of_an_error_is_passed_on(tiny_byte_level: Path) ->
 # --- which dialect ---
 
 
-def found(url: str, name: str = "t") -> type:
+def found(url: str, name: str = "t", tokenizer: Path | None = None) -> type:
     async def run() -> type:
-        client = await find_client(name, url)
+        client = await find_client(name, url, tokenizer=tokenizer)
         await client.aclose()
         return type(client)
 
@@ -261,6 +261,12 @@ def test_the_dialect_is_found_and_the_slower_one_named_once(
         assert [found(url, "one"), found(url, "one"), found(url, "two")] == [StockClient] * 3
     assert [r.args for r in caplog.records] == [("one",), ("two",)]
     assert "VLLM_PLUGINS=tutelage" in caplog.text
+
+
+def test_a_tokenizer_for_a_server_that_has_its_own_is_refused(tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        with pytest.raises(errors.TeacherError, match=r"t at .* its own tokenizer: leave teachers\.t\.tokenizer"):
+            found(url, tokenizer=tiny_byte_level)
 
 
 def test_a_server_that_is_no_teacher_is_an_error_that_says_so(tiny_byte_level: Path) -> None:

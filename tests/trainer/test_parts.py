@@ -324,6 +324,8 @@ def test_a_preview_is_of_the_teachers_that_are_fused(
 ) -> None:
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
         config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls)
-        assert [teacher.name for teacher in preview(matched(config, "spans", "chain")).teachers] == ["t1"]
+        alone = preview(matched(config, "spans", "chain"))
+    assert [teacher.name for teacher in alone.teachers] == ["t1"]
+    assert not alone.fused_bpb
     with pytest.raises(DataError, match="no teacher to preview: add .* that are fused"):
         preview(matched(config, "spans", "sorted"))

@@ -212,6 +212,13 @@ def test_what_a_run_file_says_is_text_and_never_markup(tmp_path: Path) -> None:
     assert "alert(1)" in page.text
 
 
+def test_sources_are_told_as_a_person_would_write_them(tmp_path: Path) -> None:
+    sources = [{"files": ["a.txt", "b/*.jsonl"], "weight": 0.5, "dataset": None}, {"dataset": "wiki"}]
+    text = page_of(write_run(tmp_path, 10, run={"data": {"sources": sources}})).text
+    assert "sources files a.txt, b/*.jsonl weight 0.5; dataset wiki" in text
+    assert "{'" not in text
+
+
 def test_a_long_run_is_a_page_of_bounded_size_with_its_spike(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path, 20_000, teachers=("a", "b"), more=lambda step: {"grad_norm": 500.0 if step == 7_777 else 1.0}

@@ -85,7 +85,10 @@ def show_preview(preview: Preview) -> None:
         )
     for method, bpb in preview.fused_bpb.items():
         table.add_row(f"fused by {method}", "", f"{bpb:.4f}", "")
-    table.caption = "min_ce and avg_ce choose with the text in sight: by token above all, their figure flatters them."
+    if preview.fused_bpb:
+        table.caption = (
+            "min_ce and avg_ce choose with the text in sight: by token above all, their figure flatters them."
+        )
     console.print(table)
 
 

@@ -40,7 +40,10 @@ class TeacherPreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """Bits per byte of student, teachers and fusions over `num_bytes` bytes and `positions` student tokens."""
+    """Bits per byte of student, teachers and fusions over `num_bytes` bytes and `positions` student tokens.
+
+    fused_bpb is empty of one teacher, which every fusion leaves as it is.
+    """
 
     student_bpb: float
     teachers: tuple[TeacherPreview, ...]
@@ -148,7 +151,9 @@ def _student_nats(student: Student, sample: _Common, chunk_tokens: int) -> float
 
 
 def _fusions(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Every method, at every scope that it knows; the run's own weights, temperature and margin."""
+    """Every method, at every scope it knows, with the run's weights, temperature and margin; nothing of one teacher."""
+    if len(config.teachers) == 1:
+        return
     methods = [m for m in METHODS if m not in BY_SCOPE] + ["adaptive"]
     methods += ["router"] if config.data.names_teachers else []
     for method, scope in [(m, "sample") for m in methods] + [(m, s) for m in BY_SCOPE for s in SCOPES]:

@@ -128,14 +128,20 @@ def _rows(run: History) -> list[tuple[str, str]]:
 
 def settings(values: Mapping[str, Any], leave_out: Collection[str] = PLUMBING) -> str:
     """A section of a run file in a line, without what it leaves open."""
+    return " · ".join(_said(values, leave_out))
+
+
+def _said(values: Mapping[str, Any], leave_out: Collection[str]) -> list[str]:
     shown = {key: value for key, value in values.items() if key not in leave_out and value not in (None, {}, [], "")}
-    return " · ".join(f"{key} {_value(value)}" for key, value in shown.items())
+    return [f"{key} {_value(value)}" for key, value in shown.items()]
 
 
 def _value(value: Any) -> str:
     """As a person would write it in a run file, without brackets."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
+        return ("; " if any(isinstance(each, Mapping) for each in value) else ", ").join(map(_value, value))
+    if isinstance(value, Mapping):
+        return " ".join(_said(value, PLUMBING))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
