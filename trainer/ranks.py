@@ -5,6 +5,7 @@ then costs anything. Small numbers travel by gloo, whatever the weights travel b
 """
 
 import os
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from trainer.errors import ConfigError
 
 T = TypeVar("T")
 APPEARS_S = 60.0  # NFS may keep what it knows of a folder for so long
+LOOK_S = 1e-3
 PATIENCE = timedelta(hours=2)  # a rank may write, compile or measure while the others wait for it
 
 
@@ -68,17 +70,36 @@ class Ranks:
         dist.broadcast_object_list(said, src=0)
         return said[0]
 
-    def gathered(self, mine: T, group: Any = None) -> list[T]:
+    def gathered(self, mine: T) -> list[T]:
         """What each rank says, in their order."""
         if self.size == 1:
             return [mine]
         said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, mine, group=group)
+        dist.all_gather_object(said, mine)
         return said
 
     def gathered_fusing(self, mine: T) -> list[T]:
-        """The same, on the thread that fuses."""
-        return self.gathered(mine, self.fusing)
+        """The same, on the thread that fuses.
+
+        It looks again and again whether the others have spoken: they may end without it, and a daemon thread that
+        waits inside torch when its process ends aborts that.
+        """
+        if self.size == 1:
+            return [mine]
+        data = pickle.dumps(mine)
+        sizes = [int(size) for size in self._all_fusing(torch.tensor([len(data)]))]
+        padded = torch.frombuffer(bytearray(data.ljust(max(sizes))), dtype=torch.uint8)
+        said = [one.numpy().tobytes() for one in self._all_fusing(padded)]
+        return [pickle.loads(one[:size]) for one, size in zip(said, sizes, strict=True)]
+
+    def _all_fusing(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        said = [torch.empty_like(mine) for _ in range(self.size)]
+        work = dist.all_gather(said, mine, group=self.fusing, async_op=True)
+        assert work is not None
+        while not work.is_completed():
+            time.sleep(LOOK_S)
+        work.wait()
+        return said
 
     def wait(self) -> None:
         """Until all are here."""

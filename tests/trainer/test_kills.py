@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.trainer.runs import held_out, losses, run_config, write_corpus
+from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from tests.trainer.test_ranks import command, torchrun
 from trainer.config import RunConfig
 
@@ -74,6 +75,25 @@ def assert_nothing_was_lost(undisturbed: RunConfig, killed: Path) -> None:
     assert len(losses(killed)) == STEPS
     assert losses(killed) == pytest.approx(losses(before), abs=1e-6)
     assert held_out(killed)[STEPS] == pytest.approx(held_out(before)[STEPS], abs=1e-6)
+
+
+def test_one_rank_told_to_end_takes_the_other_along(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    """Though the other one's next target needs what the first one's teachers say, and none of them waits for it."""
+    sections: dict[str, Any] = {"fusion": {"method": "adaptive"}, "train": {"epochs": 400, "prefetch_tokens": 1}}
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "told", urls, **sections)
+        with started(command(config, 2, "--pause=0.05")) as launcher:
+            while steps_made(tmp_path / "told") < 3:
+                assert launcher.poll() is None
+                time.sleep(0.1)
+            rank = next(p for p in launcher.children(recursive=True) if "tests.trainer.rank_main" in p.cmdline())
+            rank.terminate()
+            assert launcher.wait(120) == 0
+    done = steps_made(tmp_path / "told")
+    assert 3 <= done < 1200
+    assert (tmp_path / "told" / "checkpoints" / f"step-{done:08d}").is_dir()
 
 
 def test_ranks_killed_under_torchrun_change_no_loss(tmp_path: Path, undisturbed: RunConfig) -> None:

@@ -92,7 +92,7 @@ class OneOfTwo(Ranks):
     def agreed(self, value: Any) -> Any:
         return value if self.first else ".seen-by-the-other"
 
-    def gathered(self, mine: Any, group: Any = None) -> list[Any]:
+    def gathered(self, mine: Any) -> list[Any]:
         return [mine, True] if self.first else [True, mine]
 
 

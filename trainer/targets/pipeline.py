@@ -117,7 +117,7 @@ class TargetStream:
         self._events: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._main: asyncio.Task[Any] | None = None
-        self._stopping = False
+        self._stopping = self._closing = False
         self._began = self._connected = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="targets", daemon=True)
         self._thread.start()
@@ -129,14 +129,19 @@ class TargetStream:
         self.close()
 
     def stop(self) -> None:
-        """End the iteration, whatever it waits for. A signal handler may call it: SimpleQueue.put is reentrant."""
-        if not self._stopping:  # a second time would end what the first time began
-            self._stopping = True
-            self._tell(lambda: self._main and self._main.cancel())
-            self._ready.put(_END)
+        """End the iteration, whatever it waits for. Asking and fusing go on until `close`: another rank that has not
+        been stopped may need them for its batch.
+
+        A signal handler may call it: SimpleQueue.put is reentrant.
+        """
+        self._stopping = True
+        self._ready.put(_END)
 
     def close(self) -> None:
         self.stop()
+        if not self._closing:  # a second time would end what the first time began
+            self._closing = True
+            self._tell(lambda: self._main and self._main.cancel())
         self._thread.join(timeout=30)
 
     @property
