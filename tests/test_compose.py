@@ -126,13 +126,13 @@ def test_services_are_restarted_and_stopped_gently(services: dict[str, Service])
     assert all(services[name]["stop_grace_period"] == "20s" for name in (*PORTS, "trainer"))
 
 
-def test_models_are_read_from_a_volume_that_only_preparation_writes(services: dict[str, Service]) -> None:
+def test_teachers_read_their_models_from_a_volume_that_they_cannot_write(services: dict[str, Service]) -> None:
     def cache_modes(name: str) -> list[str]:
         volumes = [v if isinstance(v, str) else _short(v) for v in services[name]["volumes"]]
         return [volume.removeprefix("cache:/cache:") for volume in volumes if volume.startswith("cache:")]
 
-    assert cache_modes("prepare") == ["rw"]
-    assert all(cache_modes(name) == ["ro"] for name in (*PORTS, "trainer"))
+    assert all(cache_modes(name) == ["ro"] for name in PORTS)
+    assert all(cache_modes(name) == ["rw"] for name in ("prepare", "trainer"))  # the trainer keeps windows there
 
 
 def _short(volume: dict[str, Any]) -> str:
@@ -140,15 +140,21 @@ def _short(volume: dict[str, Any]) -> str:
     return f"{volume['source']}:{volume['target']}:{'ro' if volume.get('read_only') else 'rw'}"
 
 
-def test_the_gpu_file_adds_a_device_to_the_commands_and_gpus_to_the_containers(services: dict[str, Service]) -> None:
-    options = dict.fromkeys(PORTS, " --device cuda") | {"trainer": " --set student.device=cuda"}
-    added = yaml.safe_load((ROOT / "deploy" / "compose.gpu.yml").read_text(encoding="utf-8"))["services"]
+def test_the_gpu_file_gives_containers_their_gpus_and_the_student_a_process_for_each(
+    services: dict[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINER_GPUS", "2,3")
     merged = read_compose("docker-compose.yml", "deploy/compose.gpu.yml")["services"]
-    assert {name: set(service) for name, service in added.items()} == {key: {"command", "deploy"} for key in options}
-    for name, option in options.items():
+    launcher = ["torchrun", "--standalone", "--nproc-per-node", "gpu", "-m", "trainer.cli"]
+    commands = {name: words(services[name]["command"]) for name in (*PORTS, "trainer")}
+    expected = {name: [*commands[name], "--device", "cuda"] for name in PORTS}
+    expected["trainer"] = [*launcher, *commands["trainer"][1:], "--set", "student.device=cuda"]
+    for name, command in expected.items():
         [gpus] = merged[name]["deploy"]["resources"]["reservations"]["devices"]
         assert gpus["capabilities"] == ["gpu"]
-        assert words(merged[name]["command"]) == words(services[name]["command"]) + option.split()
+        assert words(merged[name]["command"]) == command
+        assert merged[name]["environment"]["CUDA_VISIBLE_DEVICES"] == ("2,3" if name == "trainer" else "0")
+    assert merged["trainer"]["shm_size"]
 
 
 # --- what the image and the run file say ---
