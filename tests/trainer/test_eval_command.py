@@ -92,7 +92,7 @@ def test_it_says_what_is_missing(tmp_path: Path, tiny_byte_level: Path, monkeypa
     path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", []))
     assert_one_sentence(call("eval", tmp_path / "nowhere", "--run", path), "is neither a model directory nor a name")
     monkeypatch.setattr("trainer.results.tasks.PACKAGES", ("lm_eval_of_another_world",))
-    said = "lm_eval_of_another_world is not installed; `pip install tutelage[eval]`"
+    said = "lm_eval_of_another_world is not installed: install Tutelage's extra eval"
     assert_one_sentence(call("eval", tiny_byte_level, "--tasks", "arc_easy"), said)
 
 

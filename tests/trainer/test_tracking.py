@@ -297,7 +297,7 @@ def test_a_package_that_is_not_there_is_one_sentence_before_teachers_are_asked(
     value = "true" if key == "tensorboard" else "'x'"
     result = call("train", run_file(tmp_path, config), "--set", f"tracking.{key}={value}")
     assert_one_sentence(
-        result, f"tracking.{key}: a_package_that_nobody_has is not installed: pip install 'tutelage[{key}]'"
+        result, f"tracking.{key}: a_package_that_nobody_has is not installed: install Tutelage's extra {key}"
     )
     assert not (tmp_path / "out").exists()
 

@@ -104,7 +104,7 @@ def _library() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("Parquet and Hugging Face datasets need a package: pip install tutelage[data]") from error
+        raise DataError("Parquet and Hugging Face datasets need a package: install Tutelage's extra data") from error
     datasets.disable_progress_bars()
     return datasets
 

@@ -17,8 +17,9 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     try:
         from peft import inject_adapter_in_model
     except ImportError as error:
-        raise ConfigError("student.lora: peft is not installed: pip install 'tutelage[lora]'") from error
+        raise ConfigError("student.lora: peft is not installed: install Tutelage's extra lora") from error
     model.requires_grad_(False)
+    embeddings = model.get_input_embeddings()
     try:
         inject_adapter_in_model(_peft(config), model)
     except ValueError as error:
@@ -27,6 +28,8 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     head = model.get_output_embeddings()
     if any(p.requires_grad for p in head.parameters()):
         raise ConfigError("student.lora.targets: the head cannot have an adapter; the loss reads its weight")
+    if model.get_input_embeddings() is not embeddings:
+        raise ConfigError("student.lora.targets: the embeddings cannot have an adapter; a tied head would not have it")
     if not adapted:
         raise ConfigError(f"student.lora.targets: {config.targets} is no layer of {type(model).__name__}")
 

@@ -28,7 +28,7 @@ def check_trackers(config: TrackingConfig) -> None:
     for key in PACKAGES:
         missing = [package for package in PACKAGES[key] if getattr(config, key) and find_spec(package) is None]
         if missing:
-            raise TrackingError(f"tracking.{key}: {missing[0]} is not installed: pip install 'tutelage[{key}]'")
+            raise TrackingError(f"tracking.{key}: {missing[0]} is not installed: install Tutelage's extra {key}")
 
 
 @contextmanager

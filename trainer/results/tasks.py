@@ -37,7 +37,7 @@ def run_tasks(folder: Path, names: Sequence[str], options: TaskOptions) -> dict[
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"--tasks: {', '.join(missing)} is not installed; `pip install tutelage[eval]` brings it")
+        raise ConfigError(f"--tasks: {', '.join(missing)} is not installed: install Tutelage's extra eval")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

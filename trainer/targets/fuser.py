@@ -82,7 +82,7 @@ def _continued(running: RunningBpb, state: dict[str, Any]) -> RunningBpb:
 def check_routes(samples: Samples, config: RunConfig) -> None:
     """Raise DataError for a sample that a router could send to nobody."""
     names = [teacher.name for teacher in config.teachers]
-    for teacher, sample in samples.teachers().items() if config.fusion.method == "router" else ():
+    for teacher, sample in samples.teachers().items() if names and config.fusion.method == "router" else ():
         if teacher not in names:
             raise DataError(f"sample {sample}: router: expected one of {', '.join(names)}, received {teacher!r}")
 
