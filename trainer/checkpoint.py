@@ -182,7 +182,8 @@ def _state(student: Student, optimizer: torch.optim.Optimizer, step: int) -> dic
 
 
 def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity:
-    """What must not change under a run, as JSON values: base weights, what of them is trained, samples, their order."""
+    """What must not change under a run, as JSON values: base weights, what of them is trained, samples, their order,
+    what is measured."""
     weights = hashlib.sha256()
     base = student.folder
     for path in sorted([base / "config.json", *base.glob("*.safetensors"), *base.glob("*.bin")]):
@@ -197,6 +198,7 @@ def identity_of(config: RunConfig, student: Student, corpus: Corpus) -> Identity
         "student weights": weights.hexdigest()[:16],
         "data.sources.weight": [source.weight for source in config.data.sources],
         "samples": corpus.fingerprint[:16],
+        "eval.max_samples": config.eval.max_samples,
     }
 
 

@@ -26,4 +26,4 @@ class CheckpointError(UserError):
 
 
 class NonFiniteLoss(UserError):
-    """A loss that is not a number, found before the optimizer saw it."""
+    """A loss that is not a number: found before the optimizer saw it, or on held-out text."""

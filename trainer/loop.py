@@ -67,7 +67,7 @@ def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, l
                 if done == end or _due(done, config.eval.every_steps):
                     outcome.measure(metrics, done, fusion_state)
                 if _due(done, config.output.checkpoint_every_steps):
-                    run.save(done, fusion_state)
+                    run.save(metrics, done, fusion_state)
                 run.settle(metrics)
             run.leave(metrics, done, fusion_state)
             model = outcome.finish(metrics, done) if done == run.num_steps or outcome.stalled else None

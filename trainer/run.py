@@ -78,21 +78,24 @@ class Run:
             **self.outcome.facts(),
         }
 
-    def save(self, step: int, fusion_state: dict[str, Any] | None) -> None:
-        """Begin to write a checkpoint; training goes on."""
+    def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
+        """Begin to write a checkpoint, once the one before it is written; training goes on."""
+        self._say(metrics, self.checkpoints.finish())
         self.checkpoints.save(step, self.student, self.optimizer, Kept(self.identity, fusion_state))
         self.saved.append(step)
 
     def settle(self, metrics: Metrics) -> None:
         """Take in a checkpoint that has been written meanwhile."""
-        if (step := self.checkpoints.settle()) is not None:
-            metrics.emit("checkpoint", step=step)
+        self._say(metrics, self.checkpoints.settle())
 
     def leave(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
         """Have everything up to this step on disk."""
         if step > self.done and step not in self.saved:
-            self.save(step, fusion_state)
-        if (written := self.checkpoints.finish()) is not None:
+            self.save(metrics, step, fusion_state)
+        self._say(metrics, self.checkpoints.finish())
+
+    def _say(self, metrics: Metrics, written: int | None) -> None:
+        if written is not None:
             metrics.emit("checkpoint", step=written)
 
 

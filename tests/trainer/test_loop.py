@@ -217,7 +217,10 @@ def test_old_checkpoints_are_deleted(tmp_path: Path, tiny_byte_level: Path) -> N
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
 
 
-@pytest.mark.parametrize("key", ["train.seed", "student.train_layers", "student.lora", "samples", "student weights"])
+@pytest.mark.parametrize(
+    "key",
+    ["train.seed", "student.train_layers", "student.lora", "samples", "student weights", "eval.max_samples"],
+)
 def test_resuming_another_run_is_refused(tmp_path: Path, tiny_byte_level: Path, key: str) -> None:
     corpus, model = write_corpus(tmp_path), tiny_byte_level
     train(run_config(model, corpus, tmp_path / "out", []), stop_at=2)
@@ -229,6 +232,7 @@ def test_resuming_another_run_is_refused(tmp_path: Path, tiny_byte_level: Path, 
         "train.seed": {"train": {"seed": 7}},
         "student.train_layers": {"student": {"train_layers": 1}},
         "student.lora": {"student": {"lora": {"rank": 4}}},
+        "eval.max_samples": {"eval": {"max_samples": 1}},
     }
     other = run_config(model, corpus, tmp_path / "out", [], **changed.get(key, {}))
     with pytest.raises(CheckpointError, match=f"{key}.*, this run has"):

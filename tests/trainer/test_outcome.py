@@ -1,6 +1,7 @@
 """Held-out text by domain, runs that end themselves, and which weights are exported."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.trainer.test_ranks import torchrun
 from trainer.config import RunConfig, StudentConfig
 from trainer.data.reading import Reader
 from trainer.data.samples import Sample
+from trainer.errors import NonFiniteLoss
 from trainer.learning.student import load_student
 from trainer.loop import train
 from trainer.reports.history import read_history
@@ -179,6 +181,31 @@ def test_the_best_of_before_a_resume_stays_the_best(tmp_path: Path, tiny_byte_le
     best, again = (events(tmp_path / name, "export")[-1] for name in ("straight", "halves"))
     assert best["step"] == again["step"] == 1
     assert exported_bpb(halves) == pytest.approx(exported_bpb(straight), abs=1e-6)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_what_a_run_that_kept_no_step_has_exported_is_not_taken_over(tmp_path: Path, tiny_byte_level: Path) -> None:
+    """It may have been of another student, and better."""
+
+    def kill(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            raise Killed
+
+    better = train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "better", [], train={"epochs": 20}))
+    with pytest.raises(Killed):
+        train(worsening(Path(str(better.model)), tmp_path, "run", optim={"lr": 1e-3}), listener=kill)
+    config = worsening(tiny_byte_level, tmp_path, "run", optim={"lr": 1e-3})
+    train(config, resume=True)
+    assert exported_bpb(config) == pytest.approx(min(held_out(tmp_path / "run").values()), abs=1e-4)
+
+
+def test_held_out_text_that_costs_no_number_ends_the_run(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = worsening(tiny_byte_level, tmp_path, "run", optim={"lr": 3e38})
+    with pytest.raises(NonFiniteLoss, match=r"held-out text of corpus.jsonl costs nan nats: .* lower optim\.lr"):
+        train(config)
 
 
 def test_the_base_model_is_the_best_where_training_only_harms(tmp_path: Path, tiny_byte_level: Path) -> None:

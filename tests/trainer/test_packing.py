@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -117,6 +119,13 @@ def test_packed_losses_and_gradients_are_those_of_each_sample_alone(
     torch.testing.assert_close(losses[0].ce_T, losses[1].ce_T, atol=1e-5, rtol=1e-5)
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_model_with_a_state_that_runs_on_is_found_out() -> None:
+    """Its weights are small, and so is what leaks."""
+    torch.manual_seed(0)
+    mamba: Any = {"mamba_d_state": 8, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}
+    assert not keeps_apart(JambaForCausalLM(JambaConfig(**SIZES, **mamba, num_experts=2)))
 
 
 def test_a_model_that_sees_across_samples_is_found_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,15 +6,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     GraniteConfig,
     GraniteForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    Mistral3Config,
 )
 
 from tests.needs import need_command
@@ -23,7 +31,7 @@ from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from trainer.config import LoraConfig, StudentConfig
 from trainer.data.reading import Reader
 from trainer.errors import ConfigError
-from trainer.learning.student import check_head, head_of, load_student
+from trainer.learning.student import check_folder, check_head, head_of, load_student
 from trainer.loop import train
 from trainer.results.evaluate import Evaluation, evaluate
 
@@ -117,9 +125,13 @@ def test_frozen_weights_stay_float32_where_bf16_would_change_them(
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [(["nowhere"], "student.lora.targets"), (["lm_head"], "the head cannot have an adapter")],
+    [
+        (["nowhere"], "student.lora.targets"),
+        (["lm_head"], "the head cannot have an adapter"),
+        (["embed_tokens", "q_proj"], "the embeddings cannot have an adapter"),
+    ],
 )
-def test_adapters_of_no_layer_and_of_the_head_are_refused(tmp_path: Path, targets: list[str], message: str) -> None:
+def test_adapters_of_no_layer_and_at_the_ends_are_refused(tmp_path: Path, targets: list[str], message: str) -> None:
     model = save_tiny_model(tmp_path / "m", kind="byte_level", seed=1, tied=False)
     with pytest.raises(ConfigError, match=message):
         load_student(StudentConfig(model=str(model), lora=LoraConfig(targets=targets)))
@@ -178,6 +190,60 @@ def test_layers_stay_compiled_for_every_kind_of_batch(tmp_path: Path, monkeypatc
             if learning:
                 states.sum().backward()
             assert states.isfinite().all()
+
+
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def gemma_3_with_eyes(**text: Any) -> Any:
+    vision = VISION | {"image_size": 28, "patch_size": 14}
+    tokens: Any = {"image_token_id": 3, "boi_token_id": 4, "eoi_token_id": 5, "mm_tokens_per_image": 4}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **tokens))
+
+
+def gemma_4_without_ears(**text: Any) -> Any:
+    further: Any = {"global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    further |= {"vocab_size_per_layer_input": text["vocab_size"], "layer_types": ["full_attention"]}
+    vision = VISION | {"num_key_value_heads": 2, "head_dim": 8}
+    tokens: Any = {"image_token_id": 400, "video_token_id": 401, "audio_token_id": 402}
+    config = Gemma4Config(text_config=text | further, vision_config=vision, audio_config=None, **tokens)
+    return Gemma4ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [gemma_3_with_eyes, gemma_4_without_ears])
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "adapters"])
+def test_a_model_that_sees_learns_from_text_resumes_and_is_exported_whole(
+    tmp_path: Path, make: Any, lora: dict[str, Any] | None
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    make(**SIZES | {"vocab_size": len(tiny_vocabulary("byte_level")), "head_dim": 16}).save_pretrained(base)
+    (base / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    for name in ("straight", "halves"):
+        config = run_config(base, write_corpus(tmp_path), tmp_path / name, [], student={"lora": lora})
+        if name == "halves":
+            train(config, stop_at=3)
+        train(config, resume=name == "halves")
+    assert losses(tmp_path / "straight") == pytest.approx(losses(tmp_path / "halves"), abs=1e-6)
+    model = tmp_path / "halves" / "model"
+    assert (model / "preprocessor_config.json").is_file()
+    before, after = load_file(base / "model.safetensors"), load_file(model / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not [name for name in changed if "vision" in name or "projector" in name]
+
+
+def test_a_model_that_is_no_language_model_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "m")
+    Mistral3Config().save_pretrained(folder)
+    with pytest.raises(ConfigError, match="no causal language model for mistral3"):
+        check_folder(folder, run_config(folder, write_corpus(tmp_path), tmp_path / "out", []))
+
+
+def test_a_model_that_does_not_say_what_its_trunk_is_is_refused(tmp_path: Path) -> None:
+    sizes = SIZES | {"intermediate_size_mlp": 48, "head_dim": 16, "num_local_experts": 2}
+    with pytest.raises(ConfigError, match="Llama4ForCausalLM does not say what of it is its trunk"):
+        check_head(Llama4ForCausalLM(Llama4TextConfig(**sizes)))
 
 
 @pytest.mark.parametrize(

@@ -77,11 +77,24 @@ class StepResult:
 
 
 def make_optimizer(student: Student, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained, in one pass over it; matrices decay, norms and biases do not."""
+    """AdamW over what is trained, in one pass over it; matrices decay, norms and biases do not.
+
+    Its state is made here for all of it, as torch does before it reads a checkpoint: a weight that no text reaches (an
+    adapter of a part that is not called) would have none to be saved, and be missed.
+    """
     matrices = [p for p in student.parameters() if p.ndim >= 2]
     others = [p for p in student.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=config.betas, fused=True)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr
+    return optimizer
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

@@ -1,5 +1,6 @@
 """Bits per byte of the student on text that is never trained on, over all of it and in each domain."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from alignment.spans import Tokens
 from trainer.config import DataConfig, RunConfig, StudentConfig
 from trainer.data.reading import Reader, Reading, readable
 from trainer.data.samples import Corpus, load_corpus
-from trainer.errors import DataError
+from trainer.errors import DataError, NonFiniteLoss
 from trainer.learning.labels import labels_from
 from trainer.learning.losses import Objective, head_loss
 from trainer.learning.student import Student, load_student, reader_of
@@ -119,7 +120,16 @@ def evaluate_domains(
 
 
 def figures(domains: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """As the metrics file has them: over all, and of each domain where there are several; None over no byte."""
+    """As the metrics file has them: over all, and of each domain where there are several; None over no byte.
+
+    Raises NonFiniteLoss.
+    """
+    for name, one in domains.items():
+        if not math.isfinite(one.nats):
+            raise NonFiniteLoss(
+                f"held-out text of {name} costs {one.nats} nats: the student has diverged; lower optim.lr and go on "
+                "from its last checkpoint with --resume"
+            )
     whole = sum(domains.values(), Evaluation())
     values: dict[str, Any] = {"held_out_bpb": whole.bpb, "held_out_nats_per_token": whole.nats / whole.num_tokens}
     if len(domains) > 1:

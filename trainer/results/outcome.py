@@ -141,17 +141,17 @@ class Outcome:
 
 
 def _earlier(out: Path, done: int) -> tuple[dict[int, float], Exported, Start]:
-    """What was measured up to `done`, by step, what model/ holds, and how it was started, if any step of it is kept.
+    """What was measured up to `done`, by step, what model/ holds, and how it was started; nothing if it begins anew.
 
     What model/ holds may be from after `done`, of a run that was killed: it was as good as it says, and is replaced by
     better.
     """
-    if not (out / FILE).is_file():
+    if not done or not (out / FILE).is_file():  # without a checkpoint nothing says that it was this student
         return {}, None, {}
     history = read_history(out)
     steps, bpb = measured(history) or (np.empty(0, int), np.empty(0))
     known = {step: value for step, value in zip(steps.tolist(), bpb.tolist(), strict=True) if step <= done}
-    return known, history.exported if (out / "model").is_dir() else None, history.start if done else {}
+    return known, history.exported if (out / "model").is_dir() else None, history.start
 
 
 def since_better(bpb: Sequence[float], margin: float) -> int:
