@@ -88,13 +88,14 @@ class TokenMap:
 
     def _learn(self, ids: Sequence[int]) -> None:
         spelled = {i: self._spelling(i) for i in ids}
-        self._known[ids] = [self._equals.get(spelled[i], NONE) for i in ids]
-        far = [i for i in ids if self._known[i] == NONE] if self._nearest else []
+        found = {i: self._equals.get(spelled[i], NONE) for i in ids}
+        far = [i for i in ids if found[i] == NONE] if self._nearest else []
         for begin in range(0, len(far), AT_ONCE):
             some = far[begin : begin + AT_ONCE]
             strings = [spelled[i] for i in some]
             distances = cdist(strings, self.student.tokens, scorer=Levenshtein.distance, dtype=np.uint16)
-            self._known[some] = distances.argmin(axis=1)
+            found |= zip(some, distances.argmin(axis=1).tolist(), strict=True)
+        self._known[ids] = [found[i] for i in ids]  # at once, for other threads read it meanwhile
 
     def _spelling(self, token_id: int) -> str:
         return self.teacher.tokens[token_id].replace(self.teacher.space_mark, self.student.space_mark)
@@ -133,7 +134,8 @@ def fusellm_target(rows: Rows, first_row: int, teacher: Tokens, student: Tokens,
     """
     check_rows(rows, first_row, teacher)
     after = slice(1 - first_row, None)  # row j is to be the one after token j; after the last there is none
-    ids = np.concatenate([rows.ids[after], np.zeros_like(rows.ids[:1])]).astype(np.int64)
+    nobodys = np.full_like(rows.ids[:1], len(mapping.teacher))
+    ids = np.concatenate([rows.ids[after], nobodys]).astype(np.int64)
     probs = np.exp(np.concatenate([rows.logprobs[after], np.zeros_like(rows.logprobs[:1])]), dtype=np.float64)
     found = align_fusellm(ids, probs, teacher.ids, student.ids, mapping)
     valid = np.concatenate([[False], found.mapped[:-1]])[: len(student)]

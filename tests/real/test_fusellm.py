@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rapidfuzz.process import cdist
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from alignment import Vocabulary
-from alignment.fusellm import TokenMap, align_fusellm, fusellm_target, only_match
+from alignment.fusellm import UNMET, TokenMap, align_fusellm, fusellm_target, only_match
 from tests.rows import random_rows
 
 CASES: list[dict[str, Any]] = json.loads(
@@ -56,6 +58,38 @@ def test_the_nearest_token_is_the_references(vocabularies: dict[str, Vocabulary]
 def test_a_path_that_meets_one_token_twice_is_no_match() -> None:
     assert only_match(["ab", "c"], ["a", "b", "c"]).tolist() == [0, 0, 1]
     assert only_match(["a", "b", "c"], ["ab", "c"]).tolist() == [-1, 2]
+
+
+def byte_level(*merges: tuple[str, str]) -> Vocabulary:
+    known = {"<s>": 0} | {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
+    known |= {a + b: len(known) + i for i, (a, b) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=known, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return Vocabulary.parse(tokenizer.to_str().encode(), b'{"bos_token": "<s>"}', name="bytes")
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+def test_behind_the_last_row_there_is_none_whoever_meets_it(nearest: bool) -> None:
+    """Of "abb" two student tokens meet the teacher's last one: the second is to be predicted by nobody."""
+    teacher, student = byte_level(("a", "b")), byte_level()
+    tokens, own = teacher.encode("zabb"), student.encode("zabb")
+    rows = random_rows(tokens.ids, len(teacher), 4, seed=0, start=0)
+    target = fusellm_target(rows, 0, tokens, own, TokenMap(teacher, student, nearest=nearest))
+    assert not target.valid[-1]
+
+
+def test_a_token_is_unmet_for_other_threads_until_it_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = byte_level(("a", "b")), byte_level()
+    mapping, seen = TokenMap(teacher, student, nearest=True), list[int]()
+
+    def watched(*given: Any, **further: Any) -> Any:
+        seen.append(int(mapping._known[len(teacher) - 1]))
+        return cdist(*given, **further)
+
+    monkeypatch.setattr("alignment.fusellm.cdist", watched)
+    assert mapping.of(np.array([len(teacher) - 1])) >= 0
+    assert seen == [UNMET]
 
 
 def test_2048_tokens_are_aligned_at_15_000_a_second(vocabularies: dict[str, Vocabulary]) -> None:

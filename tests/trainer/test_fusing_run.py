@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from alignment import TokenizerError, Vocabulary
+from alignment import Target, TokenizerError, Vocabulary
+from alignment.report import AlignmentReport
 from tests.serve import FormulaEngine, serving
 from tests.tiny import TEXT
 from tests.trainer.runs import losses, run_config, served_models
 from tests.trainer.test_ranks import torchrun
 from trainer.config import RunConfig
-from trainer.data.reading import Reader
+from trainer.data.reading import Reader, Reading
 from trainer.data.samples import Sample, shortened
 from trainer.errors import CheckpointError, DataError
 from trainer.learning.step import make_optimizer, plan_step, train_step
 from trainer.learning.student import load_student
 from trainer.loop import train
 from trainer.reports.metrics import read_metrics
-from trainer.targets.asking import Asked
+from trainer.targets.asking import Answer, Asked
 from trainer.targets.fuser import Fuser, Lesson
 from trainer.targets.priors import RunningBpb
 
@@ -146,6 +147,30 @@ def test_what_adaptive_fusion_has_seen_belongs_to_the_teachers_names(tmp_path: P
     raw["teachers"][0]["name"] = "t2"
     with pytest.raises(CheckpointError, match="has seen the teachers t0, t1, this run has t2, t0"):
         Fuser(RunConfig.model_validate(raw), 100, state=seen)
+
+
+def test_the_others_are_fused_where_the_leading_teacher_of_a_domain_is_lost(tiny_byte_level: Path) -> None:
+    sections: Any = {"fusion": {"method": "adaptive", "half_life_bytes": 10, "margin_bpb": 0.1}}
+    config = run_config(tiny_byte_level, Path("c"), Path("o"), ["http://a:1", "http://b:1"], **sections)
+    tokens = Vocabulary.load(tiny_byte_level).encode(TEXT[:60])
+    size = len(tokens.ids)
+    reading = Reading(tokens, np.ones(size, dtype=bool), np.ones(size, dtype=np.int64))
+
+    def answer(probability: float) -> Answer:
+        probs, tails = (np.full(size, p, np.float32) for p in (probability, 1 - probability))
+        target = Target(np.arange(size + 1), tokens.ids.astype(np.int32), probs, tails, np.ones(size, dtype=bool))
+        return Answer(None, 0, reading, target, AlignmentReport(), 1.0)
+
+    def fused(*answers: Answer) -> Lesson:
+        return fuser.fuse([Asked(Sample(0, "s", domain="d"), reading, answers)])[0]
+
+    fuser, lost = Fuser(config, 1000), replace(answer(0.9), target=Target.nothing(size), absent=True)
+    fused(answer(0.9), answer(0.5))
+    assert fused(answer(0.9), answer(0.5)).shares == (1.0, 0.0)
+    alone = fused(lost, answer(0.5))
+    assert alone.shares == (0.0, 1.0)
+    assert alone.target is not None
+    assert alone.target.valid.all()
 
 
 def test_a_route_to_nobody_is_said_before_the_first_step(tmp_path: Path, tiny_byte_level: Path) -> None:

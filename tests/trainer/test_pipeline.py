@@ -26,6 +26,7 @@ from trainer.errors import DataError
 from trainer.loop import train
 from trainer.reports.metrics import read_metrics
 from trainer.targets.ahead import CANDIDATE_BYTES
+from trainer.targets.asking import Read, Teachers
 from trainer.targets.fuser import Fuser
 from trainer.targets.fusion import Gathered, alone
 from trainer.targets.pipeline import Batch, LastAnswer, TargetStream
@@ -259,6 +260,45 @@ def test_a_signal_handler_ends_an_iteration_that_waits(tmp_path: Path, tiny_byte
                 assert list(stream) == []
             finally:
                 signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_batch_of_skipped_chats_alone_makes_room_for_the_next(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary, read, batches = Vocabulary.load(tiny_byte_level), Teachers.read, list[Batch]()
+
+    async def read_or_skip(teachers: Teachers, sample: Sample) -> Read | None:
+        return None if sample.name == "s1" else await read(teachers, sample)
+
+    monkeypatch.setattr(Teachers, "read", read_or_skip)
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        config = config_of(tiny_byte_level, tmp_path, [url], prefetch_tokens=WINDOW // 2)
+        alone = [[sample] for sample in samples_of(vocabulary, 4)]
+        with stream_of(config, vocabulary, alone) as stream:
+            taking = threading.Thread(target=lambda: batches.extend(stream), daemon=True)
+            taking.start()
+            taking.join(30)
+            assert not taking.is_alive()
+    assert [(len(batch.lessons), batch.num_skipped) for batch in batches] == [(1, 0), (0, 1), (1, 0), (1, 0)]
+
+
+class Panic(BaseException):
+    """As what is written in Rust raises it."""
+
+
+def test_a_panic_on_the_way_is_raised_from_the_iteration(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = Vocabulary.load(tiny_byte_level)
+
+    async def panic(*_: object) -> None:
+        raise Panic
+
+    monkeypatch.setattr(Teachers, "read", panic)
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        with stream_of(config_of(tiny_byte_level, tmp_path, [url]), vocabulary, pairs(samples_of(vocabulary, 4))) as s:
+            with pytest.raises(Panic):
+                list(s)
 
 
 def test_the_step_knows_on_whom_it_waited_and_how_deep_the_queue_was(

@@ -128,6 +128,7 @@ class Ahead:
             while (begun := await self._begun.get()) is not None:
                 yield [(await task, place) for task, place in begun]
                 self._tasks.difference_update(task for task, _ in begun)
+                del begun  # their answers, while the next batch is awaited
             await asking
         finally:
             unfinished = [asking, *self._tasks]

@@ -166,14 +166,15 @@ class Fuser:
             targets=tuple(answer.target for answer in answers),
             labels_T=asked.reading.tokens.ids,
             num_bytes_T=asked.reading.num_bytes_T,
-            prior_N=self._prior(asked.sample, static),
+            prior_N=self._prior(asked.sample, static, [bool(answer.target.valid.any()) for answer in answers]),
             own_ce_N=np.array([answer.nats_per_token for answer in answers]),
         )
 
-    def _prior(self, sample: Sample, static: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _prior(self, sample: Sample, static: NDArray[np.float64], heard: Sequence[bool]) -> NDArray[np.float64]:
+        """What each teacher weighs in this sample; of those that were heard, some, unless a column names another."""
         if self._config.fusion.method == "router":
             return routed(self._names, sample.teacher or "")
         if self._running is None:
             return static
         prior = static * self._running.weights(sample.domain)
-        return prior if prior.any() else static
+        return prior if prior[np.array(heard)].any() else static

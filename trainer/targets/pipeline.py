@@ -178,8 +178,10 @@ class TargetStream:
     # --- on its thread ---
 
     def _work(self) -> None:
-        with suppress(asyncio.CancelledError):
+        try:
             asyncio.run(self._produce())
+        except BaseException as error:  # a panic of a tokenizer's is no Exception; the step would wait for ever
+            self._ready.put(error)
 
     async def _produce(self) -> None:
         self._main, self._loop = asyncio.current_task(), asyncio.get_running_loop()
@@ -202,14 +204,15 @@ class TargetStream:
             async for answered in batches:
                 batch = await self._fused([asked for asked, _ in answered], teachers)
                 self._hand_over(batch, answered, ahead)
+                del batch, answered  # while the next one is awaited
 
     def _hand_over(self, batch: Batch, answered: Sequence[tuple[Asked | None, Place]], ahead: Ahead) -> None:
-        places = [place for asked, place in answered if asked is not None]
-        for lesson, place in zip(batch.lessons, places, strict=True):
+        filled = [place for asked, place in answered if asked is not None]
+        for lesson, place in zip(batch.lessons, filled, strict=True):
             place.settle(len(lesson.tokens), _nbytes(lesson))  # the answers are let go
         self._made += 1
         self._made_tokens += batch.num_tokens
-        self._ready.put(_Ready(batch, partial(ahead.taken, places)))
+        self._ready.put(_Ready(batch, partial(ahead.taken, [place for _, place in answered])))
 
     async def _fused(self, batch: Sequence[Asked | None], teachers: Teachers) -> Batch:
         """In the order of the batches."""
