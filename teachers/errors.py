@@ -3,6 +3,7 @@
 TeacherError                     names the teacher and what to do
 ├── Unavailable                  no answer now; the same question may be asked again
 │   ├── Overloaded               429 or 503; carries the server's Retry-After
+│   ├── EngineDead               the model's process or device is broken for good
 │   ├── TeacherLost              no replica is left, and the run goes on without this teacher
 │   └── Truncated                the stream ended before the last sequence
 ├── Rejected                     the teacher refused the question; asking again changes nothing
@@ -29,6 +30,10 @@ class Overloaded(Unavailable):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class EngineDead(Unavailable):
+    """Nothing but a new process can answer again. Raised by engines; their server ends."""
 
 
 class TeacherLost(Unavailable):

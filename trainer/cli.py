@@ -93,11 +93,13 @@ def teach(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8101,
     dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Type to compute in.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, … (transformers)")] = "cpu",
     bos: Annotated[Literal["auto", "yes", "no"], typer.Option(help="BOS in front of every text.")] = "auto",
     max_tokens: Annotated[int | None, typer.Option(help="Longest sequence to take.")] = None,
     max_top_k: Annotated[int, typer.Option(help="Largest K to answer.")] = 128,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens in one forward pass; 0: one sequence each.")] = 0,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Padded tokens in one forward pass; 0: one sequence each (transformers).")
+    ] = 0,
     engine: Annotated[Literal["transformers", "vllm"], typer.Option(help="What runs the model.")] = "transformers",
     tensor_parallel: Annotated[int, typer.Option(help="GPUs that share the model (vllm).", min=1)] = 1,
     vllm_args: Annotated[str, typer.Option(help="More of vLLM's own engine arguments.", metavar="JSON")] = "{}",

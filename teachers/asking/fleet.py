@@ -7,6 +7,7 @@ answer that cannot be trusted is asked for once more. Which replicas there are t
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ from teachers.rows import Rows
 
 log = logging.getLogger("tutelage.pool")
 SUSPECT_S = 10.0  # after which silence is looked into while nothing is known of this teacher's usual latency
-MOST_FAILURES = 6  # of one question: it is the question then
+MOST_FAILURES = 6  # of one question, and some replica's third among them: it is the question then
 DISTRUSTED = (ProtocolError, Unauthorized, NotFound)  # the replica is at fault, not the question
 
 
@@ -106,7 +107,7 @@ class Fleet:
 
     async def _answer(self, question: _Question) -> Rows:
         """Of whoever gives one, asked until somebody does."""
-        failures = 0
+        failures: Counter[Replica] = Counter()
         while True:
             async with self._turn:
                 replica = await self._roster.wait(question.rejected_by)
@@ -116,8 +117,8 @@ class Fleet:
             except (Overloaded, FingerprintMismatch):
                 pass  # not the question's fault, and seen to where it happened
             except Unavailable:
-                failures += 1
-                if failures == MOST_FAILURES:
+                failures[replica] += 1
+                if failures.total() >= MOST_FAILURES and failures[replica] >= MOST_FAILURES // 2:
                     raise
             except DISTRUSTED:
                 if len(question.rejected_by) > 1:

@@ -74,13 +74,13 @@ class Replica:
         """Raises Unavailable if the process does not even say that it is there."""
         await (await self.client()).alive(ALIVE_S)
 
-    async def try_out(self, card: Card) -> None:
+    async def try_out(self, card: Card, timeout_s: float) -> None:
         """Return if it is the teacher of this card and answers a small question with sense. Raises TeacherError."""
         client = await self.client()
-        await client.check(card, TRY_OUT_S)
+        await client.check(card, timeout_s)
         sequence = [card.bos_id or 0, *range(min(7, card.vocab_size))]
         request = ScoreRequest(sequences=[sequence], starts=[1], top_k=min(16, card.max_top_k))
-        await client.score(request, card, TRY_OUT_S)
+        await client.score(request, card, timeout_s)
 
     def give_up(self) -> None:
         """Everything that is under way there fails now."""

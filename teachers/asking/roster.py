@@ -45,6 +45,7 @@ class Roster:
         self._address = address
         self._find = find
         self._report = report
+        self._trial_s = max(TRY_OUT_S, address.timeout_s)  # a trial may wait behind the answers of other clients
         self._replicas: dict[str, Replica] = {}
         self._card: Card | None = None
         self._changed = asyncio.Event()
@@ -76,7 +77,7 @@ class Roster:
             self._replicas[url] = Replica(url, self._find, self._address.concurrency)
         answers = await asyncio.gather(*map(self._meet, self.replicas), return_exceptions=True)
         errors = [answer for answer in answers if isinstance(answer, BaseException)]
-        if self._card is None or not all(isinstance(error, Unavailable) for error in errors):
+        if self._card is None or not self.serving or not all(isinstance(error, Unavailable) for error in errors):
             raise first_error(errors)
         for replica, answer in zip(self.replicas, answers, strict=True):
             if isinstance(answer, Unavailable):
@@ -169,7 +170,7 @@ class Roster:
         if self._card is None:
             card = await client.card()
             self._card = self._card or card
-        await client.check(self._card, TRY_OUT_S)
+        await client.check(self._card, self._trial_s)
         replica.serving = True
 
     async def _recover(self, replica: Replica) -> None:
@@ -177,7 +178,7 @@ class Roster:
         while self._replicas.get(replica.url) is replica:
             await asyncio.sleep(backoff_s(replica.failures))
             try:
-                await replica.try_out(self.card)
+                await replica.try_out(self.card, self._trial_s)
             except FingerprintMismatch as error:
                 self.refuse(replica, error)
             except TeacherError as error:
@@ -254,6 +255,9 @@ class Roster:
             self._lost = TeacherLost(str(error)) if self._address.on_loss == "drop" else error
             log.error("teacher %s is lost: %s", self._address.name, error)
             self._report(Event("teacher_lost", self._address.name, str(error)))
+            if self._address.on_loss == "drop":
+                for replica in self.serving:  # busy all the time: only a trial can bring the teacher back
+                    self.rest(replica, error)
             self.changed()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:

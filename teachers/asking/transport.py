@@ -26,6 +26,7 @@ from teachers.errors import (
 )
 from teachers.protocol import Problem
 
+KEPT_S = 4.0  # an idle connection; vLLM's server closes it after 5, and one that closes as it is used has failed
 ERROR_BYTES = 64 * 1024  # of an error's body
 DETAIL_CHARS = 300  # of what it says
 
@@ -57,7 +58,7 @@ class Transport:
             timeout=None,
             trust_env=False,
             verify=_tls(self._who, ca_file),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEPT_S),
             transport=_Carried(carrier) if carrier else None,
         )
 

@@ -7,9 +7,20 @@ from pathlib import Path
 from teachers.engine import Engine, EngineKind, EngineOptions
 from teachers.errors import TeacherError
 
+OF_THE_OTHER: dict[EngineKind, dict[str, str]] = {
+    "transformers": {"tensor_parallel": "it runs on one device", "vllm_args": "they are vLLM's"},
+    "vllm": {
+        "device": "it takes the GPUs that it sees, which CUDA_VISIBLE_DEVICES chooses",
+        "batch_tokens": "it makes its own batches; max_num_batched_tokens in vllm_args bounds them",
+    },
+}
+
 
 async def open_engine(kind: EngineKind, folder: Path, options: EngineOptions) -> Engine:
     """Load a model directory, in the event loop that will ask it. Raises TeacherError if it cannot be served."""
+    for name, reason in OF_THE_OTHER[kind].items():
+        if (value := getattr(options, name)) != getattr(EngineOptions(), name):
+            raise TeacherError(f"the engine {kind} has no {name} ({value!r}): {reason}; leave it out")
     if kind == "transformers":
         from teachers.engines.transformers import TransformersEngine
 

@@ -20,15 +20,16 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 
 from teachers.engine import EngineOptions
 from teachers.engines.files import bos_of, describe, prefers_bos, probe_ids, says_bos, tokenizer_files
-from teachers.errors import TeacherError
+from teachers.errors import EngineDead, TeacherError
 from teachers.protocol import Card
 from teachers.rows import Rows
+from teachers.weights import load_model
 
 CHUNK_TOKENS = 128  # [128, 262144] float32 is 134 MB
+NEWLINE = "\n"
 MAX_CHOSEN = 64  # they are gathered from logits that are there already; a body of one megabyte holds far fewer
 
 # torch legend: B sequences, L padded length, C chunk of positions, D width, W teacher's vocabulary, K top-k, M chosen
@@ -51,6 +52,7 @@ class TransformersEngine:
         self._files = tokenizer_files(folder)
         self._model = _load(folder, options)
         self._check_head()
+        self._batch_tokens = 0 if _scales_by_batch(self._model) else options.batch_tokens
         self._card = self._describe(folder)
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._closing = threading.Event()
@@ -96,7 +98,7 @@ class TransformersEngine:
             waiting = [self._jobs.get()]
             while not self._jobs.empty():
                 waiting.append(self._jobs.get_nowait())
-            for batch in batches_by_length([job for job in waiting if job is not None], self._options.batch_tokens):
+            for batch in batches_by_length([job for job in waiting if job is not None], self._batch_tokens):
                 if self._closing.is_set():
                     for job in batch:
                         job.answer.cancel()
@@ -113,6 +115,8 @@ class TransformersEngine:
             for job, hidden_LD in zip(batch, hidden_BLD, strict=True):
                 job.answer.set_result(self._rows(hidden_LD, job))
         except Exception as error:  # the thread must outlive one bad batch; every waiter learns why
+            if isinstance(error, torch.AcceleratorError):  # after it this process's GPU answers nothing
+                error = EngineDead(f"the GPU failed: restart this server ({str(error).partition(NEWLINE)[0]})")
             for job in batch:
                 if not job.answer.done():
                     job.answer.set_exception(error)
@@ -220,11 +224,15 @@ def _top_k(
     return ids_CK, logprobs_CK, wanted_logprobs_CM, tail_C
 
 
+def _scales_by_batch(model: Any) -> bool:
+    """Whether what a sequence is answered depends on the longest one beside it: longrope takes its factors by that."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return "longrope" in str(rope)
+
+
 def _load(folder: Path, options: EngineOptions) -> Any:
-    loader: Any = AutoModelForCausalLM
     try:
-        model = loader.from_pretrained(folder, dtype=getattr(torch, options.dtype), local_files_only=True)
-        return model.to(options.device).eval()
+        return load_model(folder, getattr(torch, options.dtype)).to(options.device).eval()
     except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
         reason = str(error).partition("\n")[0]
         raise TeacherError(f"cannot load {folder} on {options.device}: {reason}") from error

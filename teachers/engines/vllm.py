@@ -28,7 +28,7 @@ from vllm.v1.outputs import LogprobsTensors
 
 from teachers.engine import EngineOptions
 from teachers.engines.files import bos_of, describe, prefers_bos, probe_ids, says_bos, tokenizer_files
-from teachers.errors import TeacherError, Unavailable
+from teachers.errors import EngineDead, TeacherError, Unavailable
 from teachers.protocol import Card
 from teachers.rows import Rows
 
@@ -173,7 +173,7 @@ async def ask(client: EngineClient, sequence: list[int], start: int, top_k: int)
         await asyncio.shield(client.abort(request_id))
         raise
     except EngineDeadError as error:
-        raise Unavailable("the vLLM engine died: restart this server; its log says why") from error
+        raise EngineDead("the vLLM engine died: restart this server; its log says why") from error
     ids, logprobs = _entries(answer, top_k + 1)
     if len(ids) != len(sequence) - 1:
         raise Unavailable(f"expected {len(sequence) - 1} positions, received {len(ids)}: vLLM dropped the question")

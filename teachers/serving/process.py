@@ -12,7 +12,7 @@ from types import FrameType
 
 import uvicorn
 
-from teachers.errors import TeacherError
+from teachers.errors import EngineDead, TeacherError
 from teachers.serving.app import Guard, build_app
 from teachers.serving.connections import BoundedConnection
 from teachers.serving.service import Service
@@ -90,15 +90,17 @@ class TeacherServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         drained = self._service.draining and (self._service.idle or time.monotonic() >= self._ends_at)
-        return await super().on_tick(counter) or drained
+        return await super().on_tick(counter) or drained or self._service.dead
 
 
 async def serve(service: Service, sock: socket.socket, server: TeacherServer) -> None:
-    """Serve until SIGINT or SIGTERM, then drain, then close the engine."""
+    """Serve until SIGINT or SIGTERM, then drain, then close the engine. Raises EngineDead once the engine is."""
     try:
         await server.serve(sockets=[sock])
     finally:  # uvicorn raises the signal that stopped it once more
         service.engine.close()
+    if service.dead:
+        raise EngineDead("the engine died, and so does this teacher: whoever watches it starts a new one")
 
 
 def stop_with_parent() -> None:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from teachers.backlog import Backlog, bounded_s
 from teachers.engine import ChoosingEngine, Engine
-from teachers.errors import TeacherError
+from teachers.errors import EngineDead, TeacherError
 from teachers.limits import Limits
 from teachers.protocol import Card, Problem, ScoreRequest
 from teachers.rows import Rows, StreamWriter
@@ -61,6 +61,8 @@ class Service:
         self._backlog = Backlog()
         self._bodies = self._streams = 0
         self._drained_at: float | None = None
+        self._checking: asyncio.Task[None] | None = None
+        self.dead = False  # for good: only a new process can answer again
         self._engine: Engine | None = None
         if engine is not None:
             self.engine = engine
@@ -118,14 +120,20 @@ class Service:
         return Exchange(self.meters, peer, what)
 
     async def check(self) -> None:
-        """A busy engine shows that it lives by what it answers; an idle one is asked. Raises Refusal."""
+        """A busy engine shows that it lives by what it answers; an idle one is asked, once for all who want to know.
+
+        Raises Refusal.
+        """
         self.require_open()
         engine = self.engine
         if self._backlog.tokens and time.monotonic() - self._backlog.progress_at < PROGRESS_S:
             return
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(asyncio.wait_for(engine.check(), CHECK_TIMEOUT_S))
         try:
-            await asyncio.wait_for(engine.check(), CHECK_TIMEOUT_S)
+            await asyncio.shield(self._checking)
         except Exception as error:  # whatever keeps the engine from answering is the answer
+            self.dead |= isinstance(error, EngineDead)
             self.meters.engine_ready.set(0)
             raise Refusal(503, "Not ready", f"the engine does not answer: {type(error).__name__}") from error
         self.meters.engine_ready.set(1)
@@ -204,7 +212,8 @@ class Service:
         except TimeoutError:  # the status line is out: an answer cut short is how the client learns of it
             exchange.aborted("deadline")
             log.warning("an answer was cut short by its deadline")
-        except Exception:
+        except Exception as error:
+            self.dead |= isinstance(error, EngineDead)
             exchange.aborted("engine")
             log.exception("an answer was cut short")
         finally:

@@ -14,17 +14,19 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from alignment import Vocabulary
 from teachers.asking.client import TeacherClient
 from teachers.engine import EngineOptions
+from teachers.engines import open_engine
 from teachers.engines.transformers import CHUNK_TOKENS, MAX_CHOSEN, TransformersEngine, batches_by_length
 from teachers.errors import TeacherError
 from teachers.protocol import Card, ScoreRequest
 from teachers.rows import Rows
 from tests.serve import serving
-from tests.tiny import TEXT, tiny_vocabulary
+from tests.tiny import TEXT, save_tiny_model, tiny_vocabulary
 
 IDS = tiny_vocabulary("byte_level").encode(TEXT).ids.tolist()
 
@@ -234,6 +236,61 @@ def test_batches_hold_like_lengths_and_no_more_tokens_than_allowed() -> None:
     jobs = [Job(n) for n in (5, 100, 6, 90, 7)]
     lengths = [[len(j.sequence) for j in batch] for batch in batches_by_length(jobs, 30)]  # type: ignore[arg-type]
     assert lengths == [[5, 6, 7], [90], [100]]
+
+
+def test_attention_with_a_soft_cap_is_capped(tmp_path: Path) -> None:
+    """Gemma 2's; transformers' usual attention leaves it out."""
+    folder = save_tiny_model(tmp_path / "m")
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma2Config(
+        **sizes,
+        num_key_value_heads=1,
+        vocab_size=len(tiny_vocabulary("byte_level")),
+        head_dim=16,
+        attn_logit_softcapping=1.0,
+    )
+    torch.manual_seed(0)
+    model: Any = Gemma2ForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(4)  # so that there is something to cap
+    model.save_pretrained(folder)
+    capped: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    (rows,) = score(folder, EngineOptions(dtype="float32"), [IDS[:60]], 4)
+    with torch.no_grad():
+        expected = capped(torch.tensor([IDS[:60]])).logits[0, :-1].log_softmax(-1)
+    np.testing.assert_allclose(rows.actual, expected.gather(1, torch.tensor(IDS[1:60])[:, None])[:, 0], atol=1e-4)
+
+
+def test_a_model_whose_files_lack_weights_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "m", tied=False)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TeacherError, match=r"its files lack 1 of the model's weights, such as lm_head\.weight"):
+        TransformersEngine(folder)
+
+
+def test_sequences_are_scored_alone_where_the_longest_would_change_the_others(tmp_path: Path) -> None:
+    """longrope takes its factors by the longest position of a batch."""
+    folder = save_tiny_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    config["rope_parameters"] |= {"rope_type": "longrope", "factor": 8.0} | factors
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    options = EngineOptions(dtype="float32", batch_tokens=4096)
+    (alone,) = score(folder, options, [IDS[:33]], 8)
+    beside = score(folder, options, [IDS[:33], IDS[:296]], 8)[0]
+    np.testing.assert_array_equal(alone.actual, beside.actual)
+
+
+def test_an_engine_has_no_options_of_the_other(tiny_byte_level: Path) -> None:
+    for kind, options, name in (
+        ("transformers", EngineOptions(tensor_parallel=2), "tensor_parallel"),
+        ("vllm", EngineOptions(device="cuda:1"), "device"),
+        ("vllm", EngineOptions(batch_tokens=512), "batch_tokens"),
+    ):
+        with pytest.raises(TeacherError, match=f"the engine {kind} has no {name} .*; leave it out"):
+            asyncio.run(open_engine(kind, tiny_byte_level, options))  # type: ignore[arg-type]
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 
 from teachers.asking.address import TeacherAddress
+from teachers.asking.client import Client, TeacherClient
 from teachers.asking.pool import TeacherPool
-from teachers.asking.roster import Event
+from teachers.asking.roster import Event, Roster
 from teachers.errors import FingerprintMismatch, InvalidRows, TeacherLost, Unavailable
+from teachers.limits import Limits
 from teachers.protocol import ScoreRequest
 from teachers.rows import Rows, StreamWriter, read_stream
 from tests.faulty import Fault, FaultyTeacher, faulty_teachers, rows_of
@@ -233,6 +237,70 @@ def test_a_dropped_teacher_is_left_out_at_once_and_joins_again(tiny_byte_level: 
 
     asyncio.run(run())
     assert {event.teacher for event in events} == {"t"}
+
+
+def test_a_teacher_that_was_only_busy_comes_back_too(tiny_byte_level: Path) -> None:
+    """It never failed, so nothing else would try it out."""
+    events, limits = list[Event](), Limits(max_queued_tokens=16)
+    engine = FormulaEngine(tiny_byte_level)
+
+    async def run(url: str) -> None:
+        address = TeacherAddress("t", (url,), patience_s=1.0, on_loss="drop")
+        async with TeacherPool([address], events.append) as pool, httpx.AsyncClient() as other:
+            await pool.connect("t")
+            engine.open.clear()
+            body = {"sequences": [[1] * 14], "starts": [1], "top_k": 4}
+            busy = asyncio.create_task(other.post(f"{url}/v1/score", json=body, timeout=60))
+            while engine.asked == 0:
+                await asyncio.sleep(0.01)
+            with pytest.raises(TeacherLost):
+                await pool.score("t", [1, 2, 3], 1, 4)
+            engine.open.set()
+            await busy
+            await until_kind(events, "teacher_lost", "teacher_joined")
+            assert len(await pool.score("t", [1, 2, 3], 1, 4)) == 2
+
+    with serving(engine, limits=limits) as url:
+        asyncio.run(run(url))
+
+
+def test_an_outage_of_many_replicas_is_not_the_questions_fault(tiny_byte_level: Path) -> None:
+    ports = [free_port() for _ in range(8)]
+    address = TeacherAddress("t", tuple(f"http://127.0.0.1:{port}" for port in ports), patience_s=60)
+
+    async def run() -> None:
+        async with TeacherPool([address]) as pool:
+            with ExitStack() as stack:
+                for port in ports:
+                    stack.enter_context(serving(FormulaEngine(tiny_byte_level), port=port))
+                await pool.connect("t")
+            question = asyncio.create_task(pool.score("t", [1, 2, 3], 1, 4))
+            done, _ = await asyncio.wait([question], timeout=1.0)
+            assert not done
+            with serving(FormulaEngine(tiny_byte_level), port=ports[0]):
+                assert len(await asyncio.wait_for(question, 30)) == 2
+
+    asyncio.run(run())
+
+
+def test_a_teacher_that_is_there_but_too_busy_to_be_checked_is_a_clear_error(tiny_byte_level: Path) -> None:
+    async def unavailable(*_: object) -> None:
+        raise Unavailable("teacher t: busy")
+
+    async def find(url: str) -> Client:
+        client = TeacherClient("t", url)
+        client.check = unavailable  # type: ignore[method-assign, assignment]
+        return client
+
+    async def run(url: str) -> None:
+        roster = Roster(TeacherAddress("t", (url,)), find, lambda _: None)
+        try:
+            await roster.connect()
+        finally:
+            await roster.aclose()
+
+    with serving(FormulaEngine(tiny_byte_level)) as url, pytest.raises(Unavailable, match="busy"):
+        asyncio.run(run(url))
 
 
 def test_stop_ends_without_patience(tiny_byte_level: Path) -> None:

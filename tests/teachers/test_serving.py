@@ -18,9 +18,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from teachers.backlog import HALF_LIFE_S, Backlog
+from teachers.errors import EngineDead
 from teachers.keys import Keys
 from teachers.limits import Limits
 from teachers.protocol import TIMEOUT_HEADER, ScoreRequest
+from teachers.rows import Rows
 from teachers.serving import connections
 from teachers.serving.app import key_guard
 from teachers.serving.process import TeacherServer
@@ -58,6 +60,35 @@ def test_a_server_told_to_stop_finishes_what_is_under_way_and_refuses_what_is_ne
         assert first.result().status_code == 200
         assert first.result().content.endswith(b"\xff\xff\xff\xff\x00\x00\x00\x00"), "the end mark of an Arrow stream"
         await_that(lambda: not listens(port))
+
+
+def test_a_server_whose_engine_is_dead_ends(tiny_byte_level: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = FormulaEngine(tiny_byte_level)
+
+    def die(rows: Rows) -> Rows:
+        raise EngineDead("the GPU failed")
+
+    engine.alter = die  # type: ignore[method-assign]
+    service = Service(engine)
+    with running(TeacherServer(service)) as port, caplog.at_level(logging.CRITICAL):
+        with suppress(httpx.HTTPError):
+            httpx.post(f"http://127.0.0.1:{port}/v1/score", json=QUESTION)
+        await_that(lambda: not listens(port))
+    assert service.dead
+
+
+def test_an_idle_engine_is_asked_once_for_all_who_want_to_know_whether_it_is_ready(tiny_byte_level: Path) -> None:
+    engine, checks = FormulaEngine(tiny_byte_level), list[int]()
+
+    async def check() -> None:
+        checks.append(1)
+        await asyncio.sleep(0.5)
+
+    engine.check = check  # type: ignore[method-assign]
+    with serving(engine) as url, ThreadPoolExecutor(8) as others:
+        answers = [others.submit(httpx.get, f"{url}/ready") for _ in range(8)]
+        assert {answer.result().status_code for answer in answers} == {200}
+    assert len(checks) <= 2
 
 
 def listens(port: int) -> bool:

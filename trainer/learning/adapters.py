@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from teachers.weights import load_model
 from trainer.config import LoraConfig
 from trainer.errors import ConfigError
 
@@ -38,8 +38,7 @@ def merged(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor]) -> d
     """The base model's weights with the adapters' products added; `weights` are of a model with adapters."""
     from peft import get_peft_model
 
-    loader: Any = AutoModelForCausalLM
-    model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = load_model(folder, torch.float32)
     with_adapters = get_peft_model(model, _peft(config))  # in place, so that names are those of training
     model.load_state_dict(weights)
     result: dict[str, Tensor] = with_adapters.merge_and_unload().state_dict()

@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 from alignment import Vocabulary
 from alignment.spans import Tokens
+from teachers.weights import load_model
 from trainer.config import LoraConfig, RunConfig, StudentConfig
 from trainer.data.reading import Reader, chat_template
 from trainer.errors import ConfigError
@@ -147,7 +148,7 @@ class Student:
         Weights are of the base model's own type; what is tied in the model is written once.
         """
         dtype = AutoConfig.from_pretrained(self.folder, local_files_only=True).dtype or torch.float32
-        model = self.model if self.lora is None else _loaded(self.folder)
+        model = self.model if self.lora is None else load_model(self.folder, torch.float32)
         kept = {name: tensor.detach() for name, tensor in weights.items() if name not in model.all_tied_weights_keys}
         cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
         with _without_generation_config(model, self.folder):
@@ -274,7 +275,7 @@ def _load_errors(folder: Path, device: str) -> Iterator[None]:
 def _prepared(config: StudentConfig, folder: Path) -> tuple[Core, bool]:
     """The whole model on the CPU, checked, with what is trained chosen; whether it keeps samples in a row apart."""
     with _load_errors(folder, "cpu"):
-        model = _loaded(folder).train()
+        model = load_model(folder, torch.float32).train()
     check_head(model)
     packs = keeps_apart(model)
     if config.train_layers is not None:
@@ -311,11 +312,6 @@ def _compile(layers: nn.ModuleList) -> None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
     for layer in layers:
         layer.compile()
-
-
-def _loaded(folder: Path) -> Any:
-    loader: Any = AutoModelForCausalLM
-    return loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def halve_frozen(trunk: nn.Module) -> None:
