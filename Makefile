@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows it, `make test` checks it. Both install what they need into .venv first.
+# `make demo` shows it, `make test` checks it. Both install what they need into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,5 +43,5 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 lock: $(VENV)/.dev  ## write what is installed into constraints.txt
 	$(PIP) freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
 
-clean:
+clean:  ## runs/ too: checkpoints and models
 	rm -rf $(VENV) runs

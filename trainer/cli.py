@@ -265,7 +265,7 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(help="Exported model, as model/ of a run's folder.", metavar="DIR")],
     run: Annotated[Path | None, typer.Option(help="Run file whose held-out text is measured on.")] = None,
     sets: Overrides = [],
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name: a,b. Needs tutelage\\[eval].")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name: a,b. Needs the extra eval.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as YAML.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.", min=1)] = None,
     device: Annotated[str, typer.Option(help="Where tasks run: cpu, cuda, cuda:1, …")] = "cpu",
