@@ -36,7 +36,7 @@ from trainer.ranks import Ranks
 
 log = logging.getLogger("tutelage.student")
 NEWLINE = "\n"
-LEAK = 5e-5  # relative: float32 alone gives 1e-6 to 2e-6, the least that a model new from its seed let through 1.4e-4
+LEAK = 5e-5  # of the largest state: float32 rounds by 2e-6 of it, what runs on in a model of new weights was 1.4e-4
 RECOMPILE_LIMIT = 64  # torch's 8 are not enough for Gemma 3, whose layers would then run uncompiled
 COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
 PROCESSORS = ("preprocessor_config", "processor_config", "video_preprocessor_config")  # of what is not text
@@ -219,12 +219,12 @@ def check_device(device: str) -> None:
 def check_folder(folder: Path, config: RunConfig) -> int:
     """How many ids the student's model has, without loading it. Raises ConfigError for what `load_student` refuses."""
     try:
-        config_read = AutoConfig.from_pretrained(folder, local_files_only=True)
+        base = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"student.model: cannot read {folder}: {str(error).partition(NEWLINE)[0]}") from error
-    if type(config_read) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"student.model: transformers has no causal language model for {config_read.model_type}")
-    model = config_read.get_text_config()
+    if type(base) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"student.model: transformers has no causal language model for {base.model_type}")
+    model = base.get_text_config()
     if not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         raise ConfigError(f"student.model: {folder} has no weights")
     layers = getattr(model, "num_hidden_layers", 1 << 31)
