@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -199,6 +200,8 @@ class Vocabulary:
         if sound:
             pieces = [self.token_bytes[i] or b"" for i in ids]
             tokens = place(text, np.array(ids, dtype=np.int64), pieces, offsets, self._unwritable)
+            if ids and _is_one_character(text[offsets[-1][1] - 1 :]):  # composed, it stands where its first part was
+                tokens = replace(tokens, ends=np.append(tokens.ends[:-1], len(text.encode())))
             known = tokens.ends[tokens.ends >= 0]
             whole = not text or (len(ids) > 0 and tokens.ends[-1] == len(text.encode()))
             sound = bool(whole) and not (np.diff(known) < 0).any()
@@ -279,6 +282,11 @@ class Vocabulary:
     @cached_property
     def _longest(self) -> int:
         return max(map(len, self._by_bytes), default=0)
+
+
+def _is_one_character(text: str) -> bool:
+    """Whether it is a letter with marks of its own that a normalizer composes: e and U+0301."""
+    return 1 < len(text) < 8 and len(unicodedata.normalize("NFC", text)) == 1
 
 
 def _utf8(data: bytes) -> str | None:

@@ -123,6 +123,17 @@ def test_text_that_a_normalizer_changes_is_placed_by_the_tokenizers_offsets() ->
     assert part.tokens.ends[0] == len("Ａ".encode())
 
 
+@pytest.mark.parametrize("text", ["cafe\u0301", "e\u0301", "o\u0302\u0301", "\u1112\u1161\u11ab"])
+def test_a_stretch_that_ends_with_a_composed_letter_is_covered(text: str) -> None:
+    """Decomposed, as macOS writes it; the normalizer's offsets end with the letter's first part."""
+    spec = spec_of("byte_level")
+    spec["normalizer"] = {"type": "NFC"}
+    rendered = render(vocabulary_of(spec), CHATML, "a", text)
+    part = chat_tokens(rendered, rendered.spans[0])
+    assert part.closes
+    assert part.tokens.ends[-2] == len(text.encode())
+
+
 def test_an_unknown_token_is_a_token_of_its_own_only_where_it_is_spelled() -> None:
     spec = spec_of("sentencepiece")
     config = json.dumps(tokenizer_config("sentencepiece") | {"unk_token": "<unk>"}).encode()
