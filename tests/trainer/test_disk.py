@@ -77,5 +77,8 @@ def test_nothing_of_a_teachers_answer_is_written(
     assert tokens > 1000
     both = few.keys() & many.keys()  # a name under which something is written may be seen in one run only
     assert files_in(tmp_path / "room-02") == files_in(tmp_path / "room-16") <= both
-    grown = sum(many[name] - few[name] for name in both)
-    assert grown < 0.25 * tokens  # digits of figures; a float16 for each further candidate would be 28 of a teacher
+    left = files_in(tmp_path / "room-16")  # what is under way for a moment may be seen at any size
+    grown = {name: many[name] - few[name] for name in left}
+    assert sum(grown.values()) < 0.25 * tokens, (
+        grown
+    )  # digits of figures; a float16 for each further candidate would be 28 of a teacher

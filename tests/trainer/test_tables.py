@@ -138,7 +138,7 @@ def test_a_dataset_that_cannot_be_reached_is_one_clear_sentence(tmp_path: Path) 
 
 def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install tutelage\[data\]"):
+    with pytest.raises(DataError, match=r"install Tutelage.s extra data"):
         load({"files": [write_parquet(tmp_path / "d.parquet", ROWS)]})
 
 
