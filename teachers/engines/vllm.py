@@ -34,6 +34,7 @@ from teachers.rows import Rows
 
 BATCH_TOKENS = 2048  # logits of a chunk of prompt are not in vLLM's memory profile: 1.2 GB at 152k tokens in float32
 GPU_SHARE = 0.85
+DEAD = "the vLLM engine died: restart this server; its log says why"
 FLOOR = float(np.finfo(np.float16).min)  # the wire's least log-probability stands for p = 0
 SHUTDOWN_S = 3.0  # vLLM on a CPU never ends by itself in ten; nothing is left to be saved then
 
@@ -105,8 +106,11 @@ class VllmEngine:
         return await ask(self._client, sequence, start, top_k)
 
     async def check(self) -> None:
-        """Score one token."""
-        await self._client.check_health()
+        """Score one token. Raises EngineDead, which an idle server learns here alone."""
+        try:
+            await self._client.check_health()
+        except EngineDeadError as error:
+            raise EngineDead(DEAD) from error
         await self.score([self._card.bos_id or 0, 0], 1, 1)
 
     def close(self) -> None:
@@ -173,7 +177,7 @@ async def ask(client: EngineClient, sequence: list[int], start: int, top_k: int)
         await asyncio.shield(client.abort(request_id))
         raise
     except EngineDeadError as error:
-        raise EngineDead("the vLLM engine died: restart this server; its log says why") from error
+        raise EngineDead(DEAD) from error
     ids, logprobs = _entries(answer, top_k + 1)
     if len(ids) != len(sequence) - 1:
         raise Unavailable(f"expected {len(sequence) - 1} positions, received {len(ids)}: vLLM dropped the question")

@@ -25,9 +25,9 @@ from teachers.protocol import TIMEOUT_HEADER, ScoreRequest
 from teachers.rows import Rows
 from teachers.serving import connections
 from teachers.serving.app import key_guard
-from teachers.serving.process import TeacherServer
+from teachers.serving.process import TeacherServer, listen_on, serve
 from teachers.serving.service import Refusal, Service
-from tests.serve import FormulaEngine, running, serving, until
+from tests.serve import FormulaEngine, free_port, running, serving, until
 
 QUESTION = {"sequences": [[1, 2, 3]], "starts": [1], "top_k": 4}
 
@@ -75,6 +75,14 @@ def test_a_server_whose_engine_is_dead_ends(tiny_byte_level: Path, caplog: pytes
             httpx.post(f"http://127.0.0.1:{port}/v1/score", json=QUESTION)
         await_that(lambda: not listens(port))
     assert service.dead
+
+
+def test_a_teacher_whose_engine_is_dead_ends_with_an_error(tiny_byte_level: Path) -> None:
+    """Or whoever watches the process would take it for one that was told to end."""
+    service = Service(FormulaEngine(tiny_byte_level))
+    service.dead = True
+    with listen_on("127.0.0.1", free_port()) as sock, pytest.raises(EngineDead, match="starts a new one"):
+        asyncio.run(serve(service, sock, TeacherServer(service)))
 
 
 def test_an_idle_engine_is_asked_once_for_all_who_want_to_know_whether_it_is_ready(tiny_byte_level: Path) -> None:

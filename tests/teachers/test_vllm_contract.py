@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from teachers.engine import EngineOptions
 from teachers.engines import open_engine
-from teachers.errors import InvalidRows, TeacherError
+from teachers.errors import EngineDead, InvalidRows, TeacherError
 from teachers.rows import as_received
 from teachers.serving.plugin import TutelagePlugin
 from tests.needs import need
@@ -198,3 +198,16 @@ def test_a_server_without_a_limit_answers_the_whole_vocabulary() -> None:
     from teachers.engines.vllm import most_top_k
 
     assert [most_top_k(n, 1000) for n in (-1, 64, 5000)] == [1000, 64, 1000]
+
+
+def test_a_dead_engine_is_dead_to_who_only_asks_whether_it_lives() -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    from teachers.engines.vllm import VllmEngine
+
+    async def check_health() -> None:
+        raise EngineDeadError
+
+    client: Any = SimpleNamespace(check_health=check_health)
+    with pytest.raises(EngineDead, match="restart this server"):
+        asyncio.run(VllmEngine(client, CARD, {}, owned=False).check())
