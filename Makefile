@@ -1,27 +1,38 @@
-# `make demo` shows it, `make test` checks it. Both install what they need into .venv first.
+# `make demo` shows what Tutelage does, `make test` runs what CI runs. Both install what they need into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-gpu lint lock clean
+.PHONY: demo check test-fast test test-gpu docs golden lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tutelage demo
 
-test: $(VENV)/.dev lint
+check: $(VENV)/.dev  ## lint, formatting, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --num-workers 2
+	$(BIN)/lint-imports --no-logo
+
+test-fast: check  ## without vLLM, Ray, real models and other slow tests
+	$(BIN)/python -m pytest -m 'not gpu and not slow' --numprocesses=2
+
+test: check  ## everything that CI runs
 	$(BIN)/tutelage demo --prepare
 	$(BIN)/python -m tests.zoo
 	$(BIN)/python -m pytest --numprocesses=2
 
-test-gpu: $(VENV)/.dev  ## what of the tests runs on a GPU too
+test-gpu: $(VENV)/.dev  ## the tests whose result can depend on a GPU
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+docs: $(VENV)/.dev  ## write the generated pages
+	$(BIN)/python -m trainer.telemetry.reference > $(VENV)/page.md && mv $(VENV)/page.md docs/metrics.md
+	$(BIN)/python -m trainer.component_reference > $(VENV)/page.md && mv $(VENV)/page.md docs/components.md
+	$(BIN)/python -m trainer.config_reference > $(VENV)/page.md && mv $(VENV)/page.md docs/configuration.md
+
+golden: $(VENV)/.dev  ## write the golden files; only if a change of results is intended
+	$(BIN)/python -m tests.test_golden
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tutelage needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

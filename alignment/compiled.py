@@ -1,4 +1,4 @@
-"""numba, as this package uses it: compiled at the first call, cached on disk, without the interpreter's lock."""
+"""The numba decorator of this project: compile at the first call, cache on disk, release the interpreter lock."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,8 @@ from numba import njit
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """numba's njit without the lock, cached where a cache can be written."""
+    """Compile a function with numba, without the interpreter lock, cached on disk if a cache can be written."""
     try:
         return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written
+    except RuntimeError:  # neither the folder of the source file nor the user's cache can be written
         return njit(nogil=True)(function)

@@ -1,12 +1,14 @@
-"""The paper's own alignment, `em` and `min_ed`, as its code does it (FuseLLM, 2401.10491), for comparison only.
+"""The alignment of FuseLLM (arXiv 2401.10491), methods `em` and `min_ed`, for comparison only.
 
-Token strings are warped onto each other (dynamic time warping; the cost is the edit distance without the space
-mark; ties go to the diagonal, then the teacher, then the student). A student token that meets exactly one teacher
-token, to which the vocabulary map sends it, takes that token's row with every candidate mapped; where two candidates
-map to one token the first stays and the other is dropped; everything else becomes one-hot on the *current* token with
-the value 1. These faults are the reference's and are reproduced to the id (tests/golden/); nothing else inherits them.
+Dynamic time warping aligns the token strings; the cost is the edit distance without the space mark, and ties are
+resolved in the order diagonal, teacher, student. If a student token is matched with exactly one teacher token, and
+the vocabulary map sends that token to the student token, it gets the teacher token's row with every candidate mapped.
+If two candidates map to one token, the first is kept and the other is dropped. Every other student token gets a one-hot
+row on the *current* token with value 1.
 
-Convention here, as there: row j is the distribution *after* token j, and values pass through unchanged.
+These faults are the reference implementation's and are reproduced to the id (tests/golden/); no other method has them.
+As in the reference, row j is the distribution *after* token j, and values are not changed.
+
 Cost: one pass over teacher × student tokens; distances are computed once per pair of different strings.
 """
 
@@ -20,26 +22,26 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from alignment.chain import Rows, check_rows
+from alignment.array_cache import cache_key, load_arrays, save_arrays
+from alignment.byte_chain import ScoredRows, check_rows
 from alignment.compiled import compiled
 from alignment.kernels import NONE
-from alignment.spans import Tokens
-from alignment.store import key_of, load_arrays, save_arrays
+from alignment.offsets import Tokens
 from alignment.target import Target, target_from_entries
-from alignment.vocabulary import Vocabulary
+from alignment.tokenizers.vocabulary import Vocabulary
 
 DIAGONAL, TEACHER, STUDENT = 0, 1, 2
 METHODS = ("em", "min_ed")
-UNMET = -2  # a token whose place in the student's vocabulary has not been looked for
+UNKNOWN = -2  # a token that has not been mapped yet
 _FORMAT = 1
-AT_ONCE = 64  # unmapped tokens whose distances to a whole vocabulary exist at once
+_BATCH_SIZE = 64  # tokens whose distances to a whole vocabulary are in memory at once
 
 
 @dataclass(frozen=True, eq=False)
 class MappedRows:
-    """Ragged rows: row i holds entries offsets[i] … offsets[i + 1] of ids and values, as the reference gives them.
+    """Ragged rows as in the reference: row i has the entries offsets[i] … offsets[i + 1] − 1 of ids and values.
 
-    mapped  [T] bool: the others are one-hot on the current token, because nothing could be mapped
+    mapped  [T] bool: the other rows are one-hot on the current token, because nothing could be mapped
     """
 
     offsets: NDArray[np.int64]
@@ -49,64 +51,73 @@ class MappedRows:
 
 
 class TokenMap:
-    """Teacher token → student token by spelling, the space mark exchanged: equal strings first.
+    """A map from teacher tokens to student tokens by their strings, with the space mark exchanged.
 
-    With `nearest`, a token without an equal goes to the string at the smallest edit distance, ties to the lowest id;
-    without it, it goes nowhere. A distance to a whole vocabulary takes milliseconds, so tokens are mapped when they
-    are met; with `keep_at`, what was met in other runs is known, and `save` adds what was met in this one.
+    A token maps to the student token with an equal string. With `nearest`, a token without an equal string maps to the
+    string with the smallest edit distance (ties: the lowest id); otherwise it maps to nothing.
+
+    The distances of one token to a whole vocabulary take milliseconds, so tokens are mapped when they first occur. With
+    `cache_file`, the tokens that occurred in earlier runs are loaded, and `save` adds those of this run.
     """
 
-    def __init__(self, teacher: Vocabulary, student: Vocabulary, *, nearest: bool, keep_at: Path | None = None) -> None:
+    def __init__(
+        self, teacher: Vocabulary, student: Vocabulary, *, nearest: bool, cache_file: Path | None = None
+    ) -> None:
         self.teacher = teacher
         self.student = student
         self._nearest = nearest
-        self._keep_at = keep_at
-        self._equals = {token: i for i, token in reversed(list(enumerate(student.tokens)))}
-        kept = self._kept()
-        # [W + 1] student id, NONE or UNMET; the last is for ids that no tokenizer has
-        self._known = np.append(np.full(len(teacher), UNMET), NONE) if kept is None else kept
+        self._cache_file = cache_file
+        self._id_by_string = {token: i for i, token in reversed(list(enumerate(student.tokens)))}
+        cached = self._load()
+        # [W + 1] student id, NONE or UNKNOWN; the last entry is for ids that the tokenizer does not have
+        self._student_ids = np.append(np.full(len(teacher), UNKNOWN), NONE) if cached is None else cached
 
-    def of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Student ids, NONE where there is none; any shape."""
+    def student_ids(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the student ids of teacher ids, NONE if there is none; any shape."""
         ids = np.minimum(ids, len(self.teacher))
-        unmet = self._known[ids] == UNMET
-        if unmet.any():
-            self._learn(np.unique(ids[unmet]).tolist())
-        known: NDArray[np.int64] = self._known[ids]
-        return known
+        unknown = self._student_ids[ids] == UNKNOWN
+        if unknown.any():
+            self._compute(np.unique(ids[unknown]).tolist())
+        mapped: NDArray[np.int64] = self._student_ids[ids]
+        return mapped
 
     def save(self) -> None:
-        """Add what was met to the file, beside what other processes have put there meanwhile."""
-        if self._keep_at is not None:
-            kept = self._kept()
-            merged = self._known if kept is None else np.where(self._known == UNMET, kept, self._known)
-            save_arrays(self._keep_at, {"student_ids": merged})
+        """Write the known tokens to the cache file, together with those that other processes have written."""
+        if self._cache_file is not None:
+            cached = self._load()
+            known = self._student_ids
+            merged = known if cached is None else np.where(known == UNKNOWN, cached, known)
+            save_arrays(self._cache_file, {"student_ids": merged})
 
-    def _kept(self) -> NDArray[np.int64] | None:
-        found = load_arrays(self._keep_at) if self._keep_at else None
-        return found["student_ids"].astype(np.int64) if found else None
+    def _load(self) -> NDArray[np.int64] | None:
+        arrays = load_arrays(self._cache_file) if self._cache_file else None
+        return arrays["student_ids"].astype(np.int64) if arrays else None
 
-    def _learn(self, ids: Sequence[int]) -> None:
-        spelled = {i: self._spelling(i) for i in ids}
-        found = {i: self._equals.get(spelled[i], NONE) for i in ids}
-        far = [i for i in ids if found[i] == NONE] if self._nearest else []
-        for begin in range(0, len(far), AT_ONCE):
-            some = far[begin : begin + AT_ONCE]
-            strings = [spelled[i] for i in some]
-            distances = cdist(strings, self.student.tokens, scorer=Levenshtein.distance, dtype=np.uint16)
-            found |= zip(some, distances.argmin(axis=1).tolist(), strict=True)
-        self._known[ids] = [found[i] for i in ids]  # at once, for other threads read it meanwhile
+    def _compute(self, ids: Sequence[int]) -> None:
+        """Map tokens that are not known yet."""
+        strings = {i: self._student_string(i) for i in ids}
+        mapped = {i: self._id_by_string.get(strings[i], NONE) for i in ids}
+        without_equal = [i for i in ids if mapped[i] == NONE] if self._nearest else []
+        for begin in range(0, len(without_equal), _BATCH_SIZE):
+            batch = without_equal[begin : begin + _BATCH_SIZE]
+            distances = cdist(
+                [strings[i] for i in batch], self.student.tokens, scorer=Levenshtein.distance, dtype=np.uint16
+            )
+            mapped |= zip(batch, distances.argmin(axis=1).tolist(), strict=True)
+        # One assignment of final values: other threads read the array at the same time.
+        self._student_ids[ids] = [mapped[i] for i in ids]
 
-    def _spelling(self, token_id: int) -> str:
+    def _student_string(self, token_id: int) -> str:
+        """Return a teacher token's string with the student's space mark."""
         return self.teacher.tokens[token_id].replace(self.teacher.space_mark, self.student.space_mark)
 
 
 def token_map(teacher: Vocabulary, student: Vocabulary, method: str, cache: Path | None = None) -> TokenMap:
-    """The map of `em` (equal strings only) or `min_ed`, known so far in the `cache` folder."""
+    """Build the map of `em` (equal strings only) or `min_ed`, with the tokens known from the folder `cache`."""
     if method not in METHODS:
         raise ValueError(f"expected a method of {', '.join(METHODS)}, received {method!r}")
-    name = f"{method}-{key_of(_FORMAT, teacher.fingerprint, student.fingerprint, len(teacher), len(student))}"
-    return TokenMap(teacher, student, nearest=method == "min_ed", keep_at=cache / name if cache else None)
+    name = f"{method}-{cache_key(_FORMAT, teacher.fingerprint, student.fingerprint, len(teacher), len(student))}"
+    return TokenMap(teacher, student, nearest=method == "min_ed", cache_file=cache / name if cache else None)
 
 
 def align_fusellm(
@@ -116,92 +127,105 @@ def align_fusellm(
     student_ids: NDArray[np.int64],
     mapping: TokenMap,
 ) -> MappedRows:
-    """The teacher's rows [T_t, K] of candidates and values, each after its token, for every student token."""
+    """Align a teacher's rows, each the distribution after its token, to every student token.
+
+    ids, values               [T_t, K] candidates of each row
+    teacher_ids, student_ids  [T_t] and [T] the two tokenizations of the text
+    """
     teacher = [mapping.teacher.tokens[i].replace(mapping.teacher.space_mark, "") for i in teacher_ids.tolist()]
     student = [mapping.student.tokens[i].replace(mapping.student.space_mark, "") for i in student_ids.tolist()]
-    met = only_match(teacher, student)
-    whole = met != NONE
-    whole[whole] = mapping.of(teacher_ids[met[whole]]) == student_ids[whole]
-    mapped = mapping.of(ids[met[whole]].astype(np.int64))
-    return MappedRows(*_map_rows(student_ids, whole, mapped, values[met[whole]].astype(np.float64)))
+    matches = unique_matches(teacher, student)
+    is_mapped = matches != NONE
+    is_mapped[is_mapped] = mapping.student_ids(teacher_ids[matches[is_mapped]]) == student_ids[is_mapped]
+    candidates = mapping.student_ids(ids[matches[is_mapped]].astype(np.int64))
+    return MappedRows(*_map_rows(student_ids, is_mapped, candidates, values[matches[is_mapped]].astype(np.float64)))
 
 
-def fusellm_target(rows: Rows, first_row: int, teacher: Tokens, student: Tokens, mapping: TokenMap) -> Target:
-    """The same, as a target to compare with others: the mapped rows, each at the token that it predicts.
+def fusellm_target(rows: ScoredRows, first_row: int, teacher: Tokens, student: Tokens, mapping: TokenMap) -> Target:
+    """Align as `align_fusellm` does, and return a target whose rows are at the tokens that they predict.
 
-    A row that could not be mapped is not valid: the reference trains it towards the current token. Probabilities are
-    those of the rows, not renormalised. Raises AlignmentError if the rows are not those of the teacher's tokens.
+    A row that could not be mapped is invalid: the reference trains it towards the current token. Probabilities are
+    those of the rows, not renormalized. Raises AlignmentError if the rows do not belong to the teacher's tokens.
     """
     check_rows(rows, first_row, teacher)
-    after = slice(1 - first_row, None)  # row j is to be the one after token j; after the last there is none
-    nobodys = np.full_like(rows.ids[:1], len(mapping.teacher))
-    ids = np.concatenate([rows.ids[after], nobodys]).astype(np.int64)
+    after = slice(1 - first_row, None)  # row j is the distribution after token j; there is none after the last token
+    no_candidates = np.full_like(rows.ids[:1], len(mapping.teacher))
+    ids = np.concatenate([rows.ids[after], no_candidates]).astype(np.int64)
     probs = np.exp(np.concatenate([rows.logprobs[after], np.zeros_like(rows.logprobs[:1])]), dtype=np.float64)
-    found = align_fusellm(ids, probs, teacher.ids, student.ids, mapping)
-    valid = np.concatenate([[False], found.mapped[:-1]])[: len(student)]
-    entries = np.repeat(np.arange(len(student)), np.diff(found.offsets)) + 1
-    kept = entries < len(student)
-    return target_from_entries(entries[kept], found.ids[kept].astype(np.int32), found.values[kept], valid)
+    aligned = align_fusellm(ids, probs, teacher.ids, student.ids, mapping)
+    valid = np.concatenate([[False], aligned.mapped[:-1]])[: len(student)]
+    positions = np.repeat(np.arange(len(student)), np.diff(aligned.offsets)) + 1
+    kept = positions < len(student)
+    return target_from_entries(positions[kept], aligned.ids[kept].astype(np.int32), aligned.values[kept], valid)
 
 
-def only_match(teacher: Sequence[str], student: Sequence[str]) -> NDArray[np.int64]:
-    """[T] the teacher token that each student token meets on the warping path; NONE where it meets several."""
-    teacher_strings, of_teacher = np.unique(np.array(teacher, dtype=object), return_inverse=True)
-    student_strings, of_student = np.unique(np.array(student, dtype=object), return_inverse=True)
+def unique_matches(teacher: Sequence[str], student: Sequence[str]) -> NDArray[np.int64]:
+    """[T] Return the one teacher token that each student token is matched with; NONE if there are several."""
+    teacher_strings, teacher_index = np.unique(np.array(teacher, dtype=object), return_inverse=True)
+    student_strings, student_index = np.unique(np.array(student, dtype=object), return_inverse=True)
     cost = cdist(teacher_strings.tolist(), student_strings.tolist(), scorer=Levenshtein.distance, dtype=np.uint16)
-    met: NDArray[np.int64] = _warp(cost, of_teacher, of_student)
-    return met
+    matches: NDArray[np.int64] = _warp(cost, teacher_index, student_index)
+    return matches
 
 
 @compiled
-def _warp(cost: Any, of_teacher: Any, of_student: Any) -> Any:
-    num_teacher, num_student = len(of_teacher), len(of_student)
-    far = np.int64(1) << 60
-    above = np.full(num_student + 1, far)
+def _warp(cost: Any, teacher_index: Any, student_index: Any) -> Any:
+    """Compute the warping path by dynamic programming; return the unique match of each student token, or NONE.
+
+    D[i, j] = cost(i, j) + min(D[i − 1, j − 1], D[i − 1, j], D[i, j − 1]), where i and j count tokens from 1,
+    D[0, 0] = 0, and all other border entries are infinite. cost [different teacher strings, different student strings].
+    """
+    num_teacher, num_student = len(teacher_index), len(student_index)
+    infinity = np.int64(1) << 60
+    above = np.full(num_student + 1, infinity)  # D[i − 1, :]
     above[0] = 0
     came_from = np.zeros((num_teacher + 1, num_student + 1), dtype=np.int8)
     for i in range(1, num_teacher + 1):
-        here = np.full(num_student + 1, far)
+        here = np.full(num_student + 1, infinity)  # D[i, :]; entries up to j − 1 are final
         for j in range(1, num_student + 1):
             best, source = above[j - 1], DIAGONAL
-            if above[j] < best:
+            if above[j] < best:  # strict comparisons: ties go to the diagonal, then to the teacher
                 best, source = above[j], TEACHER
             if here[j - 1] < best:
                 best, source = here[j - 1], STUDENT
-            here[j] = best + cost[of_teacher[i - 1], of_student[j - 1]]
+            here[j] = best + cost[teacher_index[i - 1], student_index[j - 1]]
             came_from[i, j] = source
         above = here
-    met = np.full(num_student, NONE)
+    matches = np.full(num_student, NONE)
     count = np.zeros(num_student, dtype=np.int64)
     i, j = num_teacher, num_student
-    while i > 0 and j > 0:
+    while i > 0 and j > 0:  # follow the path back: the teacher token i − 1 is matched with the student token j − 1
         count[j - 1] += 1
-        met[j - 1] = i - 1 if count[j - 1] == 1 else NONE
+        matches[j - 1] = i - 1 if count[j - 1] == 1 else NONE
         source = came_from[i, j]
         i -= source != STUDENT
         j -= source != TEACHER
-    return met
+    return matches
 
 
 @compiled
-def _map_rows(student_ids: Any, whole: Any, mapped: Any, values: Any) -> Any:
-    num_k = mapped.shape[1]
+def _map_rows(student_ids: Any, is_mapped: Any, candidates: Any, values: Any) -> Any:
+    """Build the ragged rows: mapped candidates and values for mapped tokens, one-hot on the current token otherwise.
+
+    candidates, values  [mapped tokens, K]
+    """
+    num_k = candidates.shape[1]
     offsets = np.zeros(len(student_ids) + 1, dtype=np.int64)
-    some = np.zeros(len(student_ids), dtype=np.bool_)
+    has_candidates = np.zeros(len(student_ids), dtype=np.bool_)
     ids, out = np.empty(len(student_ids) * num_k, dtype=np.int64), np.empty(len(student_ids) * num_k)
-    used, row = 0, 0
+    used, row = 0, 0  # invariant: entries before `used` belong to tokens before i, `row` of which are mapped
     for i in range(len(student_ids)):
         begin = used
-        if whole[i]:
+        if is_mapped[i]:
             for k in range(num_k):
-                token = mapped[row, k]
-                if token != NONE and not (ids[begin:used] == token).any():
+                token = candidates[row, k]
+                if token != NONE and not (ids[begin:used] == token).any():  # the first of equal tokens is kept
                     ids[used], out[used] = token, values[row, k]
                     used += 1
             row += 1
-        some[i] = used > begin
-        if used == begin:
+        has_candidates[i] = used > begin
+        if used == begin:  # not mapped, or no candidate has a counterpart
             ids[used], out[used] = student_ids[i], 1.0
             used += 1
         offsets[i + 1] = used
-    return offsets, ids[:used].copy(), out[:used].copy(), some
+    return offsets, ids[:used].copy(), out[:used].copy(), has_candidates

@@ -1,8 +1,8 @@
-"""Curves of several runs as an SVG file for a page of docs/, in light and dark."""
+"""Draw curves of several runs as an SVG file for docs/, with colours for light and dark pages."""
 
 from collections.abc import Sequence
 
-from trainer.reports.curves import Chart, Curve, Shape, draw
+from trainer.report.svg import Chart, Curve, Shape, draw
 
 COLOURS = ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df", "#bf3989", "#57606a", "#0a7ea4")
 LEFT, TOP, WIDTH, HEIGHT, ROW = 60, 34, 470, 290, 20
@@ -14,9 +14,9 @@ STYLE = (
 
 
 def svg(title: str, unit: str, curves: Sequence[Curve], top: float | None = None) -> str:
-    """One figure. A curve without a colour is dashed; `top` is where the y axis ends, if not at the greatest figure."""
+    """Draw one figure. A curve without a colour is dashed. `top` is the end of the y axis (default: the maximum)."""
     chart = draw(curves, y_range=(None, top))
-    parts = [
+    lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {TOP + HEIGHT + 30}" role="img">',
         f"<title>{title}</title><style>{STYLE}</style>",
         f'<text x="{LEFT}" y="18">{title}</text><text class="pale" x="{LEFT + WIDTH}" y="18" '
@@ -26,29 +26,30 @@ def svg(title: str, unit: str, curves: Sequence[Curve], top: float | None = None
         'preserveAspectRatio="none">',
         *(f'<path {_stroke(shape)} d="{shape.path}"/>' for shape in chart.shapes),
         "</svg>",
-        *(_key(row, shape) for row, shape in enumerate(chart.shapes)),
+        *(_legend_entry(row, shape) for row, shape in enumerate(chart.shapes)),
         "</svg>",
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _axes(chart: Chart) -> list[str]:
-    parts = []
+    elements = []
     for tick in chart.y_ticks:
         y = TOP + HEIGHT * (1 - tick.at / 100)
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{WIDTH}"/>')
-        parts.append(f'<text class="pale" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick.text}</text>')
+        elements.append(f'<path class="grid" d="M{LEFT} {y:.1f}h{WIDTH}"/>')
+        elements.append(f'<text class="pale" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick.text}</text>')
     for tick in chart.x_ticks:
         x = LEFT + WIDTH * tick.at / 100
-        parts.append(f'<text class="pale" x="{x:.1f}" y="{TOP + HEIGHT + 20}" text-anchor="middle">{tick.text}</text>')
-    return parts
+        y = TOP + HEIGHT + 20
+        elements.append(f'<text class="pale" x="{x:.1f}" y="{y}" text-anchor="middle">{tick.text}</text>')
+    return elements
 
 
 def _stroke(shape: Shape) -> str:
     return 'class="n"' if shape.colour is None else f'stroke="{COLOURS[shape.colour % len(COLOURS)]}"'
 
 
-def _key(row: int, shape: Shape) -> str:
+def _legend_entry(row: int, shape: Shape) -> str:
     x, y = LEFT + WIDTH + 20, TOP + 10 + row * ROW
     line = f'<path {_stroke(shape)} d="M{x} {y - 4}h22"/>'
     return f'{line}<text x="{x + 30}" y="{y}">{shape.name} <tspan class="pale">{shape.last}</tspan></text>'

@@ -1,11 +1,11 @@
-"""How fast four teachers fuse: every method at every scope it knows, on one pinned core and with two threads.
+"""Throughput of fusing four teachers: every method and scope, on one pinned core and with two threads.
 
 `python -m benchmarks.fusion [--json FILE]` prints a table and writes a flat {name: positions per second}. The targets
-are made, not asked for: Zipf-like probabilities in the order of ranks, each teacher with its own shuffle of
-neighbouring ranks, so that teachers share most of their likely tokens and few of their unlikely ones, as models do.
-What is compiled is compiled before anything is timed. One core is timed by the thread's CPU time, so that other
-processes do not count; two threads by the clock, so they need two cores to themselves. Whether they had them shows in
-the control, a loop without memory and without the lock: what its two threads do not reach there, no code could.
+are synthetic: Zipf-like probabilities in the order of ranks, with neighboring ranks shuffled per teacher, so that
+teachers share most of their likely tokens and few of their unlikely ones, as real models do. Kernels are compiled
+before timing. One core is measured in CPU time of the thread, which excludes other processes. Two threads are measured
+in wall time, so they need two idle cores. The control, a compiled loop without memory access and without the GIL, shows
+whether the cores were idle: it is the upper bound of the ratio.
 """
 
 import argparse
@@ -25,17 +25,20 @@ from numpy.typing import NDArray
 
 from alignment.compiled import compiled
 from alignment.target import Target
-from trainer.targets.fusion import METHODS, SCOPES, Aligned, Rule, fuse
+from trainer.fusion import FUSION_METHODS
+from trainer.fusion.base import SCOPES, FusionRule, fusion_method
+from trainer.fusion.fuse import fuse
+from trainer.fusion.inputs import FusionInput
 
 VOCAB_SIZE, NUM_TEACHERS, NUM_POSITIONS, TOP_K = 49_152, 4, 2_048, 64
 NUM_SAMPLES = 4  # in a batch
 CONTROL_STEPS = 10_000_000
-UNSCOPED = ("mean", "geometric", "fusellm_min_ce", "fusellm_avg_ce")
+WEIGHTS_ONLY = ("adaptive", "router")  # computed by `fuse` as a mean with other teacher weights
 ROUNDS = 15
 
 
 def teacher_target(ranks: NDArray[np.int64], rng: np.random.Generator) -> Target:
-    """Top-k rows of one teacher that orders the vocabulary nearly as `ranks` [T, V′] do."""
+    """Build top-k rows of one teacher whose order of the vocabulary is close to `ranks` [T, V′]."""
     num_positions, num_ranks = ranks.shape
     noise = np.exp(rng.normal(scale=1.0, size=ranks.shape))
     scores = noise / (1 + np.arange(num_ranks)) ** rng.uniform(1.2, 2.0, size=(num_positions, 1))
@@ -47,27 +50,27 @@ def teacher_target(ranks: NDArray[np.int64], rng: np.random.Generator) -> Target
         ids=np.take_along_axis(ranks, order, axis=1).astype(np.int32).ravel(),
         probs=listed.ravel(),
         tail=(1 - listed.sum(axis=1, dtype=np.float64)).astype(np.float32),
-        valid=np.arange(num_positions) > 0,  # a model without BOS has no answer for the first token
+        valid=np.arange(num_positions) > 0,  # a model without BOS has no row for the first token
     )
 
 
-def sample(seed: int) -> Aligned:
-    """One sample: 4 teachers over 256 tokens that are likely at each position, drawn Zipf-like from the vocabulary."""
+def sample(seed: int) -> FusionInput:
+    """Build one sample: 4 teachers over 256 likely tokens per position, drawn from the vocabulary."""
     rng = np.random.default_rng(seed)
     base = (VOCAB_SIZE * rng.random((NUM_POSITIONS, 512)) ** 3).astype(np.int64)
     ranks = np.stack([np.resize(np.unique(row), 256) for row in base])
     ranks = rng.permuted(ranks, axis=1)
     targets = tuple(_without_first(teacher_target(ranks, rng)) for _ in range(NUM_TEACHERS))
-    return Aligned(
+    return FusionInput(
         targets,
         labels_T=ranks[np.arange(NUM_POSITIONS), rng.zipf(1.6, NUM_POSITIONS) % 256],
         num_bytes_T=rng.integers(0, 9, NUM_POSITIONS),
-        prior_N=np.ones(NUM_TEACHERS),
+        teacher_weights_N=np.ones(NUM_TEACHERS),
     )
 
 
 def _without_first(target: Target) -> Target:
-    """The invalid first row emptied, as the contract of Target has it."""
+    """Empty the first row, as Target requires for rows that are not valid."""
     tail = target.tail.copy()
     tail[0] = 0
     offsets = target.offsets - TOP_K
@@ -75,9 +78,14 @@ def _without_first(target: Target) -> Target:
     return Target(offsets, target.ids[TOP_K:], target.probs[TOP_K:], tail, target.valid)
 
 
-def measure(batch: Sequence[Aligned]) -> dict[str, float]:
-    """{"fusion_METHOD_SCOPE_tokens_per_s": …, the same with _2_threads, and both for "control"}."""
-    rules = [Rule(m, s, top_k=TOP_K) for m in METHODS for s in (SCOPES[1:2] if m in UNSCOPED else SCOPES)]
+def measure(batch: Sequence[FusionInput]) -> dict[str, float]:
+    """Return fusion_METHOD_SCOPE_tokens_per_s, the same with _2_threads, and both for "control"."""
+    methods = [name for name in FUSION_METHODS if name not in WEIGHTS_ONLY]
+    rules = [
+        FusionRule(name, scope, top_k=TOP_K)
+        for name in methods
+        for scope in (SCOPES if fusion_method(name).uses_scope else SCOPES[1:2])
+    ]
     work: dict[str, Callable[[], object]] = {
         f"{r.method}_{r.scope}": partial(fuse, batch, r, VOCAB_SIZE) for r in rules
     }
@@ -93,22 +101,22 @@ def measure(batch: Sequence[Aligned]) -> dict[str, float]:
 
 
 def _medians_s(work: Callable[[], object], pool: Executor) -> tuple[float, float]:
-    """Seconds for one core to do it once and for two threads to do it twice, in turn, after a round that compiles."""
-    took: list[list[float]] = [[], []]
+    """Return the median seconds of one call on one core and of two calls in two threads, after one warm-up round."""
+    durations_s: list[list[float]] = [[], []]
     for _ in range(ROUNDS + 1):
         with pinned():
             began = time.thread_time()
             work()
-            took[0].append(time.thread_time() - began)
+            durations_s[0].append(time.thread_time() - began)
         began = time.perf_counter()
         list(pool.map(lambda _: work(), range(2)))
-        took[1].append(time.perf_counter() - began)
-    return statistics.median(took[0][1:]), statistics.median(took[1][1:])
+        durations_s[1].append(time.perf_counter() - began)
+    return statistics.median(durations_s[0][1:]), statistics.median(durations_s[1][1:])
 
 
 @compiled
 def arithmetic(num_steps: int) -> int:
-    """Nothing but integers in registers."""
+    """Compute with integers in registers only."""
     x = 1
     for i in range(num_steps):
         x = (x * 1103515245 + i) & 0x7FFFFFFF
@@ -117,7 +125,7 @@ def arithmetic(num_steps: int) -> int:
 
 @contextmanager
 def pinned() -> Iterator[None]:
-    """This thread on one core; others stay where they may be."""
+    """Pin this thread to one core; other threads keep their affinity."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     try:
@@ -127,7 +135,7 @@ def pinned() -> Iterator[None]:
 
 
 def table(figures: dict[str, float]) -> str:
-    """One line per method and scope."""
+    """Format one line per method and scope."""
     lines = [f"{'1,000 tokens/s':<28}{'one core':>10}{'2 threads':>11}{'ratio':>7}"]
     for name, one in figures.items():
         if not name.endswith("_2_threads"):

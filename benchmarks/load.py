@@ -1,12 +1,12 @@
-"""What one teacher process holds: many clients at once for minutes, and what that costs the server alone.
+"""Load of one teacher process: many concurrent clients for minutes, and the cost of the server alone.
 
-`python -m benchmarks.load [--seconds 300] [--clients 64] [--json FILE]` serves windows of 512 tokens at K = 64 whose
-rows were prepared before (no model: what is measured is everything around one), and asks for one window after the other
-with as many TeacherClients, each with its own connection. Every answer is checked and compared with what was prepared.
+`python -m benchmarks.load [--seconds 300] [--clients 64] [--json FILE]` serves windows of 512 tokens at K = 64 with
+prepared rows (no model: everything around it is measured). Each client has its own connection and requests one window
+after the other. Every response is checked and compared with the prepared rows.
 
-Server and clients are one process each. Where both share two cores the clients' decoding bounds what arrives; the
-server's own cost is its CPU seconds, which it tells through /metrics, as it does its memory. Latencies are those of a
-closed loop: with N clients that never pause, N answers are always waited for.
+Server and clients are one process each. If both share two cores, the clients' decoding limits the throughput; the cost
+of the server is its CPU seconds, which /metrics contains, like its memory. Latencies are those of a closed loop: N
+clients that never pause always wait for N responses.
 """
 
 import argparse
@@ -25,21 +25,22 @@ from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.processes import server_process
-from teachers.asking.client import TeacherClient
-from teachers.asking.transport import Transport
-from teachers.errors import TeacherError
-from teachers.protocol import Card, ScoreRequest
-from teachers.rows import Rows
-from teachers.serving.process import TeacherServer, listen_on, serve
-from teachers.serving.service import Service
+from teachers.client.dialects.native import NativeClient
+from teachers.client.http import Transport
+from teachers.protocol.errors import TeacherError
+from teachers.protocol.messages import ScoreRequest, TeacherCard
+from teachers.protocol.rows import Rows
+from teachers.server.process import TeacherServer, listen_on, serve
+from teachers.server.service import Service
 
 VOCAB_SIZE, WINDOW_TOKENS, NUM_WINDOWS, TOP_K = 49_152, 512, 32, 64
 WARM_UP_S = 10.0
-# Preparing the rows leaves glibc 75 freed megabytes that stay resident, and a leak of 40 MB showed as 0.1: with fixed
-# thresholds, well above an answer's 200 kB, they go back, and 4.0 MB show as 4.5. They cost the server CPU time, 2.6
-# µs a token against 2.2 without (three pairs of short runs by turns): the cost in the table is an upper bound.
+# Preparing the rows leaves 75 freed megabytes resident in glibc, which hides leaks: one of 40 MB showed as 0.1. With
+# fixed thresholds, well above the 200 kB of a response, freed memory is returned, and a leak of 4.0 MB shows as 4.5.
+# They cost CPU time, 2.6 µs per token instead of 2.2 (three pairs of short runs), so the cost in the table is an upper
+# bound.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-CARD = Card(
+CARD = TeacherCard(
     model="prepared", fingerprint="0" * 64, engine="prepared", dtype="float32", vocab_size=VOCAB_SIZE,
     tokenizer_sha256="0" * 64, bos_id=None, eos_id=None, expects_bos=False, max_tokens=WINDOW_TOKENS, max_top_k=TOP_K,
 )  # fmt: skip
@@ -47,16 +48,16 @@ CARD = Card(
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """One question and its answer."""
+    """One sequence and its rows."""
 
     sequence: list[int]
     rows: Rows
 
 
 def prepare() -> list[Window]:
-    """Rows as real models give them: Zipf's law at every position, from nearly certain to nearly anything.
+    """Return windows with realistic rows: Zipf's law at every position, with exponents from 0.8 to 3.
 
-    The first id of a window is its number; every other one is drawn from its own row.
+    The first id of a window is its number; every other id is sampled from its own row.
     """
     rng = np.random.default_rng(0)
     weights_LV = np.arange(1, VOCAB_SIZE + 1) ** -np.linspace(0.8, 3.0, 64)[:, None]
@@ -71,7 +72,7 @@ def _window(number: int, logprobs_LV: NDArray[np.float64], rng: np.random.Genera
     first_S1 = rng.integers(0, VOCAB_SIZE, (len(law_S), 1))
 
     def ids(ranks: NDArray[np.int64]) -> NDArray[np.int64]:
-        return (first_S1 + ranks * 7_919) % VOCAB_SIZE  # prime, and no divisor of the vocabulary: no id twice in a row
+        return (first_S1 + ranks * 7_919) % VOCAB_SIZE  # a prime that does not divide VOCAB_SIZE: distinct ids
 
     listed_SK = logprobs_LV[law_S, :TOP_K]
     rows = Rows(
@@ -85,7 +86,7 @@ def _window(number: int, logprobs_LV: NDArray[np.float64], rng: np.random.Genera
 
 
 class PreparedEngine:
-    """Answers at once with what was prepared. An Engine."""
+    """An engine that returns prepared rows at once."""
 
     def __init__(self) -> None:
         self.card = CARD
@@ -103,14 +104,14 @@ class PreparedEngine:
 
 
 def run_server(port: int) -> None:
-    """As `tutelage teach` serves."""
+    """Serve like `tutelage serve`."""
     service = Service(PreparedEngine())
     uvloop.run(serve(service, listen_on("127.0.0.1", port), TeacherServer(service)))
 
 
 @dataclass
 class Tally:
-    """What the clients saw, in seconds, since the warm-up."""
+    """Results of the clients since the warm-up; latencies in seconds."""
 
     latencies: list[float] = field(default_factory=list)
     num_bytes: int = 0
@@ -119,7 +120,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the server says of itself."""
+    """Values of the server's /metrics at one time."""
 
     at_s: float
     cpu_s: float
@@ -129,7 +130,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Figures:
-    """The table. Costs are the server process's own."""
+    """The results. Costs are those of the server process."""
 
     clients: int
     seconds: float
@@ -159,27 +160,27 @@ async def probe(http: Transport) -> Probe:
 
 
 async def one_client(url: str, number: int, windows: list[Window], tally: Tally, until: float) -> None:
-    """Ask for one window after the other."""
-    client = TeacherClient(f"client-{number}", url)
+    """Request one window after the other."""
+    client = NativeClient(f"client-{number}", url)
     turn = number
     while time.monotonic() < until:
         turn += 1
-        asked = windows[turn % NUM_WINDOWS]
+        window = windows[turn % NUM_WINDOWS]
         began = time.monotonic()
         try:
-            (rows,) = await client.score(ScoreRequest(sequences=[asked.sequence], starts=[1], top_k=TOP_K), CARD, 60.0)
+            (rows,) = await client.score(ScoreRequest(sequences=[window.sequence], starts=[1], top_k=TOP_K), CARD, 60.0)
         except TeacherError as error:
             sys.stderr.write(f"{error}\n")
             tally.errors += 1
             continue
         tally.latencies.append(time.monotonic() - began)
-        same = np.array_equal(rows.ids, asked.rows.ids) and np.array_equal(rows.actual, asked.rows.actual)
+        same = np.array_equal(rows.ids, window.rows.ids) and np.array_equal(rows.actual, window.rows.actual)
         tally.errors += not same
     await client.aclose()
 
 
 async def watch(http: Transport, tally: Tally, until: float) -> list[Probe]:
-    """One probe a second; what the clients saw before the end of the warm-up is forgotten."""
+    """Read the metrics once per second. Results before the end of the warm-up are discarded."""
     probes: list[Probe] = []
     warm = min(WARM_UP_S, (until - time.monotonic()) / 3)
     await asyncio.sleep(warm)
@@ -227,14 +228,14 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(MALLOC)  # read when a process starts
     with server_process(run_server) as url:
-        found = asdict(uvloop.run(load(url, options.seconds, options.clients)))
-    for name, value in found.items():
+        results = asdict(uvloop.run(load(url, options.seconds, options.clients)))
+    for name, value in results.items():
         sys.stdout.write(f"{name:>30}  {value:,.3f}\n")
     sys.stdout.write(f"load of the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
     if options.json:
-        rounded = {name: round(value, 4) for name, value in found.items()}
+        rounded = {name: round(value, 4) for name, value in results.items()}
         options.json.write_text(json.dumps(rounded, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if found["errors"]:
+    if results["errors"]:
         sys.exit(1)
 
 

@@ -1,15 +1,14 @@
-"""Are the targets free? Step time of a real pipeline beside the longer of student and slowest teacher.
+"""Measure whether the preparation of targets is hidden behind the training step.
 
-`python -m benchmarks.overlap [--rounds 3] [--json FILE]`. The teachers are processes of their own that serve the real
-application on loopback with two real tokenizers (Gemma's and SmolLM2's, made by `tutelage demo --prepare`) and rows at
-K = 64 that were prepared: candidates by how often they stand in the text, Zipf's law at every position. An answer takes
-its set share of the teacher's time, one after the other, and its set latency on top, asleep. Between teachers and
-student everything is real: windows of text, tokenizing, HTTP, decoding, byte chains, fusion, labels.
+`python -m benchmarks.overlap [--rounds 3] [--json FILE]`. Teacher processes serve the real application on loopback,
+with two real tokenizers (Gemma and SmolLM2, written by `tutelage demo --prepare`) and prepared rows, K = 64. Instead of
+computing, a teacher sleeps: a fixed time per request, one after the other, plus a fixed latency. Everything between
+teachers and student is real: windows, tokenization, HTTP, decoding, byte chains, fusion, labels.
 
-The student's step makes the labels and then sleeps, as a process does that waits for its accelerator. What it takes
-alone is measured after each run, on the same lessons and with nothing beside it. A teacher's time is the set one. So a
-ratio of 1 means that the targets cost nothing. `control` is how long one CPU second takes meanwhile in a process that
-needs few of them: 1 on a machine that nobody else uses. CPU times are seconds on threads beside the step.
+The student's step builds the labels and then sleeps, like a process that waits for its accelerator. Its time without
+other work is measured after each run on the same examples. `ratio` is the step time divided by the longer of student
+time and time of the slowest teacher: 1 means that the targets cost no time. `control` is the elapsed time of one CPU
+second in another process: 1 on an idle machine. CPU times include all threads.
 """
 
 import argparse
@@ -34,22 +33,23 @@ from numpy.typing import NDArray
 
 from alignment import Vocabulary
 from benchmarks.processes import server_process
-from teachers.rows import Rows
-from teachers.serving.process import TeacherServer, listen_on, serve
-from teachers.serving.service import Service
+from teachers.protocol.rows import Rows
+from teachers.server.process import TeacherServer, listen_on, serve
+from teachers.server.service import Service
 from tests.serve import FormulaEngine
 from trainer.config import RunConfig
-from trainer.data.reading import Reader
-from trainer.data.samples import Sample
-from trainer.data.windows import cut_windows
-from trainer.learning.labels import labels_from
-from trainer.places import find_model
-from trainer.targets.fuser import Fuser
-from trainer.targets.pipeline import Batch, TargetStream, labels_of
+from trainer.fusion.run_fuser import Fuser
+from trainer.losses.labels import labels_from
+from trainer.paths import resolve_model_dir
+from trainer.query.stream import ExampleStream
+from trainer.records import Batch, Sample
+from trainer.sources.windows import cut_windows
+from trainer.telemetry.collector import Collector
+from trainer.tokenization import SampleTokenizer
 
 STUDENT = "smollm2-135m-instruct"
 MODELS = ("gemma-3-270m", STUDENT, "gemma-3-270m")
-TOP_K, WINDOW_TOKENS, BATCH_SAMPLES, AHEAD_BATCHES = 64, 256, 8, 4
+TOP_K, WINDOW_TOKENS, BATCH_SAMPLES, PREFETCH_BATCHES = 64, 256, 8, 4
 STEP_S, LATENCY_S, CONTROL_S, CONTROL_STEPS = 0.25, 0.2, 0.05, 300_000
 WARM_UP_STEPS, STEPS = 6, 16
 SPEEDS = (4.0, 2.0, 1.0, 0.5, 0.25)
@@ -57,13 +57,13 @@ SPEEDS = (4.0, 2.0, 1.0, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Case:
-    """How fast each teacher is, relative to the student; called by their number and the slowest."""
+    """Speeds of the teachers relative to the student. The name has their number and the lowest speed."""
 
     speeds: tuple[float, ...]
 
     @property
     def teacher_s(self) -> float:
-        """What the slowest takes for one batch."""
+        """Seconds that the slowest teacher takes for one batch."""
         return STEP_S / min(self.speeds)
 
     @property
@@ -76,16 +76,16 @@ CASES = [Case((speed,)) for speed in SPEEDS] + [Case((speed, 2 * speed, 4 * spee
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds of one step, means over a run; the ratio is that of the step to what took longer by itself."""
+    """Means over the steps of a run. `ratio` is step_s / max(student_s, teacher_s)."""
 
     ratio: float
     step_s: float
     student_s: float
     teacher_s: float
-    waited_s: float
-    waited_on_slowest_s: float
-    waited_on_others_s: float
-    read_s: float
+    wait_s: float
+    slowest_teacher_wait_s: float
+    other_teachers_wait_s: float
+    tokenize_s: float
     align_s: float
     fuse_s: float
     process_cpu_s: float
@@ -94,21 +94,21 @@ class Figures:
 
 
 def windows_of(vocabulary: Vocabulary) -> list[str]:
-    """Pages of CPython's documentation, cut as a run cuts them; all of one length in the student's tokens."""
+    """Return windows of CPython's documentation that all have WINDOW_TOKENS tokens of the student."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     cut = cut_windows(text, vocabulary, WINDOW_TOKENS)
     return [window for window in cut if len(vocabulary.encode(window)) == WINDOW_TOKENS]
 
 
 class PacedEngine(FormulaEngine):
-    """Knows the answers to the windows; gives each after its share of the teacher's time, in turn, and a latency."""
+    """Return prepared rows of the windows. Requests take `window_s` one after the other, plus LATENCY_S."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, max_tokens=2048)
         self.window_s = 0.0
         self._free_at = 0.0
         vocabulary = Vocabulary.load(folder)
-        texts = [vocabulary.encode(w).ids for w in windows_of(Vocabulary.load(find_model(STUDENT)))]
+        texts = [vocabulary.encode(w).ids for w in windows_of(Vocabulary.load(resolve_model_dir(STUDENT)))]
         sequences = [np.concatenate([self.card.prefix, ids]).astype(np.int64) for ids in texts]
         counts = np.bincount(np.concatenate(sequences), minlength=self.card.vocab_size)
         frequent = np.argsort(-counts)[: int((counts > 0).sum())]
@@ -123,18 +123,20 @@ class PacedEngine(FormulaEngine):
 
 
 def prepared_rows(sequence: NDArray[np.int64], frequent: NDArray[np.int64], rng: np.random.Generator) -> Rows:
-    """Zipf's law at every position, from nearly certain to nearly anything, over ids that are frequent; the actual
-    token has a rank of its law, and takes the place of the candidate there."""
+    """Return rows with Zipf's law over frequent ids, with a random exponent per row.
+
+    The rank of the actual token is drawn from the law of its row. A rank below K replaces the candidate of that rank.
+    """
     num_rows = len(sequence) - 1
     exponents_S1 = rng.uniform(0.8, 3.0, (num_rows, 1))
     weights_SV = np.arange(1, len(frequent) + 1) ** -exponents_S1
     logprobs_SV = np.log(weights_SV / weights_SV.sum(axis=1, keepdims=True))
     below_SV = np.exp(logprobs_SV).cumsum(axis=1)
     rank_S = (below_SV < rng.random((num_rows, 1)) * below_SV[:, -1:]).sum(axis=1)
-    place_SK = (rng.geometric(0.01, (num_rows, 1)) + np.arange(TOP_K + 1) * 7) % len(frequent)
-    ids_SK = frequent[place_SK]
-    known = ids_SK[:, :TOP_K] == sequence[1:, None]
-    ids_SK = np.where(known, ids_SK[:, TOP_K:], ids_SK[:, :TOP_K])
+    rank_SK = (rng.geometric(0.01, (num_rows, 1)) + np.arange(TOP_K + 1) * 7) % len(frequent)
+    ids_SK = frequent[rank_SK]
+    is_actual = ids_SK[:, :TOP_K] == sequence[1:, None]
+    ids_SK = np.where(is_actual, ids_SK[:, TOP_K:], ids_SK[:, :TOP_K])
     listed = rank_S < TOP_K
     ids_SK[np.flatnonzero(listed), rank_S[listed]] = sequence[1:][listed]
     listed_SK = logprobs_SV[:, :TOP_K]
@@ -148,16 +150,16 @@ def prepared_rows(sequence: NDArray[np.int64], frequent: NDArray[np.int64], rng:
 
 
 def run_teacher(model: str, port: int) -> None:
-    """As `tutelage teach` serves, with a route that sets the pace."""
-    engine = PacedEngine(find_model(model))
+    """Serve like `tutelage serve`, with a route that sets the time per window."""
+    engine = PacedEngine(resolve_model_dir(model))
     service = Service(engine)
     server = TeacherServer(service)
 
-    async def set_pace(window_s: float) -> None:
+    async def set_window_s(window_s: float) -> None:
         engine.window_s = window_s
 
     app: Any = server.config.app
-    app.post("/pace/{window_s}")(set_pace)
+    app.post("/window_s/{window_s}")(set_window_s)
     uvloop.run(serve(service, listen_on("127.0.0.1", port), server))
 
 
@@ -169,7 +171,7 @@ def config_of(urls: Sequence[str]) -> RunConfig:
             "teachers": [{"name": f"t{n}", "urls": [url], "top_k": TOP_K} for n, url in enumerate(urls)],
             "train": {
                 "batch_samples": BATCH_SAMPLES,
-                "prefetch_tokens": AHEAD_BATCHES * BATCH_SAMPLES * WINDOW_TOKENS,
+                "prefetch_tokens": PREFETCH_BATCHES * BATCH_SAMPLES * WINDOW_TOKENS,
             },
             "output": {"dir": "unused"},
         }
@@ -177,14 +179,14 @@ def config_of(urls: Sequence[str]) -> RunConfig:
 
 
 def student_step(batch: Batch) -> None:
-    """Labels as trainer/learning/step.py makes them, then as long as an accelerator takes."""
-    columns = [labels_of(lesson, 1) for lesson in batch.lessons]
+    """Build the labels like trainer/training/step.py, then sleep for the time of an accelerator."""
+    columns = [example.labels(1) for example in batch.examples]
     labels_from([tokens for tokens, _ in columns], [target for _, target in columns])
     time.sleep(STEP_S)
 
 
 def run_control(spent: Any) -> None:
-    """A little arithmetic now and then; adds up its CPU seconds and how long they took."""
+    """Compute a short sum repeatedly. Adds its CPU seconds to `spent[0]` and its elapsed seconds to `spent[1]`."""
     while True:
         time.sleep(CONTROL_S)
         cpu, began = time.thread_time(), time.monotonic()
@@ -195,7 +197,7 @@ def run_control(spent: Any) -> None:
 
 @contextmanager
 def control() -> Iterator[Any]:
-    """A process that needs the processor a tenth of the time: CPU seconds, and how long they took."""
+    """Run a process that needs a tenth of one core. Yields its CPU seconds and its elapsed seconds."""
     context = multiprocessing.get_context("spawn")
     spent = context.Array("d", 2)
     process = context.Process(target=run_control, args=(spent,), daemon=True)
@@ -208,31 +210,33 @@ def control() -> Iterator[Any]:
 
 
 def measure(case: Case, urls: Sequence[str], samples: Sequence[Sample], spent: Any) -> Figures:
-    """One run."""
-    vocabulary = Vocabulary.load(find_model(STUDENT))
+    """Measure one run."""
+    vocabulary = Vocabulary.load(resolve_model_dir(STUDENT))
     used = urls[: len(case.speeds)]
     for url, speed in zip(used, case.speeds, strict=True):
-        httpx.post(f"{url}/pace/{STEP_S / BATCH_SAMPLES / speed}", trust_env=False).raise_for_status()
+        httpx.post(f"{url}/window_s/{STEP_S / BATCH_SAMPLES / speed}", trust_env=False).raise_for_status()
     config = config_of(used)
     batches = [samples[i : i + BATCH_SAMPLES] for i in range(0, len(samples), BATCH_SAMPLES)]
-    seen: list[Batch] = []
+    items: list[tuple[Batch, Collector]] = []
     fuser = Fuser(config, len(vocabulary))
-    with TargetStream(config, Reader(vocabulary, vocabulary.prefix), batches, fuser=fuser) as stream:
+    with ExampleStream(config, SampleTokenizer(vocabulary, vocabulary.prefix), batches, fuser=fuser) as stream:
         iterator = iter(stream)
         for _ in range(WARM_UP_STEPS):
-            student_step(next(iterator))
+            student_step(next(iterator)[0])
         cpu, began, before = time.process_time(), time.monotonic(), spent[:]
         for _ in range(STEPS):
-            seen.append(next(iterator))
-            student_step(seen[-1])
+            items.append(next(iterator))
+            student_step(items[-1][0])
         step_s = (time.monotonic() - began) / STEPS
         cpu = time.process_time() - cpu
         control = (spent[1] - before[1]) / (spent[0] - before[0])
     began = time.monotonic()
-    for batch in seen[:4]:
+    for batch, _ in items[:4]:
         student_step(batch)
     student_s = (time.monotonic() - began) / 4
     slowest = f"t{min(range(len(case.speeds)), key=lambda n: case.speeds[n])}"
+    seen = [telemetry for _, telemetry in items]
+    others = [f"t{n}" for n in range(len(case.speeds)) if f"t{n}" != slowest]
 
     def mean(values: Iterator[float]) -> float:
         return sum(values) / STEPS
@@ -242,12 +246,12 @@ def measure(case: Case, urls: Sequence[str], samples: Sequence[Sample], spent: A
         step_s=step_s,
         student_s=student_s,
         teacher_s=case.teacher_s,
-        waited_s=mean(b.waited_s for b in seen),
-        waited_on_slowest_s=mean(b.waited_on.get(slowest, 0.0) for b in seen),
-        waited_on_others_s=mean(s for b in seen for name, s in b.waited_on.items() if name != slowest),
-        read_s=mean(b.read_s for b in seen),
-        align_s=mean(b.align_s for b in seen),
-        fuse_s=mean(b.fuse_s for b in seen),
+        wait_s=mean(b.wait_s for b in seen),
+        slowest_teacher_wait_s=mean(b.teacher(slowest).wait_s for b in seen),
+        other_teachers_wait_s=mean(b.teacher(name).wait_s for b in seen for name in others),
+        tokenize_s=mean(b.seconds["tokenize"] for b in seen),
+        align_s=mean(b.seconds["align"] for b in seen),
+        fuse_s=mean(b.seconds["fuse"] for b in seen),
         process_cpu_s=cpu / STEPS,
         queued_batches=mean(b.queued_batches for b in seen),
         control=control,
@@ -259,7 +263,7 @@ def medians(rounds: Sequence[Figures]) -> Figures:
 
 
 def table(figures: dict[str, Figures]) -> str:
-    """One line per case, in milliseconds of a step."""
+    """Format one line per case. Times are milliseconds per step."""
     titles = {f.name: f.name.removesuffix("_s").replace("_", " ") for f in fields(Figures)}
     lines = [" ".join([f"{'ms of a step':<18}", *(f"{title:>9.9}" for title in titles.values())])]
     for name, one in figures.items():
@@ -273,10 +277,10 @@ def table(figures: dict[str, Figures]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are shown")
-    parser.add_argument("--json", type=Path, help="write {name: number} here")
+    parser.add_argument("--rounds", type=int, default=3, help="the medians over the rounds are shown")
+    parser.add_argument("--json", type=Path, help="write {name: number} to this file")
     arguments = parser.parse_args()
-    vocabulary = Vocabulary.load(find_model(STUDENT))
+    vocabulary = Vocabulary.load(resolve_model_dir(STUDENT))
     windows = windows_of(vocabulary)[: (WARM_UP_STEPS + STEPS) * BATCH_SAMPLES]
     samples = [Sample(i, f"window {i}", text) for i, text in enumerate(windows)]
     figures: dict[str, Figures] = {}
@@ -286,7 +290,7 @@ def main() -> None:
         for case in CASES:
             figures[case.name] = medians([measure(case, urls, samples, spent) for _ in range(arguments.rounds)])
     sys.stdout.write(table(figures))
-    sys.stdout.write(f"load of the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+    sys.stdout.write(f"load average of the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
     if arguments.json:
         flat = {f"overlap_{n}_{f.name}": round(getattr(o, f.name), 4) for n, o in figures.items() for f in fields(o)}
         arguments.json.write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")

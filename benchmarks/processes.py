@@ -1,6 +1,6 @@
-"""Servers that benchmarks ask: processes of their own on loopback, ready when a block begins and gone when it ends.
+"""Server processes for benchmarks, on loopback.
 
-It imports little: what is imported here counts in the memory of the servers that are measured.
+This module imports little, because its imports count in the memory of the measured servers.
 """
 
 import multiprocessing
@@ -16,18 +16,21 @@ START_S = 300.0
 
 
 @contextmanager
-def server_process(serve: Callable[..., None], *given: Any) -> Iterator[str]:
-    """The address of a process that does serve(*given, port). Raises RuntimeError if it is not ready in START_S."""
+def server_process(serve: Callable[..., None], *arguments: Any) -> Iterator[str]:
+    """Run serve(*arguments, port) in a process within the block. Yields its address.
+
+    Raises RuntimeError if the server is not ready within START_S.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(*given, port), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(*arguments, port), daemon=True)
     process.start()
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + START_S
         while not _is_ready(url):
             if not process.is_alive() or time.monotonic() > deadline:
-                raise RuntimeError(f"{serve.__name__}{given} did not start: its own message is above")
+                raise RuntimeError(f"{serve.__name__}{arguments} did not start: see its message above")
             time.sleep(0.1)
         yield url
     finally:

@@ -1,7 +1,7 @@
-"""A few MB of real text without a hub: what the docstrings of pinned packages say, a document each.
+"""A few MB of real text without a download: the docstrings of pinned packages, one document each.
 
-They are read out of the packages' files, which are never imported; constraints.txt pins the packages, so the text is
-the same everywhere.
+The docstrings are parsed from the source files of the packages, which are not imported. constraints.txt pins the
+packages, so the text is the same everywhere.
 """
 
 import ast
@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("numpy", "scipy", "sklearn", "networkx", "sympy")
-SHORTEST = 600  # characters of a document
-SHARED_PARAGRAPH = 120  # a docstring with a paragraph of this many characters that was there before is left out
-Defined = ast.Module | ast.ClassDef | ast.FunctionDef
+SHORTEST = 600  # minimum characters of a document
+SHARED_PARAGRAPH = 120  # minimum characters of a paragraph; a docstring that repeats one is left out
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef
 
 
 def save_docstrings(path: Path) -> Path:
-    """A .jsonl of name, text and domain, which is the package; made unless it is there."""
+    """Write a .jsonl with name, text and domain (the package), unless the file exists; return its path."""
     if not path.exists():
         seen: set[str] = set()
         partial = path.with_suffix(".partial")
@@ -32,7 +32,7 @@ def save_docstrings(path: Path) -> Path:
 
 
 def docstrings(package: str, seen: set[str]) -> Iterator[tuple[str, str]]:
-    """Where each one stands, and its text. `seen` holds the long paragraphs so far, and grows."""
+    """Yield the location and the text of each docstring. Long paragraphs are added to `seen`."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise SystemExit(f"{package} is not installed: pip install '.[dev]'")
@@ -41,7 +41,7 @@ def docstrings(package: str, seen: set[str]) -> Iterator[tuple[str, str]]:
         if "tests" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            text = ast.get_docstring(node, clean=False) if isinstance(node, Defined) else None
+            text = ast.get_docstring(node, clean=False) if isinstance(node, DOCUMENTED) else None
             if text is None or len(text) < SHORTEST:
                 continue
             text = inspect.cleandoc(text)

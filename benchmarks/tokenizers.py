@@ -1,15 +1,14 @@
-"""How much of a teacher arrives at a student, for every ordered pair of the real tokenizers in tests/zoo.py.
+"""How much of a teacher's knowledge arrives, for every ordered pair of the real tokenizers in tests/zoo.py.
 
 `python -m benchmarks.tokenizers [--json FILE] [--write docs/tokenizers.md]` prints three tables, writes a flat
 {name: figure} and replaces the tables between the markers of the page. Per pair: coverage, the share of the student's
-positions with a valid target; mass, the mean listed probability over those; untranslated, the share of the teacher's
-ids that have no counterpart among the student's tokens. It takes nine minutes of one core.
+positions with a valid target; mass, their mean listed probability; untranslated, the share of the teacher's ids without
+a counterpart among the student's tokens. It takes nine minutes on one core.
 
-There are models for two of the tokenizers only, so no teacher's answer but Gemma's is one that a model gave. Gemma 3
-270M scores the text (K = 64, after BOS); its rows are aligned to each other tokenizer and cut to K = 64 again, and that
-is what a teacher of that tokenizer is taken to have answered. Where Gemma's alignment says nothing of a token of that
-tokenizer (the first table's row of Gemma says how often), the answer is made up: the token that stands there with
-probability 1/2, all else in the tail.
+Models exist for two of the tokenizers only, so only the rows of Gemma 3 270M are those of a model. It scores the text
+(K = 64, after BOS). For every other teacher its rows are aligned to that teacher's tokenizer and cut to K = 64 again.
+If Gemma's alignment has no target for a token of that tokenizer (see Gemma's row of the first table), the row is
+artificial: the token of the text with probability 1/2, the rest in the tail.
 """
 
 import argparse
@@ -28,15 +27,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import AlignmentError, Target, Tokens, Vocabulary, align, translate
-from alignment.chain import Rows as AnyRows
+from alignment.byte_chain import ScoredRows
 from alignment.kernels import NONE
 from teachers.engines.transformers import TransformersEngine
-from teachers.rows import Rows, as_received
+from teachers.protocol.rows import Rows
+from teachers.protocol.wire_format import as_received
 from tests.zoo import ZOO, prepare_zoo
 
 SCORER = "gemma-3-270m"
 TOP_K = 64
-MADE_UP = 0.5  # probability of a token that the scorer's rows say nothing of
+ARTIFICIAL_PROB = 0.5  # of a token for which the scorer's alignment has no target
 BEGIN, END = "<!-- tables: python -m benchmarks.tokenizers --write docs/tokenizers.md -->", "<!-- end of tables -->"
 SCRIPTS = (
     "中文的分词没有空格，每个字都可能是一个词。\n"
@@ -59,7 +59,7 @@ SCRIPTS = (
 
 @dataclass(frozen=True)
 class Figures:
-    """One ordered pair; shares from 0 to 1. mass is nan where no position is valid."""
+    """Figures of one ordered pair, from 0 to 1; mass is nan if no position is valid."""
 
     coverage: float
     mass: float
@@ -67,29 +67,29 @@ class Figures:
 
 
 def mixed_text() -> str:
-    """Prose and code of this Python's own documentation and source, then many scripts."""
+    """Return prose and code from the documentation and source of this Python, then many scripts."""
     return topics["execmodel"][:700] + "\n" + inspect.getsource(json.decoder)[:700] + "\n" + SCRIPTS
 
 
-def scorers_rows(folder: Path, tokens: Tokens) -> Rows:
-    """The scorer's answer for every token, as a client receives it; the first one follows BOS."""
+def scorer_rows(folder: Path, tokens: Tokens) -> Rows:
+    """Return the scorer's rows for every token, as a client receives them; BOS precedes the first token."""
     engine = TransformersEngine(folder)
     try:
         sequence = engine.card.prefix + tokens.ids.tolist()
         if len(sequence) == len(tokens):
-            raise AlignmentError(f"{SCORER} is expected to begin with BOS; its card has none")
+            raise AlignmentError(f"expected {SCORER} to begin with BOS, its card has none")
         return as_received(asyncio.run(engine.score(sequence, 1, TOP_K)), sequence, engine.card)
     finally:
         engine.close()
 
 
-def as_answer(target: Target, tokens: Tokens) -> Rows:
-    """A target as the rows of a teacher: its TOP_K likeliest, the actual token, the tail. See the module."""
-    cut, actual = target.cut(TOP_K), np.where(target.valid, target.prob_of(tokens.ids), MADE_UP)
+def rows_of_target(target: Target, tokens: Tokens) -> Rows:
+    """Convert a target to rows of a teacher: the TOP_K most probable ids, the actual token, the tail."""
+    cut, actual = target.cut(TOP_K), np.where(target.valid, target.prob_of(tokens.ids), ARTIFICIAL_PROB)
     if not actual.all():
-        raise AlignmentError(f"token {int(np.argmin(actual))} of the text is expected in its row and is not listed")
+        raise AlignmentError(f"expected token {int(np.argmin(actual))} of the text in its row, it is not listed")
     listed = [
-        (cut.ids[begin:end], cut.probs[begin:end]) if valid else (tokens.ids[i : i + 1], np.array([MADE_UP]))
+        (cut.ids[begin:end], cut.probs[begin:end]) if valid else (tokens.ids[i : i + 1], np.array([ARTIFICIAL_PROB]))
         for i, (valid, begin, end) in enumerate(zip(cut.valid, cut.offsets[:-1], cut.offsets[1:], strict=True))
     ]
     filled = [_filled(*row) for row in listed]
@@ -105,14 +105,14 @@ def as_answer(target: Target, tokens: Tokens) -> Rows:
 
 
 def _filled(ids: NDArray[np.integer], probs: NDArray[np.floating]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """A row of TOP_K: likeliest first, then other ids, as a row lists each once, with no probability."""
+    """Return a row of TOP_K entries: the most probable first, then other ids with probability 0."""
     order = np.argsort(-probs, kind="stable")
     others = np.setdiff1d(np.arange(2 * TOP_K), ids)[: TOP_K - len(ids)]
     return np.concatenate([ids[order], others]), np.concatenate([probs[order], np.zeros(len(others))])
 
 
-def compare(rows: AnyRows, text: str, teacher: Vocabulary, student: Vocabulary) -> tuple[Figures, Target]:
-    """Align one teacher's rows to one student."""
+def compare(rows: ScoredRows, text: str, teacher: Vocabulary, student: Vocabulary) -> tuple[Figures, Target]:
+    """Align the rows of one teacher to one student."""
     translation = translate(teacher, student)
     target = align(rows, 0, teacher.encode(text), student.encode(text), translation)
     valid = target.valid
@@ -124,23 +124,23 @@ def compare(rows: AnyRows, text: str, teacher: Vocabulary, student: Vocabulary) 
 
 
 def measure(folders: Mapping[str, Path]) -> dict[tuple[str, str], Figures]:
-    """Every ordered pair, the scorer's first: the others' answers are made of its targets."""
+    """Measure every ordered pair, those of the scorer first: the rows of the others are made from its targets."""
     text = mixed_text()
     vocabularies = {name: Vocabulary.load(folder) for name, folder in folders.items()}
-    answers: dict[str, Rows] = {SCORER: scorers_rows(folders[SCORER], vocabularies[SCORER].encode(text))}
+    rows: dict[str, Rows] = {SCORER: scorer_rows(folders[SCORER], vocabularies[SCORER].encode(text))}
     figures = {}
     for teacher in [SCORER, *(name for name in folders if name != SCORER)]:
         for student in folders:
             figures[teacher, student], target = compare(
-                answers[teacher], text, vocabularies[teacher], vocabularies[student]
+                rows[teacher], text, vocabularies[teacher], vocabularies[student]
             )
             if teacher == SCORER != student:
-                answers[student] = as_answer(target, vocabularies[student].encode(text))
+                rows[student] = rows_of_target(target, vocabularies[student].encode(text))
     return figures
 
 
 def flat(figures: Mapping[tuple[str, str], Figures]) -> dict[str, float]:
-    """{"tokenizers_TEACHER_to_STUDENT_coverage": …, and the same for mass and untranslated}, to six digits."""
+    """Return {"tokenizers_TEACHER_to_STUDENT_coverage": …, and the same for mass and untranslated}, to six digits."""
     return {
         _key(teacher, student, field): round(value, 6)
         for (teacher, student), pair in figures.items()
@@ -153,7 +153,7 @@ def _key(teacher: str, student: str, field: str) -> str:
 
 
 def tables(figures: Mapping[str, float]) -> str:
-    """Coverage, mass and untranslated ids, in per cent, of flat figures: teachers as rows, students as columns."""
+    """Format flat figures as tables of coverage, mass and untranslated ids in per cent: teachers × students."""
     titles = {
         "coverage": "Coverage: % of the student's positions that have a target",
         "mass": "Mass: mean % of probability that is listed, where there is a target",
@@ -167,43 +167,43 @@ def _table(figures: Mapping[str, float], field: str) -> str:
     lines = ["| teacher ↓ student → | " + " | ".join(str(i + 1) for i in range(len(names))) + " |"]
     lines.append("|---|" + "--:|" * len(names))
     for i, teacher in enumerate(names):
-        cells = (per_cent(figures[_key(teacher, student, field)]) for student in names)
+        cells = (percentage(figures[_key(teacher, student, field)]) for student in names)
         lines.append(f"| {i + 1} {teacher} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def per_cent(share: float) -> str:
-    """One decimal; 0 and 100 only where it is exactly that."""
+def percentage(share: float) -> str:
+    """Format a share with one decimal; 0 and 100 only if it is exactly that."""
     if share in (0.0, 1.0):
         return f"{100 * share:.0f}"
     return "<0.1" if share < 0.001 else ">99.9" if share > 0.999 else f"{100 * share:.1f}"
 
 
-def replaced(page: str, made: str) -> str:
-    """The page with other tables. Raises ValueError if it does not have each marker once, in order."""
-    parts = page.split(BEGIN)
-    if len(parts) != 2 or parts[1].count(END) != 1:
-        raise ValueError(f"the page needs the markers {BEGIN!r} and {END!r}, each once and in this order")
-    return f"{parts[0]}{BEGIN}\n{made}{END}{parts[1].split(END)[1]}"
+def with_tables(page: str, new_tables: str) -> str:
+    """Replace the tables of a page. Raises ValueError if it does not have each marker once, in order."""
+    before, *rest = page.split(BEGIN)
+    if len(rest) != 1 or rest[0].count(END) != 1:
+        raise ValueError(f"expected the markers {BEGIN!r} and {END!r} in the page, each once and in this order")
+    return f"{before}{BEGIN}\n{new_tables}{END}{rest[0].split(END)[1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    parser.add_argument("--write", type=Path, help="a page whose tables are replaced")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--write", type=Path, help="replace the tables of this page")
     arguments = parser.parse_args()
     if arguments.write:
-        replaced(arguments.write.read_text(encoding="utf-8"), "")  # before minutes of work
-    figures = flat(measure(prepare_zoo(_say)))
+        with_tables(arguments.write.read_text(encoding="utf-8"), "")  # fail before minutes of work
+    figures = flat(measure(prepare_zoo(_log)))
     sys.stdout.write(tables(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     if arguments.write:
-        page = replaced(arguments.write.read_text(encoding="utf-8"), tables(figures))
+        page = with_tables(arguments.write.read_text(encoding="utf-8"), tables(figures))
         arguments.write.write_text(page, encoding="utf-8")
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 

@@ -1,7 +1,7 @@
-"""The engine that benchmarks/wire.py holds our route against: vLLM in process, flat logprobs or none, no HTTP, no rows.
+"""The reference of benchmarks/wire.py: vLLM in process, with flat logprobs or none, without HTTP and without rows.
 
-`python -m benchmarks.vllm_in_process MODEL` says "ready", then answers every line {"sequences", "top_k"} with seconds.
-A file of its own, with late imports: vLLM's processes import what started them, and fail on one that imports numba.
+`python -m benchmarks.vllm_in_process MODEL` writes "ready", then a number of seconds per line {"sequences", "top_k"}.
+It is a separate module with late imports: vLLM's processes import the main module, and fail on one that imports numba.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 
-async def ask(engine: AsyncLLM, sequence: list[int], top_k: int | None) -> None:
+async def score(engine: AsyncLLM, sequence: list[int], top_k: int | None) -> None:
     params = SamplingParams(
         max_tokens=1,
         temperature=0.0,
@@ -31,20 +31,20 @@ async def ask(engine: AsyncLLM, sequence: list[int], top_k: int | None) -> None:
 
 
 async def main(model: Path) -> None:
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    output_lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # vLLM logs to standard output
-    from teachers.engine import EngineOptions
     from teachers.engines.vllm import engine_args
+    from teachers.engines.vllm_options import VllmOptions
 
     engine = AsyncLLM.from_engine_args(
-        engine_args(model, EngineOptions(max_tokens=1023, vllm_args={"enforce_eager": True}))
+        engine_args(model, VllmOptions(max_tokens=1023, vllm_args={"enforce_eager": True}))
     )
-    answers.write("ready\n")
+    output_lines.write("ready\n")
     while line := await asyncio.to_thread(sys.stdin.readline):
-        question = json.loads(line)
+        request = json.loads(line)
         began = time.perf_counter()
-        await asyncio.gather(*(ask(engine, sequence, question["top_k"]) for sequence in question["sequences"]))
-        answers.write(f"{time.perf_counter() - began}\n")
+        await asyncio.gather(*(score(engine, sequence, request["top_k"]) for sequence in request["sequences"]))
+        output_lines.write(f"{time.perf_counter() - began}\n")
     engine.shutdown()
 
 

@@ -1,14 +1,14 @@
-"""What an answer costs on the wire: our route in a stock vLLM server against the server's own, K = 8, 64, 128.
+"""Cost of score responses: the native route in a vLLM server and the server's own route, K = 8, 64, 128.
 
-`python -m benchmarks.wire [--json FILE]` starts one vLLM server with our plugin on SmolLM2-135M, and a second vLLM in
-a process of its own that answers without any HTTP. Every round asks all of them, one after the other, for the same
-8 × 512 tokens, another one first each time; figures are of each one's best round, since other work on the machine only
-ever slows (on two cores shared by five, medians of one thing differed by a factor of three from run to run).
+`python -m benchmarks.wire [--json FILE]` starts a vLLM server with the plugin on SmolLM2-135M, and a second vLLM in
+another process without HTTP. Every round requests the same 8 × 512 tokens from all of them, one after the other, in a
+rotating order. The results are those of the best round, since other work on the machine only slows a round down (on
+two shared cores, medians differed by a factor of three between runs).
 
-- *native*: POST /v1/score, rows decoded and checked by `teachers.rows.read_stream`
-- *stock*: POST /v1/completions with prompt_logprobs, parsed by msgspec; no rows are made of it, which favours it
+- *native*: POST /v1/score, rows decoded and checked by `teachers.protocol.wire_format.read_stream`
+- *stock*: POST /v1/completions with prompt_logprobs, parsed by msgspec, without conversion to rows, which favors it
 - *flat*: vLLM's own flat logprobs in process;  *none*: the engine alone, without log-probabilities
-- *decode*: tokens a second of one core's time for an answer's bytes alone
+- *decode*: tokens per second of one core for decoding a response
 """
 
 import argparse
@@ -27,10 +27,10 @@ import httpx
 import msgspec
 
 from alignment import Vocabulary
-from teachers.protocol import Card, ScoreRequest
-from teachers.rows import read_stream
-from tests.vllm_server import ENV, KEY, stock_server
-from trainer.places import find_model
+from teachers.protocol.messages import ScoreRequest, TeacherCard
+from teachers.protocol.wire_format import read_stream
+from tests.vllm_server import ENV, KEY, vllm_openai_server
+from trainer.paths import resolve_model_dir
 
 MODEL, TOP_KS, SEQUENCES, LENGTH, ROUNDS = "smollm2-135m-instruct", (8, 64, 128), 8, 512, 6
 SCORED = SEQUENCES * (LENGTH - 1)
@@ -39,19 +39,19 @@ HEADERS = {"authorization": f"Bearer {KEY}"}
 
 
 def texts() -> list[list[int]]:
-    """SEQUENCES pieces of CPython's documentation, LENGTH tokens each."""
+    """Return SEQUENCES pieces of CPython's documentation of LENGTH tokens."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    ids = Vocabulary.load(find_model(MODEL)).encode(text[: SEQUENCES * LENGTH * 8]).ids.tolist()
+    ids = Vocabulary.load(resolve_model_dir(MODEL)).encode(text[: SEQUENCES * LENGTH * 8]).ids.tolist()
     return [ids[n * LENGTH : (n + 1) * LENGTH] for n in range(SEQUENCES)]
 
 
 class Native:
-    """Our route, one request for all sequences."""
+    """The native route, one request for all sequences."""
 
     def __init__(self, http: httpx.Client, sequences: list[list[int]], top_k: int) -> None:
         self.http = http
         self.request = ScoreRequest(sequences=sequences, starts=[1] * len(sequences), top_k=top_k)
-        self.card = Card.model_validate_json(http.get("/v1/teacher").raise_for_status().content)
+        self.card = TeacherCard.model_validate_json(http.get("/v1/teacher").raise_for_status().content)
 
     def fetch(self) -> bytes:
         return self.http.post("/v1/score", content=self.request.model_dump_json()).raise_for_status().content
@@ -61,7 +61,7 @@ class Native:
         assert sum(map(len, rows)) == SCORED
 
 
-class Stock:
+class VllmRoute:
     """The server's own route, one request for all sequences."""
 
     def __init__(self, http: httpx.Client, sequences: list[list[int]], top_k: int) -> None:
@@ -79,14 +79,14 @@ class Stock:
 
 
 class Reference:
-    """vLLM without HTTP, in a process of its own: see benchmarks/vllm_in_process.py."""
+    """vLLM without HTTP in another process: see benchmarks/vllm_in_process.py."""
 
     def __init__(self, process: "subprocess.Popen[str]", sequences: list[list[int]]) -> None:
         self._process, self._sequences = process, sequences
         self._line()
 
     def seconds(self, top_k: int | None) -> float:
-        """For all sequences with flat logprobs of this K, or without any."""
+        """Return the time for all sequences, with flat logprobs of this K or without any."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps({"sequences": self._sequences, "top_k": top_k}) + "\n")
         self._process.stdin.flush()
@@ -96,32 +96,32 @@ class Reference:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("benchmarks.vllm_in_process ended: run it alone to see why")
+            raise RuntimeError("benchmarks.vllm_in_process ended: run it alone to see the reason")
         return line
 
 
 @contextmanager
 def reference(sequences: list[list[int]]) -> Iterator[Reference]:
-    command = [sys.executable, "-m", "benchmarks.vllm_in_process", str(find_model(MODEL))]
+    command = [sys.executable, "-m", "benchmarks.vllm_in_process", str(resolve_model_dir(MODEL))]
     pipe, env = subprocess.PIPE, os.environ | ENV
     process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     try:
         yield Reference(process, sequences)
     finally:
-        process.communicate("", timeout=60)  # its input ends, and it with it
+        process.communicate("", timeout=60)  # the process ends when its input closes
 
 
 def measure(http: httpx.Client, peer: Reference, sequences: list[list[int]], top_k: int) -> dict[str, float]:
-    """All figures of one K."""
-    routes: dict[str, Native | Stock] = {
-        "native": Native(http, sequences, top_k), "stock": Stock(http, sequences, top_k)
+    """Return all results of one K."""
+    routes: dict[str, Native | VllmRoute] = {
+        "native": Native(http, sequences, top_k), "stock": VllmRoute(http, sequences, top_k)
     }  # fmt: skip
-    bodies = {name: route.fetch() for name, route in routes.items()}  # and warm
-    ways: dict[str, Callable[[], float]] = {name: _route_seconds(route) for name, route in routes.items()}
-    ways |= {"flat": lambda: peer.seconds(top_k), "none": lambda: peer.seconds(None)}
+    bodies = {name: route.fetch() for name, route in routes.items()}  # also a warm-up
+    timers: dict[str, Callable[[], float]] = {name: _route_seconds(route) for name, route in routes.items()}
+    timers |= {"flat": lambda: peer.seconds(top_k), "none": lambda: peer.seconds(None)}
     peer.seconds(top_k)
-    rounds = [{name: ways[name]() for name in turned(list(ways), n)} for n in range(ROUNDS)]
-    best = {name: min(r[name] for r in rounds) for name in ways}
+    rounds = [{name: timers[name]() for name in rotated(list(timers), n)} for n in range(ROUNDS)]
+    best = {name: min(r[name] for r in rounds) for name in timers}
     figures = {f"{name}/tokens_per_s": SEQUENCES * LENGTH / seconds for name, seconds in best.items()}
     for name, route in routes.items():
         figures[f"{name}/bytes_per_token"] = len(bodies[name]) / SCORED
@@ -131,13 +131,13 @@ def measure(http: httpx.Client, peer: Reference, sequences: list[list[int]], top
     return figures
 
 
-def turned(names: list[str], by: int) -> list[str]:
-    """Another one goes first in every round: whoever comes after an engine finds its threads still spinning."""
+def rotated(names: list[str], by: int) -> list[str]:
+    """Rotate the order in every round: the threads of the previous engine still spin when the next one starts."""
     by %= len(names)
     return names[by:] + names[:by]
 
 
-def _route_seconds(route: Native | Stock) -> Callable[[], float]:
+def _route_seconds(route: Native | VllmRoute) -> Callable[[], float]:
     def seconds() -> float:
         began = time.perf_counter()
         route.decode(route.fetch())
@@ -146,7 +146,7 @@ def _route_seconds(route: Native | Stock) -> Callable[[], float]:
     return seconds
 
 
-def _decode_seconds(route: Native | Stock, body: bytes) -> float:
+def _decode_seconds(route: Native | VllmRoute, body: bytes) -> float:
     taken = []
     for _ in range(DECODE_ROUNDS):
         began = time.thread_time()
@@ -161,13 +161,16 @@ def main() -> None:
     options = parser.parse_args()
     sequences = texts()
     figures: dict[str, float] = {}
-    with stock_server(find_model(MODEL), max_top_k=max(TOP_KS), max_tokens=1023) as url, reference(sequences) as peer:
+    with (
+        vllm_openai_server(resolve_model_dir(MODEL), max_top_k=max(TOP_KS), max_tokens=1023) as url,
+        reference(sequences) as peer,
+    ):
         with httpx.Client(base_url=url, headers=HEADERS, timeout=None) as http:
             for top_k in TOP_KS:
-                found = measure(http, peer, sequences, top_k)
-                figures |= {f"{top_k}/{name}": round(value, 3) for name, value in found.items()}
+                results = measure(http, peer, sequences, top_k)
+                figures |= {f"{top_k}/{name}": round(value, 3) for name, value in results.items()}
                 sys.stdout.write(f"K = {top_k}\n")
-                sys.stdout.writelines(f"  {name:28}{value:14,.2f}\n" for name, value in found.items())
+                sys.stdout.writelines(f"  {name:28}{value:14,.2f}\n" for name, value in results.items())
                 sys.stdout.flush()
     sys.stdout.write(f"load of the last minute: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
     if options.json:

@@ -11,13 +11,21 @@ from transformers.utils import logging as transformers_logging
 
 from alignment import Vocabulary
 from tests.tiny import save_tiny_model
-from trainer.data import index
-from trainer.places import find_model
+from trainer.paths import resolve_model_dir
+from trainer.sources import window_index as index
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 transformers_logging.disable_progress_bar()
 settings.register_profile("tutelage", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("tutelage")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m deselects tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use a real model as slow."""
+    for item in items:
+        if {"smollm2", "gemma"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,12 +55,12 @@ def tiny_sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    return find_model("smollm2-135m-instruct")
+    return resolve_model_dir("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
 def gemma() -> Path:
-    return find_model("gemma-3-270m")
+    return resolve_model_dir("gemma-3-270m")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""A teacher process with faults that can be switched on and off: `python -m tests.faulty FOLDER PORT`.
+"""A teacher process whose faults can be switched on and off: `python -m tests.faulty FOLDER PORT DELAY_S`.
 
-Answers are a function of the sequence alone, so that every replica, today and after a restart, gives the same bits.
+The rows depend only on the sequence, so every replica returns the same bits, before and after a restart.
 """
 
 import asyncio
@@ -20,26 +20,26 @@ import httpx
 import numpy as np
 import uvicorn
 
-from teachers.rows import Rows
-from teachers.serving.app import build_app
-from teachers.serving.process import stop_with_parent
-from teachers.serving.service import Service
+from teachers.protocol.rows import Rows
+from teachers.server.app import build_app
+from teachers.server.process import stop_with_parent
+from teachers.server.service import Service
 from tests.rows import random_rows
 from tests.serve import FormulaEngine, free_port
 
 Fault = Literal["none", "slow", "cut", "noise", "nan", "unsorted", "foreign", "busy"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
-SLOW = 20.0
+SLOW_FACTOR = 20.0
 
 
 def rows_of(sequence: list[int], start: int, top_k: int, vocab_size: int) -> Rows:
-    """What every replica answers."""
+    """Return the rows of every replica."""
     ids = np.array(sequence)
     return random_rows(ids, vocab_size, top_k, seed=zlib.crc32(ids.tobytes()), start=start)
 
 
 class FaultyEngine(FormulaEngine):
-    """Takes `delay_s` a question, one after the other."""
+    """Process requests one after the other, each in `delay_s` seconds."""
 
     fault: Fault = "none"
 
@@ -49,10 +49,10 @@ class FaultyEngine(FormulaEngine):
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
         async with self._one_at_a_time:
-            await asyncio.sleep(self.delay_s * (SLOW if self.fault == "slow" else 1))
-        return self._spoilt(rows_of(sequence, start, top_k, self.card.vocab_size))
+            await asyncio.sleep(self.delay_s * (SLOW_FACTOR if self.fault == "slow" else 1))
+        return self._with_fault(rows_of(sequence, start, top_k, self.card.vocab_size))
 
-    def _spoilt(self, rows: Rows) -> Rows:
+    def _with_fault(self, rows: Rows) -> Rows:
         match self.fault:
             case "nan":
                 return replace(rows, actual=np.full_like(rows.actual, np.nan))
@@ -64,14 +64,14 @@ class FaultyEngine(FormulaEngine):
 
 
 def faulty_app(engine: FaultyEngine) -> Any:
-    """The real application, with a route that sets the fault and with what only a broken network does."""
+    """Return the application with a route that sets the fault, and with the faults of a broken network."""
     app = build_app(Service(engine))
 
     @app.post("/fault/{fault}")
     async def set_fault(fault: Fault) -> None:
         engine.fault = fault
 
-    async def broken(scope: Any, receive: Any, send: Any) -> None:
+    async def faulty(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["path"] != "/v1/score" or engine.fault not in ("cut", "noise", "busy"):
             await app(scope, receive, send)
             return
@@ -81,20 +81,20 @@ def faulty_app(engine: FaultyEngine) -> Any:
             await send({"type": "http.response.body", "body": b"{}"})
             return
 
-        async def send_broken(message: Any) -> None:
+        async def send_faulty(message: Any) -> None:
             body = message.get("body", b"")
             if engine.fault == "cut" and body:
                 await send({**message, "body": body[: len(body) // 2]})
-                raise ConnectionError("cut in mid-answer")
+                raise ConnectionError("cut within a response")
             await send({**message, "body": os.urandom(len(body))} if body else message)
 
-        await app(scope, receive, send_broken)
+        await app(scope, receive, send_faulty)
 
-    return broken
+    return faulty
 
 
 class FaultyTeacher:
-    """A process of its own. Replicas of one folder are one teacher."""
+    """A process with a faulty engine. Processes with the same folder are replicas of one teacher."""
 
     def __init__(self, folder: Path, delay_s: float = 0.01) -> None:
         self.port = free_port()
@@ -130,7 +130,7 @@ class FaultyTeacher:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """kill -9, also of a process that is stopped."""
+        """Send SIGKILL, which also ends a process that is stopped."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -138,7 +138,7 @@ class FaultyTeacher:
 
 @contextmanager
 def faulty_teachers(folder: Path, count: int, delay_s: float = 0.01) -> Iterator[list[FaultyTeacher]]:
-    """Replicas of one teacher, ready."""
+    """Start replicas of one teacher within the block, and wait until they are ready."""
     teachers = [FaultyTeacher(folder, delay_s).start() for _ in range(count)]
     try:
         for teacher in teachers:

@@ -1,4 +1,4 @@
-"""Tiny tokenizers of every kind, trained on a page of text: what real families do, in some hundred tokens."""
+"""Tiny tokenizers of every kind with a few hundred tokens, trained on a page of text; each imitates a real family."""
 
 import json
 from functools import cache
@@ -12,7 +12,7 @@ PAGE = f"{TEXT} 1904 (six) naïve café 日本語 Ünïcode x=1; a\n\n\tb\n" * 3
 
 
 def _prefixed() -> Tokenizer:
-    """As Llama 2: SentencePiece that puts a space of its own in front of every text."""
+    """Like Llama 2: SentencePiece that adds a space in front of every text."""
     spec = json.loads(tokenizer_json("sentencepiece"))
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
@@ -20,14 +20,14 @@ def _prefixed() -> Tokenizer:
 
 
 def _composing() -> Tokenizer:
-    """As Qwen: byte-level BPE that composes characters first (NFC)."""
+    """Like Qwen: byte-level BPE after a normalizer that composes characters (NFC)."""
     tokenizer = Tokenizer.from_str(tokenizer_json("byte_level"))
     tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
 def _wordpiece() -> Tokenizer:
-    """As BERT uncased: lower case, no accents, '##' for what continues a word, blanks in no token."""
+    """Like BERT uncased: lower case, no accents, "##" before the continuation of a word, no tokens for blanks."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -40,7 +40,7 @@ def _wordpiece() -> Tokenizer:
 
 
 def _unigram() -> Tokenizer:
-    """As T5: Unigram without byte fallback over NFKC text, runs of blanks collapsed."""
+    """Like T5: Unigram without byte fallback over NFKC text; runs of blanks are one space."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -58,16 +58,16 @@ _CONFIGS = {
     "wordpiece": {"bos_token": "[CLS]", "eos_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"},
     "unigram": {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
 }
-_MADE_BY = {"prefixed": _prefixed, "composing": _composing, "wordpiece": _wordpiece, "unigram": _unigram}
+_BUILDERS = {"prefixed": _prefixed, "composing": _composing, "wordpiece": _wordpiece, "unigram": _unigram}
 
 
 @cache
 def vocabulary_of(kind: str) -> Vocabulary:
-    """One tiny tokenizer: byte_level, sentencepiece, prefixed, composing, wordpiece or unigram."""
+    """Build a tiny tokenizer: byte_level, sentencepiece, prefixed, composing, wordpiece or unigram."""
     if kind in ("byte_level", "sentencepiece"):
         return tiny_vocabulary(kind)  # type: ignore[arg-type]
-    return Vocabulary.parse(_MADE_BY[kind]().to_str().encode(), json.dumps(_CONFIGS[kind]).encode(), name=kind)
+    return Vocabulary.parse(_BUILDERS[kind]().to_str().encode(), json.dumps(_CONFIGS[kind]).encode(), name=kind)
 
 
-KINDS = ("byte_level", "sentencepiece", *_MADE_BY)
-WRITES_BYTES = ("byte_level", "sentencepiece", "prefixed", "composing")
+KINDS = ("byte_level", "sentencepiece", *_BUILDERS)
+WRITES_BYTES = ("byte_level", "sentencepiece", "prefixed", "composing")  # have tokens for all bytes

@@ -1,4 +1,4 @@
-"""Run files with teachers on Ray Serve, and the commands that start them, as processes."""
+"""Run files with teachers on Ray Serve, and processes of the commands that start them."""
 
 import signal
 import subprocess
@@ -33,6 +33,7 @@ options = {{ dtype = "float32" }}
 
 
 def run_file(folder: Path, names: Sequence[str], port: int, replicas: int) -> Path:
+    """Write a run file with teachers on Ray Serve, and return its path."""
     path = folder / "run.toml"
     teachers = "".join(TEACHER.format(name=name, port=port, replicas=replicas) for name in names)
     path.write_text(RUN_FILE.format(teachers=teachers), encoding="utf-8")
@@ -40,30 +41,31 @@ def run_file(folder: Path, names: Sequence[str], port: int, replicas: int) -> Pa
 
 
 def printed(run: Path, port: int) -> str:
-    """The configuration that `tutelage serve --print` makes of a run file."""
-    command = [*TUTELAGE, "serve", str(run), "--port", str(port), "--print"]
+    """Return the output of `tutelage serve-ray --print` for a run file."""
+    command = [*TUTELAGE, "serve-ray", str(run), "--port", str(port), "--print"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @contextmanager
 def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process that ends by itself when interrupted, and leaves none behind."""
+    """Run a process within the block, and check that SIGINT ends it and all its descendants."""
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    below: list[psutil.Process] = []
+    descendants: list[psutil.Process] = []
     try:
         yield process
-        below = psutil.Process(process.pid).children(recursive=True)
+        descendants = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         process.wait(timeout=120)
-        _, alive = psutil.wait_procs(below, timeout=60)
+        _, alive = psutil.wait_procs(descendants, timeout=60)
         assert not alive
     finally:
-        for left in [*below, process]:
-            left.kill()
+        for remaining in [*descendants, process]:
+            remaining.kill()
         process.wait()
 
 
 def is_ready(process: "subprocess.Popen[bytes]", url: str) -> bool:
+    """Return whether a teacher is ready. Fails if the process has ended."""
     assert process.poll() is None
     try:
         return httpx.get(f"{url}/ready").status_code == 200

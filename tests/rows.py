@@ -1,13 +1,13 @@
-"""Rows without a model: a seeded random distribution at every position, cut to its top k."""
+"""Rows without a model: the top K of a seeded random distribution at every position."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.rows import Rows
+from teachers.protocol.rows import Rows
 
 
 def random_rows(ids: NDArray[np.int64], vocab_size: int, top_k: int, seed: int, start: int = 0) -> Rows:
-    """Rows for tokens ids[start:], from softmax of normal logits; the actual token is made a little likelier."""
+    """Return rows of the tokens ids[start:]: softmax of normal logits, with a higher logit for the actual token."""
     rng = np.random.default_rng(seed)
     actual = ids[start:]
     logits = rng.normal(scale=2.0, size=(len(actual), vocab_size))

@@ -1,4 +1,4 @@
-"""A real teacher server on loopback, in a thread; and an engine that answers from a formula."""
+"""Teacher servers on loopback, in threads, and an engine without a model."""
 
 import asyncio
 import socket
@@ -12,25 +12,25 @@ import uvicorn
 from fastapi import FastAPI
 
 from alignment import Vocabulary
-from teachers.engine import Engine
+from teachers.engines.base import Engine
 from teachers.keys import Keys
-from teachers.limits import Limits
-from teachers.protocol import Card
-from teachers.rows import Rows
-from teachers.serving.app import key_guard
-from teachers.serving.process import TeacherServer
-from teachers.serving.service import Service
+from teachers.protocol.messages import TeacherCard
+from teachers.protocol.rows import Rows
+from teachers.server.app import key_guard
+from teachers.server.limits import Limits
+from teachers.server.process import TeacherServer
+from teachers.server.service import Service
 from tests.rows import random_rows
 
 
 class FormulaEngine:
-    """Answers like `random_rows`, late and while `open` is set; counts what was asked, finished and dropped."""
+    """Return `random_rows` after `delay_s`, once `open` is set. Count started, finished and cancelled calls."""
 
     def __init__(self, folder: Path, delay_s: float = 0.0, **card: object) -> None:
         vocabulary = Vocabulary.load(folder)
         self.delay_s, self.open = delay_s, threading.Event()
         self.open.set()
-        self.asked = self.finished = self.dropped = 0
+        self.num_requests = self.finished = self.cancelled = 0
         self._files = {"tokenizer.json": folder / "tokenizer.json"}
         values = {
             "model": folder.name,
@@ -45,10 +45,10 @@ class FormulaEngine:
             "max_tokens": 512,
             "max_top_k": 64,
         }
-        self._card = Card.model_validate(values | card)
+        self._card = TeacherCard.model_validate(values | card)
 
     @property
-    def card(self) -> Card:
+    def card(self) -> TeacherCard:
         return self._card
 
     @property
@@ -56,19 +56,20 @@ class FormulaEngine:
         return self._files
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
-        self.asked += 1
+        self.num_requests += 1
         try:
             while not self.open.is_set():
                 await asyncio.sleep(0.005)
             await asyncio.sleep(self.delay_s)
         except asyncio.CancelledError:
-            self.dropped += 1
+            self.cancelled += 1
             raise
         self.finished += 1
         rows = random_rows(np.array(sequence), self._card.vocab_size, top_k, seed=len(sequence), start=start)
         return self.alter(rows)
 
     def alter(self, rows: Rows) -> Rows:
+        """Return the rows to send; tests replace this method."""
         return rows
 
     async def check(self) -> None:
@@ -80,7 +81,7 @@ class FormulaEngine:
 
 @contextmanager
 def serving(engine: Engine, key: str | None = None, limits: Limits = Limits(), port: int = 0) -> Iterator[str]:
-    """The address of a teacher that lives as long as the block."""
+    """Run a teacher server within the block. Yields its address."""
     server = TeacherServer(Service(engine, limits), key_guard(Keys([key])) if key else None)
     with running(server, port) as port:
         yield f"http://127.0.0.1:{port}"
@@ -88,7 +89,7 @@ def serving(engine: Engine, key: str | None = None, limits: Limits = Limits(), p
 
 @contextmanager
 def serving_app(app: FastAPI) -> Iterator[str]:
-    """The address of any application that lives as long as the block."""
+    """Run any application within the block. Yields its address."""
     config = uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
     with running(uvicorn.Server(config)) as port:
         yield f"http://127.0.0.1:{port}"
@@ -96,7 +97,7 @@ def serving_app(app: FastAPI) -> Iterator[str]:
 
 @contextmanager
 def running(server: uvicorn.Server, port: int = 0) -> Iterator[int]:
-    """The port of a server in a thread; the server may end before the block does."""
+    """Run a server in a thread within the block. Yields its port. The server may stop earlier."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind(("127.0.0.1", port))
@@ -116,8 +117,8 @@ def running(server: uvicorn.Server, port: int = 0) -> Iterator[int]:
 
 
 @contextmanager
-def saying(answer: bytes, hang_up: bool = True) -> Iterator[str]:
-    """The address of a server that says the same bytes to everybody, whatever it is asked."""
+def responding(response: bytes, hang_up: bool = True) -> Iterator[str]:
+    """Run a server that sends the same bytes to every client. Yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
     stop = threading.Event()
 
@@ -131,7 +132,7 @@ def saying(answer: bytes, hang_up: bool = True) -> Iterator[str]:
                 continue
             connection.settimeout(1.0)
             connection.recv(1 << 16)
-            connection.sendall(answer)
+            connection.sendall(response)
             if hang_up:
                 connection.close()
             held.append(connection)
@@ -149,12 +150,14 @@ def saying(answer: bytes, hang_up: bool = True) -> Iterator[str]:
 
 
 async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+    """Wait until the condition holds. Raises TimeoutError."""
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.01)
 
 
 def free_port() -> int:
+    """Return a port on which nothing listens."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

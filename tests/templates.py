@@ -1,4 +1,4 @@
-"""Chat templates of the families that are about, in a few lines each, over the tiny tokenizers of tests.tiny."""
+"""Short chat templates that imitate common model families, for the tiny tokenizers of tests.tiny."""
 
 import json
 from collections.abc import Sequence
@@ -7,42 +7,42 @@ from typing import Any
 
 from alignment import Vocabulary
 from tests.tiny import Kind, tokenizer_config, tokenizer_json
-from trainer.data.chat import ChatTemplate
+from trainer.chats.chat_template import ChatTemplate
 
 Messages = list[dict[str, Any]]
 
-# A header with the role's name, the content as it is, one token that ends every turn.
+# A header with the role, the unchanged content, and one token at the end of every turn.
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}"""
 
-# BOS of its own, a date, trimmed contents, blank line behind the header.
+# Writes BOS itself, a date, trimmed contents, a blank line after the header.
 LLAMA3 = """{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|end|>
 
 {% if m.role == 'system' %}Today is {{ strftime_now('%d %b %Y') }}.
 
 {% endif %}{{ m.content | trim }}<|eot|>{% endfor %}"""
 
-# No system message, the assistant is called model, trimmed contents.
+# Rejects system messages, calls the assistant "model", trims contents.
 GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
 {%- for m in messages %}
 <turn>{{ 'model' if m.role == 'assistant' else m.role }}
 {{ m.content | trim }}<end_of_turn>
 {% endfor %}"""
 
-# A space in front of every answer, EOS behind it; the system message goes with a last user message, or nowhere.
+# A space before and EOS after every assistant message; the system message is written only before a last user message.
 MISTRAL = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]
 {%- if loop.last and messages[0].role == 'system' %} {{ messages[0].content }}
 
 {%- endif %} {{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}
 {%- endfor %}"""
 
-# White space in front of the end of turn.
+# White space before the end of turn.
 SPACED = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}
 <|im_end|>{% endfor %}"""
 
-# Tool definitions first, calls as JSON, answers of tools under a role of their own.
+# Tool definitions first, calls as JSON, results of tools with a separate role.
 TOOLS = """{% if tools %}<|im_start|>tools
 {% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>{% endif %}
 {%- for m in messages %}<|im_start|>{{ m.role }}
@@ -50,14 +50,14 @@ TOOLS = """{% if tools %}<|im_start|>tools
 call {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}<|im_end|>
 {% endfor %}"""
 
-# Takes thoughts apart from the answer, and keeps them in the last message only.
+# Separates the thoughts from the content, and keeps them in the last message only.
 THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}{% set answer = m.content.split('</think>')[-1].lstrip('\\n') %}
+{% if m.role == 'assistant' %}{% set content = m.content.split('</think>')[-1].lstrip('\\n') %}
 {% if loop.last %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}<think>
 {{ thought if '</think>' in m.content else '' }}
 </think>
 
-{% endif %}{{ answer }}{% else %}{{ m.content }}{% endif %}<|im_end|>
+{% endif %}{{ content }}{% else %}{{ m.content }}{% endif %}<|im_end|>
 {% endfor %}"""
 
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "mistral": MISTRAL, "spaced": SPACED}
@@ -76,18 +76,18 @@ SPECIALS = (
 
 @cache
 def chat_files(kind: Kind) -> dict[str, bytes]:
-    """A tiny tokenizer that knows the special tokens of all templates, as a teacher serves it."""
+    """Return the files of a tiny tokenizer with the special tokens of all templates, as a teacher serves them."""
     return {
         "tokenizer.json": json.dumps(spec_of(kind)).encode(),
         "tokenizer_config.json": json.dumps(tokenizer_config(kind)).encode(),
     }
 
 
-def with_tokens(spec: dict[str, Any], spellings: Sequence[str], **flags: bool) -> dict[str, Any]:
-    """tokenizer.json with special tokens added at the end of the vocabulary."""
+def with_tokens(spec: dict[str, Any], tokens: Sequence[str], **flags: bool) -> dict[str, Any]:
+    """Return tokenizer.json with special tokens added at the end of the vocabulary."""
     size = max([*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"])]) + 1
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} | flags
-    new = [{"id": size + n, "content": spelling} | flags for n, spelling in enumerate(spellings)]
+    new = [{"id": size + n, "content": token} | flags for n, token in enumerate(tokens)]
     return spec | {"added_tokens": [*spec["added_tokens"], *new]}
 
 
@@ -105,7 +105,7 @@ def spec_of(kind: Kind, **flags: bool) -> dict[str, Any]:
 
 
 def prefixed(kind: Kind) -> Vocabulary:
-    """Puts a space of its own in front of every stretch between special tokens."""
+    """Build a tokenizer that adds a space in front of every segment between special tokens."""
     spec = spec_of(kind)
     if kind == "byte_level":
         spec["pre_tokenizer"]["add_prefix_space"] = True
@@ -121,12 +121,13 @@ def chat_template(text: str, kind: Kind = "byte_level", **options: Any) -> ChatT
     return ChatTemplate.from_files(chat_files(kind), chat_vocabulary(kind), "tiny", template=text, **options)
 
 
-def id_of(spelling: str, kind: Kind = "byte_level") -> int:
-    return chat_vocabulary(kind).tokens.index(spelling)
+def id_of(token: str, kind: Kind = "byte_level") -> int:
+    """Return the id of a token string."""
+    return chat_vocabulary(kind).tokens.index(token)
 
 
 def chat(*contents: str, system: str | None = None) -> Messages:
-    """User and assistant in turn."""
+    """Build a chat in which user and assistant alternate, with an optional system message."""
     head = [] if system is None else [{"role": "system", "content": system}]
     roles = ("user", "assistant")
     return [*head, *({"role": roles[n % 2], "content": content} for n, content in enumerate(contents))]

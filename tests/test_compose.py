@@ -1,7 +1,6 @@
-"""docker-compose.yml: what `docker-compose config` makes of it, and its own commands run as processes on loopback.
+"""docker-compose.yml: the output of `docker-compose config`, and the commands of the services as local processes.
 
-No container is built here. What a container has and a process has not (its address, its ports, its secrets, its
-volumes) is replaced, and nothing else.
+No container is built. Only addresses, ports, secrets and volumes are replaced by those of local processes.
 """
 
 import json
@@ -25,8 +24,10 @@ import pytest
 import yaml
 
 from tests.tiny import TEXT, save_tiny_model
-from trainer.reports.metrics import read_metrics
 from trainer.run_file import load_config
+from trainer.telemetry.jsonl import read_metrics
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PORTS = {"smollm2": 8101, "gemma": 8102}
@@ -53,25 +54,25 @@ def compose() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def services(compose: dict[str, Any]) -> dict[str, Service]:
-    found: dict[str, Service] = compose["services"]
-    return found
+    parsed: dict[str, Service] = compose["services"]
+    return parsed
 
 
 def words(command: str | list[str]) -> list[str]:
-    """1.29 prints a command as it is written, later versions print its words."""
+    """Return the words of a command, which docker-compose 1.29 prints as one string and later versions as a list."""
     return shlex.split(command) if isinstance(command, str) else command
 
 
-# --- what docker-compose reads ---
+# --- the configuration that docker-compose reads ---
 
 
-def test_compose_accepts_the_file_and_finds_four_services(services: dict[str, Service]) -> None:
+def test_the_file_is_valid_and_has_four_services(services: dict[str, Service]) -> None:
     assert set(services) == {"prepare", "smollm2", "gemma", "trainer"}
 
 
-def test_preparation_comes_first_and_training_last(services: dict[str, Service]) -> None:
+def test_teachers_start_after_preparation_and_training_after_the_teachers(services: dict[str, Service]) -> None:
     def conditions(name: str) -> dict[str, str]:
-        return {other: how["condition"] for other, how in services[name].get("depends_on", {}).items()}
+        return {other: dependency["condition"] for other, dependency in services[name].get("depends_on", {}).items()}
 
     assert conditions("prepare") == {}
     for teacher in PORTS:
@@ -79,31 +80,31 @@ def test_preparation_comes_first_and_training_last(services: dict[str, Service])
     assert conditions("trainer") == dict.fromkeys(PORTS, "service_healthy")
 
 
-def test_all_services_run_one_image_and_one_of_them_builds_it(services: dict[str, Service]) -> None:
+def test_all_services_use_one_image_and_one_service_builds_it(services: dict[str, Service]) -> None:
     assert {service["image"] for service in services.values()} == {"tutelage"}
     assert [name for name, service in services.items() if "build" in service] == ["prepare"]
 
 
-def test_only_preparation_meets_the_outside_and_nothing_is_published(
+def test_only_preparation_has_internet_access_and_no_port_is_published(
     compose: dict[str, Any], services: dict[str, Service]
 ) -> None:
-    inside = {name for name, network in compose["networks"].items() if network.get("internal")}
-    assert set(services["prepare"]["networks"]).isdisjoint(inside)
+    internal = {name for name, network in compose["networks"].items() if network.get("internal")}
+    assert set(services["prepare"]["networks"]).isdisjoint(internal)
     for name in (*PORTS, "trainer"):
-        assert set(services[name]["networks"]) == inside == {"teaching"}
+        assert set(services[name]["networks"]) == internal == {"teaching"}
     assert all("ports" not in service and "network_mode" not in service for service in services.values())
 
 
-def test_each_key_is_a_secret_of_its_teacher_and_the_trainer_and_no_one_else(
+def test_each_key_is_a_secret_of_its_teacher_and_the_trainer_only(
     compose: dict[str, Any], services: dict[str, Service]
 ) -> None:
-    def held(name: str) -> set[str]:
+    def secrets_of(name: str) -> set[str]:
         return {secret["source"] for secret in services[name].get("secrets", [])}
 
     keys = {name: f"{name}.key" for name in PORTS}
-    assert {teacher: held(teacher) for teacher in PORTS} == {teacher: {key} for teacher, key in keys.items()}
-    assert held("trainer") == set(keys.values())
-    assert held("prepare") == set()
+    assert {teacher: secrets_of(teacher) for teacher in PORTS} == {teacher: {key} for teacher, key in keys.items()}
+    assert secrets_of("trainer") == set(keys.values())
+    assert secrets_of("prepare") == set()
     for key in keys.values():
         assert Path(compose["secrets"][key]["file"]) == ROOT / "deploy" / "secrets" / key
 
@@ -112,10 +113,10 @@ def test_git_ignores_the_keys() -> None:
     for name in PORTS:
         path = f"deploy/secrets/{name}.key"
         done = subprocess.run(["git", "check-ignore", "--quiet", path], cwd=ROOT, timeout=60)
-        assert done.returncode == 0, f"git would take {path}"
+        assert done.returncode == 0, f"git does not ignore {path}"
 
 
-def test_services_are_restarted_and_stopped_gently(services: dict[str, Service]) -> None:
+def test_services_restart_and_have_a_grace_period(services: dict[str, Service]) -> None:
     assert {name: services[name].get("restart") for name in services} == {
         "prepare": None,
         "smollm2": "unless-stopped",
@@ -126,21 +127,21 @@ def test_services_are_restarted_and_stopped_gently(services: dict[str, Service])
     assert all(services[name]["stop_grace_period"] == "20s" for name in (*PORTS, "trainer"))
 
 
-def test_teachers_read_their_models_from_a_volume_that_they_cannot_write(services: dict[str, Service]) -> None:
+def test_teachers_mount_the_cache_read_only(services: dict[str, Service]) -> None:
     def cache_modes(name: str) -> list[str]:
         volumes = [v if isinstance(v, str) else _short(v) for v in services[name]["volumes"]]
         return [volume.removeprefix("cache:/cache:") for volume in volumes if volume.startswith("cache:")]
 
     assert all(cache_modes(name) == ["ro"] for name in PORTS)
-    assert all(cache_modes(name) == ["rw"] for name in ("prepare", "trainer"))  # the trainer keeps windows there
+    assert all(cache_modes(name) == ["rw"] for name in ("prepare", "trainer"))  # the trainer writes window indexes
 
 
 def _short(volume: dict[str, Any]) -> str:
-    """A volume as newer versions of compose print it, in the older form."""
+    """Return a volume in the short form of older versions of compose."""
     return f"{volume['source']}:{volume['target']}:{'ro' if volume.get('read_only') else 'rw'}"
 
 
-def test_the_gpu_file_gives_containers_their_gpus_and_the_student_a_process_for_each(
+def test_the_gpu_file_assigns_gpus_and_starts_a_process_per_gpu_of_the_student(
     services: dict[str, Service], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRAINER_GPUS", "2,3")
@@ -157,10 +158,10 @@ def test_the_gpu_file_gives_containers_their_gpus_and_the_student_a_process_for_
     assert merged["trainer"]["shm_size"]
 
 
-# --- what the image and the run file say ---
+# --- the image and the run file ---
 
 
-def test_the_image_copies_what_exists_and_what_the_build_may_see() -> None:
+def test_the_image_copies_existing_files_that_dockerignore_includes() -> None:
     lines = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8").splitlines()
     copied = [word for line in lines if line.startswith("COPY") and "--from" not in line for word in line.split()[1:-1]]
     sources = [word for word in copied if not word.startswith("--")]
@@ -170,23 +171,23 @@ def test_the_image_copies_what_exists_and_what_the_build_may_see() -> None:
     assert {line[1:] for line in ignore if line.startswith("!")} == {source.split("/")[0] for source in sources}
 
 
-def test_the_run_file_is_the_demo_with_other_addresses_keys_and_checkpoints() -> None:
-    ours, demo = tomllib.loads(RECIPE.read_text()), tomllib.loads((ROOT / "recipes" / "demo.toml").read_text())
-    for teacher, original in zip(ours["teachers"], demo["teachers"], strict=True):
+def test_the_run_file_differs_from_the_demo_in_addresses_keys_and_output_only() -> None:
+    recipe, demo = tomllib.loads(RECIPE.read_text()), tomllib.loads((ROOT / "recipes" / "demo.toml").read_text())
+    for teacher, original in zip(recipe["teachers"], demo["teachers"], strict=True):
         name = teacher["name"]
         assert teacher.pop("key_file") == f"/run/secrets/{name}.key"
         assert teacher.pop("urls") == [f"http://{name}:{PORTS[name]}"]
         del original["urls"]
-    assert ours.pop("output")["checkpoint_every_steps"] > 0
+    assert recipe.pop("output")["checkpoint_every_steps"] > 0
     del demo["output"]
-    assert ours == demo
+    assert recipe == demo
 
 
-# --- the file's own commands, as processes ---
+# --- the commands of the services as local processes ---
 
 
 def on_loopback(command: list[str], replacements: dict[str, str]) -> list[str]:
-    """A container's command as a process's; every replacement must be called for."""
+    """Return a container's command as a local command. Every string to replace must occur in it."""
     programs = {"tutelage": [sys.executable, "-m", "trainer.cli"], "python": [sys.executable]}
     arguments = command[1:]
     for old, new in replacements.items():
@@ -196,11 +197,11 @@ def on_loopback(command: list[str], replacements: dict[str, str]) -> list[str]:
 
 
 class Teacher:
-    """One teacher service, run as a process."""
+    """A teacher service as a local process."""
 
-    def __init__(self, name: str, service: Service, room: Path) -> None:
+    def __init__(self, name: str, service: Service, folder: Path) -> None:
         self.port = free_port()
-        self.key_file = room / f"{name}.key"
+        self.key_file = folder / f"{name}.key"
         self.key_file.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
         port = {str(PORTS[name]): str(self.port)}
         self._command = on_loopback(
@@ -225,12 +226,12 @@ class Teacher:
         deadline = time.monotonic() + START_S
         while not self.is_healthy():
             assert self._process is not None
-            assert self._process.poll() is None, "the teacher ended; its message is above"
+            assert self._process.poll() is None, "the teacher process ended; see its error message above"
             assert time.monotonic() < deadline, f"the teacher was not healthy within {START_S:g} s"
             time.sleep(STEP_S)
 
     def stop(self) -> None:
-        """As `docker stop` does: SIGTERM, the grace period, SIGKILL."""
+        """Stop like `docker stop`: SIGTERM, and SIGKILL after the grace period."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
@@ -254,7 +255,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `prepare` leaves on the volume, in small."""
+    """Return a cache like that of the service `prepare`, with tiny models and little text."""
     folder = tmp_path_factory.mktemp("cache")
     save_tiny_model(folder / "models" / "smollm2-135m-instruct", kind="byte_level", seed=1)
     save_tiny_model(folder / "models" / "gemma-3-270m", kind="sentencepiece", seed=2)
@@ -266,9 +267,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def taught(services: dict[str, Service], names: list[str], cache: Path, room: Path) -> Iterator[list[Teacher]]:
-    """Teacher processes, healthy when the block begins and gone when it has ended."""
-    teachers = [Teacher(name, services[name], room) for name in names]
+def running_teachers(
+    services: dict[str, Service], names: list[str], cache: Path, folder: Path
+) -> Iterator[list[Teacher]]:
+    """Run teacher processes within the block. They are healthy at its start and stopped at its end."""
+    teachers = [Teacher(name, services[name], folder) for name in names]
     with ExitStack() as stack:
         for teacher in teachers:
             stack.callback(teacher.stop)
@@ -281,26 +284,26 @@ def taught(services: dict[str, Service], names: list[str], cache: Path, room: Pa
 def test_the_health_check_passes_on_a_ready_teacher_and_fails_on_a_stopped_one(
     services: dict[str, Service], cache: Path, tmp_path: Path
 ) -> None:
-    with taught(services, ["gemma"], cache, tmp_path) as [teacher]:
+    with running_teachers(services, ["gemma"], cache, tmp_path) as [teacher]:
         assert teacher.is_healthy()
         teacher.stop()
         assert not teacher.is_healthy()
 
 
-def test_the_trainer_learns_from_both_teachers_and_goes_on_when_started_again(
+def test_the_trainer_uses_both_teachers_and_resumes_when_started_again(
     services: dict[str, Service], cache: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "runs"
     names = [teacher.name for teacher in load_config(RECIPE).teachers]
     overrides = {"output.dir": str(out), "student.train_layers": "1"}
-    with taught(services, names, cache, tmp_path) as teachers:
+    with running_teachers(services, names, cache, tmp_path) as teachers:
         for i, teacher in enumerate(teachers):
             overrides |= {f"teachers.{i}.urls": f'["{teacher.url}"]', f"teachers.{i}.key_file": str(teacher.key_file)}
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(f"{teacher.url}/v1/teacher", timeout=30)
         command = on_loopback(words(services["trainer"]["command"]), {})
         command += [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
-        for stop in (["--stop-at", "7"], [], []):  # cut short, to the end, and once more when there is nothing left
+        for stop in (["--stop-at", "7"], [], []):  # interrupted, resumed to the end, and started after the end
             done = subprocess.run(
                 command + stop, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=240
             )

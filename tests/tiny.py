@@ -1,4 +1,4 @@
-"""Small real parts: two kinds of tokenizers trained on a page of text, and seeded Llamas of two layers."""
+"""Small real components: tokenizers of two kinds, trained on a page of text, and seeded Llamas with two layers."""
 
 import json
 from functools import cache
@@ -29,7 +29,7 @@ address, and a photograph of a house that none of them knew. The clock was still
 
 @cache
 def tokenizer_json(kind: Kind) -> str:
-    """A BPE of some hundred tokens. The sentencepiece kind writes spaces as '▁' and falls back to bytes."""
+    """Train a BPE with a few hundred tokens; the sentencepiece kind writes spaces as "▁" and falls back to bytes."""
     if kind == "byte_level":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -64,12 +64,14 @@ def tokenizer_json(kind: Kind) -> str:
 
 
 def tokenizer_config(kind: Kind) -> dict[str, object]:
+    """Return the tokenizer_config.json of a tiny tokenizer."""
     if kind == "byte_level":
         return {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "tokenizer_class": "TokenizersBackend"}
     return {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "add_bos_token": True}
 
 
 def tiny_vocabulary(kind: Kind) -> Vocabulary:
+    """Build the vocabulary of a tiny tokenizer."""
     return Vocabulary.parse(tokenizer_json(kind).encode(), json.dumps(tokenizer_config(kind)).encode(), name=kind)
 
 
@@ -82,7 +84,7 @@ def save_tiny_model(
     tied: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """A 2-layer Llama and its tokenizer, as a Hugging Face directory. vLLM wants heads of 32."""
+    """Save a Llama with 2 layers and its tokenizer as a Hugging Face directory. vLLM requires a head_dim of 32."""
     vocabulary = tiny_vocabulary(kind)
     torch.manual_seed(seed)
     config = LlamaConfig(

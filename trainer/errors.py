@@ -1,29 +1,40 @@
-"""What a user can mend: each message is one sentence that says what to change."""
+"""Errors that the user can fix. Each message is one sentence that states what to change.
+
+UserError
+├── ConfigError         the run file or the environment
+├── DataError           a text that cannot be read, or no text to train on
+├── MetricsError        a metrics file that cannot be written or read
+├── TrackingError       a tracker that is not installed or cannot be opened
+├── CheckpointError     a checkpoint that cannot be written or read, or that belongs to another run
+├── NonFiniteLoss       a loss or gradient norm of NaN or infinity, in a step before the optimizer, or on held-out text
+├── ChatError           a chat that cannot be rendered (trainer/chats/jinja_template.py)
+└── BundleError         a model of the demo that cannot be prepared (trainer/cli/bundled_models.py)
+"""
 
 
 class UserError(Exception):
-    """Base of the trainer's own errors; teachers.errors and alignment have theirs."""
+    """Base class of the trainer's errors. teachers.protocol.errors and alignment have their own base classes."""
 
 
 class ConfigError(UserError):
-    """A run file that does not say what it should."""
+    """The run file, or the environment that it is used in, is invalid."""
 
 
 class DataError(UserError):
-    """A text that cannot be read or holds nothing to train on."""
+    """A text cannot be read, or there is nothing to train on."""
 
 
 class MetricsError(UserError):
-    """A metrics file that cannot be written."""
+    """A metrics file cannot be written or read."""
 
 
 class TrackingError(UserError):
-    """A tracker that is not installed or cannot be opened."""
+    """A tracker is not installed or cannot be opened."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or read."""
+    """A checkpoint cannot be written or read, or belongs to another run."""
 
 
 class NonFiniteLoss(UserError):
-    """A loss that is not a number: found before the optimizer saw it, or on held-out text."""
+    """A loss or a gradient norm is NaN or infinite."""

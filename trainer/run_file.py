@@ -1,4 +1,4 @@
-"""The run file: TOML in, a frozen RunConfig out, and one sentence where that cannot be."""
+"""Load a run file: parse TOML, apply overrides and validate the result. Every error is one sentence."""
 
 import difflib
 import tomllib
@@ -11,9 +11,21 @@ from pydantic import ValidationError
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 
+RENAMED_KEYS = {
+    "teachers.match": "signal (chain is byte_chain, spans is alm, sorted is uld)",
+    "teachers.patience_s": "unavailable_timeout_s",
+    "teachers.on_loss": "on_unavailable",
+    "train.accumulate": "gradient_accumulation_steps",
+    "eval.stop_after": "early_stopping_patience",
+    "eval.stop_margin": "early_stopping_min_delta",
+    "data.max_broken": "max_invalid",
+    "data.broken_chats": "invalid_chats",
+    "loss.mix": "alpha for skew_kl and skew_reverse_kl, beta for jensen_shannon",
+}
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file and apply `key=value` overrides. Raises ConfigError naming key, value and choices."""
+    """Load a run file and apply `key=value` overrides. Raises ConfigError naming key, value and choices."""
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -37,13 +49,13 @@ def _override(raw: dict[str, Any], text: str) -> None:
     try:
         for part in path:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-        node[int(last) if isinstance(node, list) else last] = _value(value.strip())
+        node[int(last) if isinstance(node, list) else last] = _toml_value(value.strip())
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--set {key}: there is no such place in the run file") from error
+        raise ConfigError(f"--set {key}: the run file has no such table or list item") from error
 
 
-def _value(text: str) -> Any:
-    """A TOML value; anything that is not one is a string."""
+def _toml_value(text: str) -> Any:
+    """Parse a TOML value. Text that is not valid TOML is returned as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -52,16 +64,23 @@ def _value(text: str) -> Any:
 
 def _sentence(error: ValidationError) -> str:
     errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt key explains the rest
-    where = ".".join(str(part) for part in first["loc"])
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt key causes other errors
+    key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
-        return f"{where} is missing"
+        return f"{key} is missing"
     if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        near = difflib.get_close_matches(key, _known_keys(first["loc"][:-1]), n=1, cutoff=0.0)
-        return f"unknown key {where!r}; the nearest known one is {near[0]!r}"
+        return f"unknown key {key!r}; {_hint(first['loc'])}"
     message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{where}: {message}, received {first['input']!r}" if where else message
+    return f"{key}: {message}, received {first['input']!r}" if key else message
+
+
+def _hint(path: tuple[int | str, ...]) -> str:
+    """Return a hint with the present name of a key, or with the known key whose name is closest."""
+    generic = ".".join(part for part in path if isinstance(part, str))
+    if generic in RENAMED_KEYS:
+        return f"its name is now {RENAMED_KEYS[generic]}"
+    nearest = difflib.get_close_matches(str(path[-1]), _known_keys(path[:-1]), n=1, cutoff=0.0)
+    return f"the nearest known one is {nearest[0]!r}"
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:

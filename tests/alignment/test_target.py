@@ -5,7 +5,7 @@ import numpy as np
 from alignment.target import target_from_entries
 
 
-def test_equal_ids_are_summed_and_the_rest_is_tail() -> None:
+def test_equal_ids_are_summed_and_the_missing_mass_is_tail() -> None:
     target = target_from_entries(
         np.array([0, 0, 1, 0]),
         np.array([7, 3, 2, 7], dtype=np.int32),
@@ -25,7 +25,7 @@ def test_invalid_positions_are_empty() -> None:
     assert target.tail.tolist() == [0, 0]
 
 
-def test_a_row_over_one_by_rounding_is_scaled_back() -> None:
+def test_a_row_above_one_by_rounding_is_scaled_to_one() -> None:
     target = target_from_entries(
         np.array([0, 0]), np.array([1, 2], dtype=np.int32), np.array([0.6, 0.4004]), np.array([True])
     )
@@ -33,7 +33,7 @@ def test_a_row_over_one_by_rounding_is_scaled_back() -> None:
     assert target.tail[0] == 0
 
 
-def test_a_cut_keeps_the_likeliest_and_moves_the_rest_to_the_tail() -> None:
+def test_cut_keeps_the_most_probable_entries_and_adds_the_rest_to_the_tail() -> None:
     target = target_from_entries(
         np.array([0, 0, 0, 1]),
         np.array([5, 6, 7, 9], dtype=np.int32),
@@ -45,11 +45,11 @@ def test_a_cut_keeps_the_likeliest_and_moves_the_rest_to_the_tail() -> None:
     np.testing.assert_allclose(cut.tail, [0.3, 0.1], rtol=1e-5)
 
 
-def test_after_drops_the_first_rows() -> None:
+def test_from_position_drops_the_first_rows() -> None:
     target = target_from_entries(
         np.array([0, 1, 2]), np.array([1, 2, 3], dtype=np.int32), np.array([0.5, 0.6, 0.7]), np.ones(3, dtype=bool)
     )
-    rest = target.after(1)
+    rest = target.from_position(1)
     assert rest.ids.tolist() == [2, 3]
     assert rest.offsets.tolist() == [0, 1, 2]
     np.testing.assert_allclose(rest.prob_of(np.array([2, 9])), [0.6, 0])

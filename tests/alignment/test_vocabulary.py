@@ -1,4 +1,4 @@
-"""Tokenizers as bytes: every id, every text."""
+"""Vocabularies: the bytes of every id, special tokens by role, and the tokens of any text."""
 
 import json
 
@@ -13,7 +13,7 @@ BYTE_LEVEL, SENTENCEPIECE = tiny_vocabulary("byte_level"), tiny_vocabulary("sent
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-def test_byte_level_tokens_decode_to_the_bytes_they_write() -> None:
+def test_byte_level_tokens_decode_to_bytes() -> None:
     by_bytes = {data: i for i, data in enumerate(BYTE_LEVEL.token_bytes)}
     assert set(by_bytes) >= {bytes([b]) for b in range(256)}
     assert b" the" in by_bytes
@@ -30,12 +30,12 @@ def test_special_tokens_have_no_bytes_and_a_role() -> None:
         assert vocabulary.token_bytes[vocabulary.roles["bos"]] is None
 
 
-def test_bos_is_expected_where_the_config_says_so() -> None:
+def test_bos_is_expected_if_the_config_sets_it() -> None:
     assert SENTENCEPIECE.prefix == [SENTENCEPIECE.roles["bos"]]
     assert BYTE_LEVEL.prefix == []
 
 
-def test_bos_is_expected_where_the_template_puts_it_in_front() -> None:
+def test_bos_is_expected_if_the_template_puts_it_in_front() -> None:
     spec = json.loads(tokenizer_json("sentencepiece"))
     config = json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}).encode()
     for token, expected in (("<bos>", True), ("<eos>", False)):
@@ -46,14 +46,14 @@ def test_bos_is_expected_where_the_template_puts_it_in_front() -> None:
         assert Vocabulary.parse(json.dumps(spec).encode(), config, name="t").expects_bos is expected
 
 
-def test_bos_is_expected_of_a_gemma_tokenizer_that_lost_its_flag() -> None:
+def test_bos_is_expected_of_a_gemma_tokenizer_without_the_flag() -> None:
     config = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "GemmaTokenizer"}
     vocabulary = Vocabulary.parse(tokenizer_json("sentencepiece").encode(), json.dumps(config).encode(), name="g")
     assert vocabulary.expects_bos
 
 
 @given(ANY_TEXT)
-def test_byte_level_tokens_write_any_text_and_end_at_its_bytes(text: str) -> None:
+def test_byte_level_tokens_write_any_text_and_reach_its_end(text: str) -> None:
     tokens = BYTE_LEVEL.encode(text)
     assert b"".join(BYTE_LEVEL.token_bytes[i] or b"" for i in tokens.ids) == text.encode()
     assert len(tokens) == 0 or tokens.ends[-1] == len(text.encode())
@@ -74,7 +74,7 @@ def test_any_bytes_can_be_written_as_a_continuation(data: bytes) -> None:
         assert b"".join(vocabulary.token_bytes[i] or b"" for i in ids) == data
 
 
-def test_text_that_spells_a_special_token_is_text() -> None:
+def test_the_string_of_a_special_token_is_tokenized_as_text() -> None:
     tokens = SENTENCEPIECE.encode("a<eos>b")
     assert SENTENCEPIECE.roles["eos"] not in tokens.ids
     assert SENTENCEPIECE.roles["eos"] not in SENTENCEPIECE.write([b"a<eos>b"])[0]
@@ -86,7 +86,7 @@ def test_closing_eos_follows_the_text() -> None:
     assert tokens.ends[-1] == tokens.num_bytes + 1
 
 
-def test_a_prefix_space_of_the_tokenizer_is_no_byte_of_the_text() -> None:
+def test_a_space_that_the_tokenizer_adds_is_not_a_byte_of_the_text() -> None:
     spec = json.loads(tokenizer_json("byte_level"))
     spec["pre_tokenizer"]["add_prefix_space"] = True
     vocabulary = Vocabulary.parse(json.dumps(spec).encode(), name="prefixed")
@@ -96,7 +96,7 @@ def test_a_prefix_space_of_the_tokenizer_is_no_byte_of_the_text() -> None:
     assert b"".join(vocabulary.token_bytes[i] or b"" for i in vocabulary.write([b"the"])[0]) == b"the"
 
 
-def test_unknown_kinds_of_tokenizer_are_refused_by_name() -> None:
+def test_an_unsupported_model_type_is_rejected_by_name() -> None:
     spec = json.loads(tokenizer_json("byte_level"))
     spec["model"] = {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}
     spec["added_tokens"] = []
@@ -104,7 +104,7 @@ def test_unknown_kinds_of_tokenizer_are_refused_by_name() -> None:
         Vocabulary.parse(json.dumps(spec).encode(), name="x")
 
 
-def test_a_file_that_is_no_tokenizer_is_refused() -> None:
+def test_a_file_that_is_not_a_tokenizer_is_rejected() -> None:
     with pytest.raises(TokenizerError, match="cannot be read"):
         Vocabulary.parse(b"{}", name="x")
 

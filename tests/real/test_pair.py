@@ -1,6 +1,6 @@
-"""SmolLM2 and Gemma 3 on real text: what byte-chain alignment and fusion must show (DESIGN 4.1).
+"""Byte-chain alignment and fusion of SmolLM2 and Gemma 3 on real text.
 
-The texts lie at hand in every installation: CPython's documentation and source, and a library's markdown.
+The texts are part of every installation: CPython's documentation and source, and the markdown of a library.
 """
 
 import asyncio
@@ -18,14 +18,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from alignment import Target, Tokens, Translation, Vocabulary, align, translate
-from alignment.chain import chained
+from alignment.byte_chain import align_byte_chain
+from alignment.offsets import common_cuts
 from alignment.report import AlignmentReport, block_likelihoods, report
-from alignment.spans import common_cuts
 from teachers.engines.transformers import TransformersEngine
-from teachers.protocol import Card
-from teachers.rows import Rows, as_received
+from teachers.protocol.messages import TeacherCard
+from teachers.protocol.rows import Rows
+from teachers.protocol.wire_format import as_received
 from tests.rows import random_rows
-from trainer.targets.fusion import Aligned, Rule, fuse
+from trainer.fusion.base import FusionRule
+from trainer.fusion.fuse import fuse
+from trainer.fusion.inputs import FusionInput
+
+pytestmark = pytest.mark.slow
 
 TEXTS = {
     "prose": topics["execmodel"][:3000],
@@ -43,10 +48,10 @@ class Scored:
     tokens: Tokens
     rows: Rows
     sequence: list[int]
-    card: Card
+    card: TeacherCard
 
     def at(self, top_k: int) -> Rows:
-        """The same answer at a smaller K, as a client receives it."""
+        """Return the rows at a smaller K, as a client receives them."""
         ids, logprobs = self.rows.ids[:, :top_k], self.rows.logprobs[:, :top_k]
         tail = np.maximum(1 - np.exp(logprobs.astype(float)).sum(axis=1), 0)
         rows = Rows(self.rows.start, ids, logprobs, self.rows.actual, tail.astype(np.float32))
@@ -65,13 +70,13 @@ def translations(vocabularies: dict[str, Vocabulary]) -> dict[tuple[str, str], T
 
 @pytest.fixture(scope="module")
 def of_pair(translations: dict[tuple[str, str], Translation]) -> Callable[[tuple[str, str]], Translation]:
-    """As a function: hypothesis prints its arguments, and a vocabulary is long."""
+    """Return a function instead of a dict: hypothesis prints its arguments, and a vocabulary is long."""
     return translations.__getitem__
 
 
 @pytest.fixture(scope="module")
 def scored(vocabularies: dict[str, Vocabulary], smollm2: Path, gemma: Path) -> dict[tuple[str, str], Scored]:
-    answers = {}
+    scores = {}
     for name, folder in (("smollm2", smollm2), ("gemma", gemma)):
         engine = TransformersEngine(folder)
         prefix = [engine.card.bos_id] if engine.card.expects_bos and engine.card.bos_id is not None else []
@@ -79,29 +84,29 @@ def scored(vocabularies: dict[str, Vocabulary], smollm2: Path, gemma: Path) -> d
             tokens = vocabularies[name].encode(text)
             sequence = prefix + tokens.ids.tolist()
             rows = asyncio.run(engine.score(sequence, 1, BEST_K))
-            answers[name, kind] = Scored(1 - len(prefix), tokens, rows, sequence, engine.card)
+            scores[name, kind] = Scored(1 - len(prefix), tokens, rows, sequence, engine.card)
         engine.close()
-    return answers
+    return scores
 
 
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("top_k", [8, BEST_K])
 @pytest.mark.parametrize("pair", [("gemma", "smollm2"), ("smollm2", "gemma")], ids=" to ".join)
-def test_aligned_bits_per_byte_stay_near_the_teachers_own(  # type: ignore[no-untyped-def]
+def test_aligned_bits_per_byte_are_near_those_of_the_teacher(  # type: ignore[no-untyped-def]
     scored, translations, vocabularies, pair: tuple[str, str], top_k: int, kind: str
 ) -> None:
-    answer, translation = scored[pair[0], kind], translations[pair]
+    teacher, translation = scored[pair[0], kind], translations[pair]
     student = vocabularies[pair[1]].encode(TEXTS[kind])
-    rows = answer.at(top_k)
-    target = align(rows, answer.first_row, answer.tokens, student, translation)
-    figures = report(rows, answer.first_row, (answer.tokens, student), target, translation)
+    rows = teacher.at(top_k)
+    target = align(rows, teacher.first_row, teacher.tokens, student, translation)
+    figures = report(rows, teacher.first_row, (teacher.tokens, student), target, translation)
     assert target.valid[1:].all()
-    assert target.valid[0] == (answer.first_row == 0)
+    assert target.valid[0] == (teacher.first_row == 0)
     assert 0.96 * figures.teacher_bpb <= figures.aligned_bpb <= 1.002 * figures.teacher_bpb
     if top_k == BEST_K:
         assert figures.mean_mass >= 0.88
-    cuts = chained(rows, answer.first_row, answer.tokens, student, translation).blocks
-    blocks = block_likelihoods(rows, answer.first_row, (answer.tokens, student), target, cuts)
+    cuts = align_byte_chain(rows, teacher.first_row, teacher.tokens, student, translation).uncrossed_cuts
+    blocks = block_likelihoods(rows, teacher.first_row, (teacher.tokens, student), target, cuts)
     assert (blocks.student >= blocks.teacher - 1e-4).all()
 
 
@@ -110,34 +115,34 @@ def test_fusion_is_five_percent_below_the_better_teacher_on_mixed_text(scored, t
     samples = []
     for kind, text in TEXTS.items():
         tokens = student.encode(text)
-        answers = [scored[name, kind] for name in ("smollm2", "gemma")]
-        pairs = [translations[name, "smollm2"] for name in ("smollm2", "gemma")]
+        teachers = [scored[name, kind] for name in ("smollm2", "gemma")]
+        to_student = [translations[name, "smollm2"] for name in ("smollm2", "gemma")]
         targets = tuple(
-            align(a.at(BEST_K), a.first_row, a.tokens, tokens, t) for a, t in zip(answers, pairs, strict=True)
+            align(a.at(BEST_K), a.first_row, a.tokens, tokens, t) for a, t in zip(teachers, to_student, strict=True)
         )
-        samples.append(Aligned(targets, tokens.ids, tokens.bytes_per_token, np.ones(2)))
+        samples.append(FusionInput(targets, tokens.ids, tokens.bytes_per_token, np.ones(2)))
     alone = [_nats([s.targets[n] for s in samples], samples) for n in range(2)]
     fused = {
-        method: _nats([f.target for f in fuse(samples, Rule(method, scope), len(student))], samples)
+        method: _nats([f.target for f in fuse(samples, FusionRule(method, scope), len(student))], samples)
         for method, scope in (("mean", "sample"), ("min_ce", "sample"), ("avg_ce", "sample"), ("geometric", "sample"))
     }
     assert min(fused.values()) <= 0.95 * min(alone), (alone, fused)
     assert fused["mean"] < 0.98 * min(alone)
 
 
-def _nats(targets: list[Target], samples: list[Aligned]) -> float:
-    """Of everything after the first position, which is not valid for both."""
+def _nats(targets: list[Target], samples: list[FusionInput]) -> float:
+    """Return the sum over all positions but the first, which is not valid for both teachers."""
     return -sum(float(np.log(t.prob_of(s.labels_T)[1:]).sum()) for t, s in zip(targets, samples, strict=True))
 
 
-def test_one_tokenizer_gives_the_models_own_rows_back(scored, translations, vocabularies) -> None:  # type: ignore[no-untyped-def]
-    answer = scored["smollm2", "markdown"]
-    rows = answer.at(BEST_K)
-    target = align(rows, 1, answer.tokens, answer.tokens, translations["smollm2", "smollm2"])
-    figures = report(rows, 1, (answer.tokens, answer.tokens), target, translations["smollm2", "smollm2"])
+def test_identical_tokenizers_return_the_rows_of_the_model(scored, translations, vocabularies) -> None:  # type: ignore[no-untyped-def]
+    teacher = scored["smollm2", "markdown"]
+    rows = teacher.at(BEST_K)
+    target = align(rows, 1, teacher.tokens, teacher.tokens, translations["smollm2", "smollm2"])
+    figures = report(rows, 1, (teacher.tokens, teacher.tokens), target, translations["smollm2", "smollm2"])
     assert figures.aligned_bpb == pytest.approx(figures.teacher_bpb, rel=1e-6)
     listed = np.exp(rows.logprobs.astype(float)).sum(axis=1)
-    missing = np.where((rows.ids == answer.tokens.ids[1:, None]).any(axis=1), 0, np.exp(rows.actual.astype(float)))
+    missing = np.where((rows.ids == teacher.tokens.ids[1:, None]).any(axis=1), 0, np.exp(rows.actual.astype(float)))
     np.testing.assert_allclose(target.mass[1:], np.minimum(listed + missing, 1), atol=1e-3)
 
 
@@ -153,27 +158,27 @@ def test_any_unicode_is_covered_in_both_directions(of_pair, pair: tuple[str, str
     rows = _few_rows(teacher, seed)
     target = align(rows, 0, teacher, student, translation)
     np.testing.assert_allclose((target.mass + target.tail)[target.valid], 1, atol=1e-6)
-    cuts = chained(rows, 0, teacher, student, translation).blocks
+    cuts = align_byte_chain(rows, 0, teacher, student, translation).uncrossed_cuts
     blocks = block_likelihoods(rows, 0, (teacher, student), target, cuts)
     assert (blocks.student >= blocks.teacher - 1e-4).all()
-    if teacher.written.all():  # SmolLM2 has no token for some bytes: of those it says nothing
+    if teacher.written.all():  # SmolLM2 has no token for some bytes: those are masked
         assert target.valid.all()
         assert blocks.num_bytes.sum() == len(text.encode())
     assert common_cuts(teacher, student).at[-1] == len(text.encode())
 
 
 def _few_rows(teacher: Tokens, seed: int) -> Rows:
-    """Random rows over the ids of the text and some others; a distribution over all of 262,144 would take long."""
+    """Return random rows over the ids of the text and some others; rows over all 262,144 ids would take long."""
     pool = np.unique(np.concatenate([teacher.ids, np.arange(300, 340)]))
     small = random_rows(np.searchsorted(pool, teacher.ids), len(pool), min(16, len(pool)), seed)
     return Rows(0, pool[small.ids].astype(np.uint32), small.logprobs, small.actual, small.tail)
 
 
-def test_reports_add_up(scored, translations, vocabularies) -> None:  # type: ignore[no-untyped-def]
+def test_reports_can_be_added(scored, translations, vocabularies) -> None:  # type: ignore[no-untyped-def]
     total = AlignmentReport()
     for kind, text in TEXTS.items():
-        answer, student = scored["gemma", kind], vocabularies["smollm2"].encode(text)
-        target = align(answer.rows, 0, answer.tokens, student, translations["gemma", "smollm2"])
-        total += report(answer.rows, 0, (answer.tokens, student), target, translations["gemma", "smollm2"])
+        teacher, student = scored["gemma", kind], vocabularies["smollm2"].encode(text)
+        target = align(teacher.rows, 0, teacher.tokens, student, translations["gemma", "smollm2"])
+        total += report(teacher.rows, 0, (teacher.tokens, student), target, translations["gemma", "smollm2"])
     assert total.num_bytes == sum(len(text.encode()) for text in TEXTS.values())
     assert total.valid == total.positions

@@ -1,18 +1,18 @@
-"""Several teachers, several replicas, asked as one."""
+"""Several teachers with several replicas in one pool."""
 
 import asyncio
 from pathlib import Path
 
 import pytest
 
-from teachers.asking.address import TeacherAddress
-from teachers.asking.pool import TeacherPool
-from teachers.errors import FingerprintMismatch, InvalidRows, Rejected, Unavailable
-from teachers.rows import Rows
+from teachers.client.addresses import TeacherAddress
+from teachers.client.pool import TeacherPool
+from teachers.protocol.errors import FingerprintMismatch, InvalidRows, Rejected, Unavailable
+from teachers.protocol.rows import Rows
 from tests.serve import FormulaEngine, free_port, serving, until
 
 
-async def ask_many(addresses: list[TeacherAddress], count: int) -> list[Rows]:
+async def score_many(addresses: list[TeacherAddress], count: int) -> list[Rows]:
     async with TeacherPool(addresses) as pool:
         for address in addresses:
             await pool.connect(address.name)
@@ -20,27 +20,27 @@ async def ask_many(addresses: list[TeacherAddress], count: int) -> list[Rows]:
         return await asyncio.gather(*jobs)
 
 
-def test_every_sample_is_answered_by_every_teacher(tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
+def test_every_teacher_scores_every_sample(tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
     with serving(FormulaEngine(tiny_byte_level)) as one, serving(FormulaEngine(tiny_sentencepiece)) as two:
-        rows = asyncio.run(ask_many([TeacherAddress("one", (one,)), TeacherAddress("two", (two,))], 10))
+        rows = asyncio.run(score_many([TeacherAddress("one", (one,)), TeacherAddress("two", (two,))], 10))
     assert [len(r) for r in rows] == [4 + n for n in range(10) for _ in range(2)]
 
 
 def test_replicas_share_the_work(tiny_byte_level: Path) -> None:
     engines = [FormulaEngine(tiny_byte_level, delay_s=0.1) for _ in range(2)]
     with serving(engines[0]) as one, serving(engines[1]) as two:
-        asyncio.run(ask_many([TeacherAddress("t", (one, two), concurrency=2)], 20))
+        asyncio.run(score_many([TeacherAddress("t", (one, two), concurrency=2)], 20))
     assert sum(e.finished for e in engines) == 20
     assert min(e.finished for e in engines) >= 7
 
 
-def test_no_more_questions_are_under_way_than_allowed(tiny_byte_level: Path) -> None:
+def test_concurrent_requests_stay_within_the_limit(tiny_byte_level: Path) -> None:
     class Counting(FormulaEngine):
-        now = most = 0
+        now = peak = 0
 
         async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
             self.now += 1
-            self.most = max(self.most, self.now)
+            self.peak = max(self.peak, self.now)
             try:
                 return await super().score(sequence, start, top_k)
             finally:
@@ -48,20 +48,20 @@ def test_no_more_questions_are_under_way_than_allowed(tiny_byte_level: Path) -> 
 
     engine = Counting(tiny_byte_level, delay_s=0.01)
     with serving(engine) as url:
-        asyncio.run(ask_many([TeacherAddress("t", (url,), concurrency=3)], 20))
-    assert engine.most == 3
+        asyncio.run(score_many([TeacherAddress("t", (url,), concurrency=3)], 20))
+    assert engine.peak == 3
 
 
-def test_a_replica_that_is_down_costs_no_sample(tiny_byte_level: Path) -> None:
+def test_an_unavailable_replica_loses_no_sample(tiny_byte_level: Path) -> None:
     with serving(FormulaEngine(tiny_byte_level)) as url:
         down = f"http://127.0.0.1:{free_port()}"
-        rows = asyncio.run(ask_many([TeacherAddress("t", (down, url), patience_s=20)], 6))
+        rows = asyncio.run(score_many([TeacherAddress("t", (down, url), unavailable_timeout_s=20)], 6))
     assert len(rows) == 6
 
 
-def test_a_teacher_that_goes_and_comes_back_costs_time_and_no_sample(tiny_byte_level: Path) -> None:
+def test_a_restarted_teacher_loses_no_sample(tiny_byte_level: Path) -> None:
     port = free_port()
-    address = TeacherAddress("t", (f"http://127.0.0.1:{port}",), patience_s=30)
+    address = TeacherAddress("t", (f"http://127.0.0.1:{port}",), unavailable_timeout_s=30)
 
     async def run() -> tuple[Rows, Rows]:
         async with TeacherPool([address]) as pool:
@@ -78,16 +78,18 @@ def test_a_teacher_that_goes_and_comes_back_costs_time_and_no_sample(tiny_byte_l
     assert (before.ids == after.ids).all()
 
 
-def test_a_replica_that_comes_back_is_asked_again(tiny_byte_level: Path) -> None:
+def test_a_restarted_replica_receives_requests_again(tiny_byte_level: Path) -> None:
     steady, port = FormulaEngine(tiny_byte_level, delay_s=0.01), free_port()
 
     async def run(url: str) -> int:
-        async with TeacherPool([TeacherAddress("t", (f"http://127.0.0.1:{port}", url), patience_s=20)]) as pool:
+        async with TeacherPool(
+            [TeacherAddress("t", (f"http://127.0.0.1:{port}", url), unavailable_timeout_s=20)]
+        ) as pool:
             await pool.connect("t")
             await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(8)))
             back = FormulaEngine(tiny_byte_level, delay_s=0.01)
             with serving(back, port=port):
-                await until(lambda: pool.stats()["t"].serving == 2)
+                await until(lambda: pool.stats()["t"].healthy == 2)
                 await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(40)))
             return back.finished
 
@@ -95,24 +97,24 @@ def test_a_replica_that_comes_back_is_asked_again(tiny_byte_level: Path) -> None
         assert asyncio.run(run(url)) >= 10
 
 
-def test_patience_does_not_count_the_time_behind_other_questions(tiny_byte_level: Path) -> None:
+def test_the_unavailable_timeout_excludes_queueing_behind_other_requests(tiny_byte_level: Path) -> None:
     engine = FormulaEngine(tiny_byte_level, delay_s=0.5)
 
     async def run(url: str) -> list[Rows]:
-        async with TeacherPool([TeacherAddress("t", (url,), patience_s=3.0, concurrency=1)]) as pool:
+        async with TeacherPool([TeacherAddress("t", (url,), unavailable_timeout_s=3.0, concurrency=1)]) as pool:
             await pool.connect("t")
             return await asyncio.gather(*(pool.score("t", [1, 2, 3], 1, 4) for _ in range(8)))
 
     failing = iter([True])
-    answer = engine.alter
-    engine.alter = lambda rows: 1 / 0 if engine.finished == 6 and next(failing, False) else answer(rows)  # type: ignore
+    original = engine.alter
+    engine.alter = lambda rows: 1 / 0 if engine.finished == 6 and next(failing, False) else original(rows)  # type: ignore
     with serving(engine) as url:
         assert len(asyncio.run(run(url))) == 8
 
 
-def test_patience_ends_with_the_last_error(tiny_byte_level: Path) -> None:
+def test_the_unavailable_timeout_raises_the_last_error(tiny_byte_level: Path) -> None:
     port = free_port()
-    address = TeacherAddress("t", (f"http://127.0.0.1:{port}",), patience_s=0.5)
+    address = TeacherAddress("t", (f"http://127.0.0.1:{port}",), unavailable_timeout_s=0.5)
 
     async def run() -> None:
         async with TeacherPool([address]) as pool:
@@ -124,9 +126,9 @@ def test_patience_ends_with_the_last_error(tiny_byte_level: Path) -> None:
         asyncio.run(run())
 
 
-def test_a_teacher_that_comes_back_with_other_weights_is_refused(tiny_byte_level: Path) -> None:
+def test_a_teacher_restarted_with_other_weights_is_rejected(tiny_byte_level: Path) -> None:
     port = free_port()
-    address = TeacherAddress("t", (f"http://127.0.0.1:{port}",), patience_s=5)
+    address = TeacherAddress("t", (f"http://127.0.0.1:{port}",), unavailable_timeout_s=5)
 
     async def run() -> None:
         async with TeacherPool([address]) as pool:
@@ -139,16 +141,16 @@ def test_a_teacher_that_comes_back_with_other_weights_is_refused(tiny_byte_level
         asyncio.run(run())
 
 
-def test_replicas_that_differ_are_refused(tiny_byte_level: Path) -> None:
+def test_different_replicas_are_rejected(tiny_byte_level: Path) -> None:
     engines = FormulaEngine(tiny_byte_level), FormulaEngine(tiny_byte_level, fingerprint="0" * 64)
     with serving(engines[0]) as one, serving(engines[1]) as two:
         with pytest.raises(FingerprintMismatch, match="expected fingerprint (f+, received 0+|0+, received f+)"):
-            asyncio.run(ask_many([TeacherAddress("t", (one, two))], 1))
+            asyncio.run(score_many([TeacherAddress("t", (one, two))], 1))
 
 
-def test_what_cannot_be_asked_again_is_raised_at_once(tiny_byte_level: Path) -> None:
+def test_a_rejected_request_is_raised_at_once(tiny_byte_level: Path) -> None:
     async def run(url: str) -> None:
-        async with TeacherPool([TeacherAddress("t", (url,), patience_s=60)]) as pool:
+        async with TeacherPool([TeacherAddress("t", (url,), unavailable_timeout_s=60)]) as pool:
             await pool.connect("t")
             await asyncio.wait_for(pool.score("t", [1, 2, 3], 1, 65), 5)
 
@@ -156,7 +158,7 @@ def test_what_cannot_be_asked_again_is_raised_at_once(tiny_byte_level: Path) -> 
         asyncio.run(run(url))
 
 
-def test_rows_no_model_can_mean_name_the_teacher(tiny_byte_level: Path) -> None:
+def test_invalid_rows_name_the_teacher(tiny_byte_level: Path) -> None:
     engine = FormulaEngine(tiny_byte_level)
 
     def nan(rows: Rows) -> Rows:
@@ -165,7 +167,7 @@ def test_rows_no_model_can_mean_name_the_teacher(tiny_byte_level: Path) -> None:
 
     engine.alter = nan  # type: ignore[method-assign]
     with serving(engine) as url, pytest.raises(InvalidRows, match="teacher t at .*position 1"):
-        asyncio.run(ask_many([TeacherAddress("t", (url,))], 1))
+        asyncio.run(score_many([TeacherAddress("t", (url,))], 1))
 
 
 def test_keys_are_not_in_the_representation() -> None:

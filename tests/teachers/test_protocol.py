@@ -1,4 +1,4 @@
-"""The wire: what is sent is what arrives, and nothing else is taken for an answer."""
+"""The wire format: rows arrive as sent, and invalid responses are rejected."""
 
 import struct
 from collections.abc import Callable
@@ -10,21 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teachers.errors import FingerprintMismatch, InvalidRows, ProtocolError, Truncated, VersionMismatch
-from teachers.protocol import Card, ScoreRequest
-from teachers.rows import Rows, StreamWriter, check_rows, read_stream, schema
+from teachers.protocol.errors import FingerprintMismatch, InvalidRows, ProtocolError, Truncated, VersionMismatch
+from teachers.protocol.messages import ScoreRequest, TeacherCard
+from teachers.protocol.rows import Rows, check_rows
+from teachers.protocol.wire_format import StreamWriter, read_stream, schema
 from tests.rows import random_rows
-from tests.teachers.slow_rows import read_slowly
+from tests.teachers.numpy_rows import decode_with_numpy
 
 VOCAB_SIZE = 300
-CARD = Card(
+CARD = TeacherCard(
     model="m", fingerprint="a" * 64, engine="e", dtype="float32", vocab_size=VOCAB_SIZE, tokenizer_sha256="b" * 64,
     bos_id=None, eos_id=None, expects_bos=False, max_tokens=100, max_top_k=64,
 )  # fmt: skip
 SEQUENCES = st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=2, max_size=20), min_size=1, max_size=4)
 
 
-def question(sequences: list[list[int]], top_k: int) -> tuple[ScoreRequest, list[Rows]]:
+def make_request(sequences: list[list[int]], top_k: int) -> tuple[ScoreRequest, list[Rows]]:
     request = ScoreRequest(sequences=sequences, starts=[1] * len(sequences), top_k=top_k)
     return request, [random_rows(np.array(s), VOCAB_SIZE, top_k, seed=i, start=1) for i, s in enumerate(sequences)]
 
@@ -35,8 +36,8 @@ def stream(rows: list[Rows], order: list[int], top_k: int, fingerprint: str = CA
 
 
 @given(SEQUENCES, st.integers(1, 64), st.randoms())
-def test_rows_arrive_as_sent_whatever_the_order(sequences, top_k, random) -> None:  # type: ignore[no-untyped-def]
-    request, rows = question(sequences, top_k)
+def test_rows_arrive_as_sent_in_any_order(sequences, top_k, random) -> None:  # type: ignore[no-untyped-def]
+    request, rows = make_request(sequences, top_k)
     order = list(range(len(rows)))
     random.shuffle(order)
     received = read_stream(stream(rows, order, top_k), request, CARD)
@@ -50,8 +51,8 @@ def test_rows_arrive_as_sent_whatever_the_order(sequences, top_k, random) -> Non
 
 
 @given(st.integers(0, 100))
-def test_a_stream_cut_anywhere_is_truncated_and_never_a_short_answer(percent: int) -> None:
-    request, rows = question([[1, 2, 3], [4, 5]], 8)
+def test_a_stream_cut_anywhere_is_truncated_and_never_a_shorter_response(percent: int) -> None:
+    request, rows = make_request([[1, 2, 3], [4, 5]], 8)
     data = stream(rows, [0, 1], 8)
     complete = len(data) - 8  # the end mark alone may be missing: every sequence is there
     with pytest.raises(Truncated, match="of 2 sequences"):
@@ -60,15 +61,15 @@ def test_a_stream_cut_anywhere_is_truncated_and_never_a_short_answer(percent: in
 
 def with_chosen(num_chosen: int, top_k: int = 8) -> tuple[ScoreRequest, list[Rows]]:
     """Two sequences; of each row the last one listed is chosen too, and others anywhere."""
-    request, rows = question([[1, 2, 3, 4], [5, 6]], top_k)
-    chosen, answers = [], []
+    request, rows = make_request([[1, 2, 3, 4], [5, 6]], top_k)
+    chosen, responses = [], []
     for i, (sequence, own) in enumerate(zip(request.sequences, rows, strict=True)):
         full = random_rows(np.array(sequence), VOCAB_SIZE, VOCAB_SIZE, seed=i, start=1)
         every = np.take_along_axis(full.logprobs, np.argsort(full.ids, axis=1), axis=1)
         ids = (own.ids[:, -1:] + np.arange(num_chosen) * 7) % VOCAB_SIZE
         chosen.append(ids.tolist())
-        answers.append(replace(own, chosen=np.take_along_axis(every, ids.astype(np.int64), axis=1)))
-    return request.model_copy(update={"chosen": chosen}), answers
+        responses.append(replace(own, chosen=np.take_along_axis(every, ids.astype(np.int64), axis=1)))
+    return request.model_copy(update={"chosen": chosen}), responses
 
 
 def chosen_stream(rows: list[Rows], num_chosen: int, top_k: int = 8) -> bytes:
@@ -77,7 +78,7 @@ def chosen_stream(rows: list[Rows], num_chosen: int, top_k: int = 8) -> bytes:
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
-def test_chosen_ids_arrive_exactly_and_in_the_order_asked(num_chosen: int, top_k: int) -> None:
+def test_chosen_ids_arrive_exactly_and_in_the_order_of_the_request(num_chosen: int, top_k: int) -> None:
     request, rows = with_chosen(num_chosen, top_k)
     for got, sent in zip(read_stream(chosen_stream(rows, num_chosen, top_k), request, CARD), rows, strict=True):
         assert got.chosen is not None
@@ -86,8 +87,8 @@ def test_chosen_ids_arrive_exactly_and_in_the_order_asked(num_chosen: int, top_k
         assert check_rows(sent, request, index, CARD) is sent
 
 
-def test_without_chosen_ids_the_stream_is_as_it_was() -> None:
-    request, rows = question([[1, 2, 3]], 4)
+def test_without_chosen_ids_request_and_stream_contain_no_chosen_field() -> None:
+    request, rows = make_request([[1, 2, 3]], 4)
     assert schema(4, CARD.fingerprint).names == ["ids", "logprobs", "actual", "tail"]
     (got,) = read_stream(stream(rows, [0], 4), request, CARD)
     assert got.chosen is None
@@ -95,42 +96,42 @@ def test_without_chosen_ids_the_stream_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "m", "said"),
+    ("value", "m", "message"),
     [
-        (np.nan, 1, "no log-probability"),
-        (-np.inf, 1, "no log-probability"),
-        (0.25, 2, "no log-probability"),
-        (-0.001, 1, "unlisted and likelier than the whole tail"),
-        (-30.0, 0, "not what the row lists of it"),
+        (np.nan, 1, "which is no log-probability"),
+        (-np.inf, 1, "which is no log-probability"),
+        (0.25, 2, "which is no log-probability"),
+        (-0.001, 1, "which is unlisted and more probable than the whole tail"),
+        (-30.0, 0, "which contradicts its listed log-probability"),
     ],
 )
-def test_a_chosen_id_that_cannot_have_its_value_is_refused(value: float, m: int, said: str) -> None:
+def test_an_invalid_logprob_of_a_chosen_id_is_rejected(value: float, m: int, message: str) -> None:
     request, rows = with_chosen(3)
     assert rows[0].chosen is not None
     rows[0].chosen[1, m] = value
-    named = rf"sequence 0, position 2: the chosen id {request.chosen[0][1][m]} has {value:.6g}, {said}"
+    named = rf"sequence 0, position 2: the chosen id {request.chosen[0][1][m]} has {value:.6g}, {message}"
     with pytest.raises(InvalidRows, match=named):
         read_stream(chosen_stream(rows, 3), request, CARD)
     with pytest.raises(InvalidRows, match=named):
         check_rows(rows[0], request, 0, CARD)
 
 
-def test_chosen_ids_that_were_not_asked_or_not_answered_are_refused() -> None:
+def test_missing_and_unrequested_chosen_ids_are_rejected() -> None:
     request, rows = with_chosen(3)
     plain = [replace(one, chosen=None) for one in rows]
-    for asked, answer in (
+    for expected, data in (
         (request, stream(plain, [0, 1], 8)),
         (request.model_copy(update={"chosen": []}), chosen_stream(rows, 3)),
     ):
-        with pytest.raises(ProtocolError, match=rf"expected 8 candidates and {asked.num_chosen} chosen ids a row"):
-            read_stream(answer, asked, CARD)
-    for asked, one in ((request, plain[0]), (request.model_copy(update={"chosen": []}), rows[0])):
-        with pytest.raises(ProtocolError, match=f"sequence 0: expected {asked.num_chosen} chosen ids a row"):
-            check_rows(one, asked, 0, CARD)
+        with pytest.raises(ProtocolError, match=rf"expected 8 candidates and {expected.num_chosen} chosen ids per row"):
+            read_stream(data, expected, CARD)
+    for expected, one in ((request, plain[0]), (request.model_copy(update={"chosen": []}), rows[0])):
+        with pytest.raises(ProtocolError, match=f"sequence 0: expected {expected.num_chosen} chosen ids per row"):
+            check_rows(one, expected, 0, CARD)
 
 
 def test_a_row_costs_392_bytes_at_k_64() -> None:
-    _, rows = question([[7] * 101], 64)
+    _, rows = make_request([[7] * 101], 64)
     one, two = (len(StreamWriter(64, CARD.fingerprint).write(0, r)) for r in (rows[0], _half(rows[0])))
     assert (one - two) / 50 == pytest.approx(392, abs=2)
 
@@ -139,40 +140,40 @@ def _half(rows: Rows) -> Rows:
     return Rows(rows.start, rows.ids[:50], rows.logprobs[:50], rows.actual[:50], rows.tail[:50])
 
 
-def test_another_version_is_refused() -> None:
-    request, rows = question([[1, 2]], 4)
+def test_a_stream_of_another_version_is_rejected() -> None:
+    request, rows = make_request([[1, 2]], 4)
     data = stream(rows, [0], 4).replace(b"protocol\x00", b"protokol\x00")
-    with pytest.raises(VersionMismatch, match="expected protocol 1"):
+    with pytest.raises(VersionMismatch, match="expected protocol 2"):
         read_stream(data, request, CARD)
 
 
-def test_another_fingerprint_is_refused() -> None:
-    request, rows = question([[1, 2]], 4)
+def test_another_fingerprint_is_rejected() -> None:
+    request, rows = make_request([[1, 2]], 4)
     with pytest.raises(FingerprintMismatch, match="expected fingerprint aaaa.*received cccc"):
         read_stream(stream(rows, [0], 4, "c" * 64), request, CARD)
 
 
-def test_another_k_than_asked_is_refused() -> None:
-    request, rows = question([[1, 2]], 4)
+def test_another_k_than_requested_is_rejected() -> None:
+    request, rows = make_request([[1, 2]], 4)
     with pytest.raises(ProtocolError, match="expected 5 candidates"):
         read_stream(stream(rows, [0], 4), request.model_copy(update={"top_k": 5}), CARD)
 
 
-def test_rows_of_another_length_are_refused() -> None:
-    request, rows = question([[1, 2, 3]], 4)
+def test_rows_of_another_length_are_rejected() -> None:
+    request, rows = make_request([[1, 2, 3]], 4)
     longer = request.model_copy(update={"sequences": [[1, 2, 3, 4]]})
     with pytest.raises(ProtocolError, match="expected 3 rows from position 1, received 2 from 1"):
         read_stream(stream(rows, [0], 4), longer, CARD)
 
 
-def test_a_sequence_answered_twice_is_refused() -> None:
-    request, rows = question([[1, 2], [3, 4]], 4)
+def test_a_duplicate_sequence_is_rejected() -> None:
+    request, rows = make_request([[1, 2], [3, 4]], 4)
     with pytest.raises(ProtocolError, match="sequence 0"):
         read_stream(stream(rows, [0, 0], 4), request, CARD)
 
 
-def test_an_empty_answer_is_truncated() -> None:
-    request, _ = question([[1, 2]], 4)
+def test_an_empty_response_is_truncated() -> None:
+    request, _ = make_request([[1, 2]], 4)
     with pytest.raises(Truncated):
         read_stream(b"", request, CARD)
 
@@ -237,14 +238,14 @@ FAULTS: dict[str, tuple[str, Change]] = {
     "tail too large": ("sum to 1", tail(0.01)),
     "tail too small": ("sum to 1", tail(-0.01)),
     "contradicted": ("contradicts", actual(-20.0)),
-    "unlisted and likely": ("likelier than the whole tail", unlist),
+    "unlisted and likely": ("more probable than the whole tail", unlist),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_rows_no_model_can_mean_are_refused_with_their_position(fault: str) -> None:
+def test_invalid_rows_are_rejected_with_their_position(fault: str) -> None:
     name, change = FAULTS[fault]
-    request, (rows,) = question([[9, 10, 11, 12]], 64)
+    request, (rows,) = make_request([[9, 10, 11, 12]], 64)
     assert 11 in rows.ids[1]
     read_stream(stream([rows], [0], 64), request, CARD)
     check_rows(rows, request, 0, CARD)
@@ -255,7 +256,7 @@ def test_rows_no_model_can_mean_are_refused_with_their_position(fault: str) -> N
         check_rows(rows, request, 0, CARD)
 
 
-def outcome(read: Callable[[], Rows]) -> Rows | str:
+def result_of(read: Callable[[], Rows]) -> Rows | str:
     try:
         return read()
     except InvalidRows as error:
@@ -268,7 +269,7 @@ def outcome(read: Callable[[], Rows]) -> Rows | str:
     st.lists(st.tuples(st.sampled_from(sorted(FAULTS)), st.integers(0, 28)), max_size=3),
     st.integers(0, 1000),
 )
-def test_rows_are_read_and_refused_as_plain_numpy_does(sequence, top_k, faults, seed) -> None:  # type: ignore[no-untyped-def]
+def test_compiled_kernels_agree_with_the_numpy_reference(sequence, top_k, faults, seed) -> None:  # type: ignore[no-untyped-def]
     rows = random_rows(np.array(sequence), VOCAB_SIZE, top_k, seed, start=1)
     for fault, row in faults:
         if fault != "unlisted and likely" or top_k < VOCAB_SIZE // 2:
@@ -277,8 +278,8 @@ def test_rows_are_read_and_refused_as_plain_numpy_does(sequence, top_k, faults, 
     sent = stream([rows], [0], top_k)
     with np.errstate(over="ignore"):
         halved = replace(rows, logprobs=rows.logprobs.astype(np.float16).astype(np.float32))
-    expected = outcome(lambda: read_slowly(halved, np.array(sequence[1:], dtype=np.uint32), VOCAB_SIZE))
-    received = outcome(lambda: read_stream(sent, request, CARD)[0])
+    expected = result_of(lambda: decode_with_numpy(halved, np.array(sequence[1:], dtype=np.uint32), VOCAB_SIZE))
+    received = result_of(lambda: read_stream(sent, request, CARD)[0])
     if isinstance(expected, str) or isinstance(received, str):
         assert received == expected
         return
@@ -288,8 +289,8 @@ def test_rows_are_read_and_refused_as_plain_numpy_does(sequence, top_k, faults, 
 
 
 @pytest.mark.parametrize("name", ["ids", "logprobs", "actual", "tail", "a whole list of ids"])
-def test_a_missing_value_is_refused_by_name_and_never_0(name: str) -> None:
-    request, (rows,) = question([[1, 2, 3, 4]], 4)
+def test_a_missing_value_is_rejected_and_never_read_as_0(name: str) -> None:
+    request, (rows,) = make_request([[1, 2, 3, 4]], 4)
     columns = {
         "ids": rows.ids.tolist(),
         "logprobs": rows.logprobs.astype(np.float16).tolist(),
@@ -312,30 +313,30 @@ def test_a_missing_value_is_refused_by_name_and_never_0(name: str) -> None:
         read_stream(sink.getvalue().to_pybytes(), request, CARD)
 
 
-def test_a_batch_that_claims_more_rows_than_it_holds_is_refused() -> None:
+def test_a_batch_with_fewer_rows_than_it_claims_is_rejected() -> None:
     held, claimed = 1235, 98765
-    request, rows = question([[7] * held], 1)
+    request, rows = make_request([[7] * held], 1)
     longer = request.model_copy(update={"sequences": [[7] * claimed]})
     data = stream(rows, [0], 1).replace(struct.pack("<q", held - 1), struct.pack("<q", claimed - 1))
-    with pytest.raises(ProtocolError, match="sequence 0: a batch that contradicts itself"):
+    with pytest.raises(ProtocolError, match="sequence 0: inconsistent record batch"):
         read_stream(data, longer, CARD)
 
 
-def test_an_unlisted_token_cannot_be_likelier_than_the_tail() -> None:
-    request, rows = question([[1, 2]], 4)
+def test_an_unlisted_token_more_probable_than_the_tail_is_rejected() -> None:
+    request, rows = make_request([[1, 2]], 4)
     wrong = replace(rows[0], actual=np.array([-0.01], dtype=np.float32), ids=np.array([[5, 6, 7, 8]], dtype=np.uint32))
-    with pytest.raises(InvalidRows, match="likelier than the whole tail"):
+    with pytest.raises(InvalidRows, match="more probable than the whole tail"):
         read_stream(stream([wrong], [0], 4), request, CARD)
 
 
-def test_a_batch_without_its_index_is_refused() -> None:
-    request, rows = question([[1, 2]], 4)
+def test_a_batch_without_its_index_is_rejected() -> None:
+    request, rows = make_request([[1, 2]], 4)
     data = stream(rows, [0], 4).replace(b"index", b"xedni")
     with pytest.raises(ProtocolError, match="without a usable index"):
         read_stream(data, request, CARD)
 
 
-def test_a_uniform_distribution_passes_despite_half_precision() -> None:
+def test_a_uniform_distribution_is_valid_in_half_precision() -> None:
     uniform = np.full((3, VOCAB_SIZE), -np.log(VOCAB_SIZE), dtype=np.float32)
     ids = np.tile(np.arange(VOCAB_SIZE, dtype=np.uint32), (3, 1))
     rows = Rows(1, ids, uniform, uniform[:, 0], np.zeros(3, dtype=np.float32))

@@ -16,15 +16,17 @@ import pytest
 import torch
 import yaml
 
-import teachers.errors as errors
-from teachers.asking.address import TeacherAddress
-from teachers.asking.client import Client, TeacherClient
-from teachers.asking.pool import TeacherPool
-from teachers.engine import EngineOptions
+import teachers.protocol.errors as errors
+from teachers.client.addresses import TeacherAddress
+from teachers.client.dialects.base import ReplicaClient
+from teachers.client.dialects.native import NativeClient
+from teachers.client.pool import TeacherPool
 from teachers.engines.transformers import TransformersEngine
-from teachers.protocol import ScoreRequest
-from teachers.ray_options import ServeOptions
-from teachers.rows import Rows, as_received
+from teachers.engines.transformers_options import TransformersOptions
+from teachers.protocol.messages import ScoreRequest
+from teachers.protocol.rows import Rows
+from teachers.protocol.wire_format import as_received
+from teachers.server.ray_options import RayServeOptions
 from tests.serve import free_port, until
 from tests.test_processes import TUTELAGE, wait_for
 
@@ -41,14 +43,16 @@ with warnings.catch_warnings():
     from ray import serve
     from ray.serve.schema import ServeDeploySchema
 
-from teachers.asking.handle import HandleClient
-from teachers.serving.ray_serve import bind
+from teachers.client.dialects.ray_handle import RayHandleClient
+from teachers.server.ray_serve import bind
 from tests.ray_commands import is_ready, printed, run_file, started
 from tests.ray_engines import events, watched
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 START_S = 240.0
-FLOAT32 = EngineOptions(dtype="float32")
+FLOAT32 = TransformersOptions(dtype="float32")
 TOP_K = 16
 
 
@@ -93,12 +97,12 @@ def replicas_of(name: str) -> list[int]:
     return [p.pid for p in below if f"ray::ServeReplica:{name}:teacher" in "".join(p.cmdline())]
 
 
-def clients(address: str, name: str, key: str | None = None) -> list[Client]:
-    return [TeacherClient(name, f"{address}/{name}", key), HandleClient(name, f"serve://{name}", key)]
+def clients(address: str, name: str, key: str | None = None) -> list[ReplicaClient]:
+    return [NativeClient(name, f"{address}/{name}", key), RayHandleClient(name, f"serve://{name}", key)]
 
 
-def each_way(address: str, name: str, do: Callable[[Client], Awaitable[None]], key: str | None = None) -> None:
-    """The same over HTTP and by handle."""
+def each_way(address: str, name: str, do: Callable[[ReplicaClient], Awaitable[None]], key: str | None = None) -> None:
+    """Run the same over HTTP and by handle."""
 
     async def run() -> None:
         for client in clients(address, name, key):
@@ -110,20 +114,20 @@ def each_way(address: str, name: str, do: Callable[[Client], Awaitable[None]], k
     asyncio.run(run())
 
 
-def questions(count: int, vocab_size: int) -> list[list[int]]:
+def make_sequences(count: int, vocab_size: int) -> list[list[int]]:
     rng = np.random.default_rng(count)
     return [rng.integers(0, vocab_size, size=rng.integers(2, 200)).tolist() for _ in range(count)]
 
 
-def answers(folder: Path, sequences: Sequence[list[int]]) -> list[Rows]:
-    """What an engine in this process says, as a client would receive it."""
+def expected_rows(folder: Path, sequences: Sequence[list[int]]) -> list[Rows]:
+    """Return the rows of an engine in this process, as a client would receive them."""
 
     async def run(engine: TransformersEngine) -> list[Rows]:
         rows = await asyncio.gather(*(engine.score(s, 1, TOP_K) for s in sequences))
         return [as_received(r, s, engine.card) for r, s in zip(rows, sequences, strict=True)]
 
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as Ray has it for less than two cpus; more add in another order
+    torch.set_num_threads(1)  # as Ray sets it for less than two CPUs; more threads sum in another order
     engine = TransformersEngine(folder, FLOAT32)
     try:
         return asyncio.run(run(engine))
@@ -140,26 +144,26 @@ def assert_equal(received: Sequence[Rows], expected: Sequence[Rows]) -> None:
         np.testing.assert_array_equal(ours.tail, theirs.tail)
 
 
-def test_two_teachers_under_one_address_answer_like_local_engines(
+def test_two_teachers_under_one_address_return_the_rows_of_local_engines(
     address: str, tiny_byte_level: Path, tiny_sentencepiece: Path
 ) -> None:
-    async def ask(name: str, sequences: Sequence[list[int]]) -> list[Rows]:
+    async def score(name: str, sequences: Sequence[list[int]]) -> list[Rows]:
         async with TeacherPool([TeacherAddress(name, (f"{address}/{name}",))]) as pool:
             await pool.connect(name)
             return await asyncio.gather(*(pool.score(name, s, 1, TOP_K) for s in sequences))
 
     for folder in (tiny_byte_level, tiny_sentencepiece):
-        sequences = questions(30, 300)
-        assert_equal(asyncio.run(ask(folder.name, sequences)), answers(folder, sequences))
+        sequences = make_sequences(30, 300)
+        assert_equal(asyncio.run(score(folder.name, sequences)), expected_rows(folder, sequences))
 
 
-def test_by_handle_and_by_proxy_a_teacher_is_the_same(address: str, tiny_byte_level: Path) -> None:
-    sequences = questions(12, 300)
-    expected = answers(tiny_byte_level, sequences)
+def test_handle_and_proxy_return_the_same(address: str, tiny_byte_level: Path) -> None:
+    sequences = make_sequences(12, 300)
+    expected = expected_rows(tiny_byte_level, sequences)
 
-    async def ask(client: Client) -> None:
+    async def score(client: ReplicaClient) -> None:
         card = await client.card()
-        await client.alive(10.0)
+        await client.ping(10.0)
         await client.check(card, 10.0)
         files = await client.tokenizer_files(card)
         assert files["tokenizer.json"] == (tiny_byte_level / "tokenizer.json").read_bytes()
@@ -168,18 +172,18 @@ def test_by_handle_and_by_proxy_a_teacher_is_the_same(address: str, tiny_byte_le
         with pytest.raises(errors.Rejected, match="teacher byte_level at .* top_k is 900"):
             await client.score(ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=900), card, 30.0)
 
-    each_way(address, "byte_level", ask)
+    each_way(address, "byte_level", score)
 
 
-def test_what_is_not_served_is_an_error_of_ours(address: str) -> None:
-    async def ask(client: Client) -> None:
+def test_an_unknown_application_is_a_teacher_error(address: str) -> None:
+    async def score(client: ReplicaClient) -> None:
         with pytest.raises((errors.NotFound, errors.Unavailable), match="teacher nobody at"):
             await client.card()
 
-    each_way(address, "nobody", ask)
+    each_way(address, "nobody", score)
     for url in ("serve://", "http://one", "serve://a/b"):
         with pytest.raises(errors.TeacherError, match="expected serve://APPLICATION"):
-            HandleClient("one", url)
+            RayHandleClient("one", url)
 
 
 RAY_ERRORS = [
@@ -190,7 +194,7 @@ RAY_ERRORS = [
 
 
 @pytest.mark.parametrize("kind", [*RAY_ERRORS, asyncio.CancelledError], ids=lambda kind: kind.__name__)
-def test_every_error_of_ray_is_an_error_of_ours(kind: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_error_of_ray_is_mapped(kind: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(kind):  # type: ignore[valid-type, misc]
         def __init__(self) -> None:
             BaseException.__init__(self, "from Ray")
@@ -201,24 +205,24 @@ def test_every_error_of_ray_is_an_error_of_ours(kind: type[BaseException], monke
     def fail(_: str) -> None:
         raise Failing
 
-    async def ask() -> None:
-        client = HandleClient("gemma", "serve://gemma")
+    async def score() -> None:
+        client = RayHandleClient("gemma", "serve://gemma")
         try:
             await client.card()
         finally:
             await client.aclose()
 
-    monkeypatch.setattr("teachers.asking.handle._find", fail)
+    monkeypatch.setattr("teachers.client.dialects.ray_handle._get_handle", fail)
     with pytest.raises(errors.Unavailable, match="teacher gemma at serve://gemma: ") as caught:
-        asyncio.run(ask())
+        asyncio.run(score())
     assert isinstance(caught.value, errors.Overloaded) == (kind is ray.serve.exceptions.BackPressureError)
 
 
-def test_a_replica_killed_among_many_questions_costs_no_sample(address: str, tiny_sentencepiece: Path) -> None:
-    name, sequences = tiny_sentencepiece.name, questions(400, 300)
+def test_a_killed_replica_loses_no_sample(address: str, tiny_sentencepiece: Path) -> None:
+    name, sequences = tiny_sentencepiece.name, make_sequences(400, 300)
     killed: list[int] = []
 
-    async def ask() -> list[Rows]:
+    async def score() -> list[Rows]:
         done = 0
 
         async def one(sequence: list[int]) -> Rows:
@@ -235,16 +239,16 @@ def test_a_replica_killed_among_many_questions_costs_no_sample(address: str, tin
             return await asyncio.gather(*map(one, sequences))
 
     assert len(replicas_of(name)) == 2
-    assert_equal(asyncio.run(ask()), answers(tiny_sentencepiece, sequences))
+    assert_equal(asyncio.run(score()), expected_rows(tiny_sentencepiece, sequences))
     assert len(killed) == 1
     assert not psutil.pid_exists(killed[0])
 
 
 @pytest.fixture
 def slow(address: str, tiny_byte_level: Path, tmp_path: Path) -> Iterator[Path]:
-    """A teacher 'slow' of one replica, with a key, that answers once it is told to; the folder of its notes."""
+    """Run a teacher "slow" with one replica and a key. Yields the folder of its events."""
     (tmp_path / "key").write_text("right", encoding="utf-8")
-    options = ServeOptions(
+    options = RayServeOptions(
         model=str(tiny_byte_level),
         cpus=0.1,
         max_ongoing_requests=1,
@@ -258,46 +262,46 @@ def slow(address: str, tiny_byte_level: Path, tmp_path: Path) -> Iterator[Path]:
     serve.delete("slow")
 
 
-def test_keys_queue_cancelling_health_and_drain_of_one_slow_teacher(address: str, slow: Path) -> None:
-    """All that needs a slow engine, with one start of it."""
-    each_way(address, "slow", no_key_is_refused)
+def test_keys_queue_cancellation_health_and_drain_of_a_slow_teacher(address: str, slow: Path) -> None:
+    """All checks that need a slow engine share one start of it."""
+    each_way(address, "slow", a_missing_key_is_rejected)
     each_way(address, "slow", a_full_queue_is_overloaded, key="right")
-    each_way(address, "slow", lambda c: a_client_that_leaves_has_its_work_dropped(c, slow), key="right")
-    (sick,) = set(events(slow, "opened"))
-    (slow / str(sick)).touch()
-    wait_for(lambda: len(events(slow, "opened")) == 2, START_S, "a replica in place of the sick one")
-    wait_for(lambda: not psutil.pid_exists(sick), START_S, "the end of the sick replica")
-    asyncio.run(a_replica_that_is_taken_away_finishes_its_answer(address, slow))
+    each_way(address, "slow", lambda c: work_is_cancelled_when_the_client_disconnects(c, slow), key="right")
+    (broken,) = set(events(slow, "opened"))
+    (slow / str(broken)).touch()
+    wait_for(lambda: len(events(slow, "opened")) == 2, START_S, "a replica in place of the broken one")
+    wait_for(lambda: not psutil.pid_exists(broken), START_S, "the end of the broken replica")
+    asyncio.run(a_removed_replica_finishes_its_request(address, slow))
     assert events(slow, "closed") == events(slow, "opened")
 
 
-def under_way(notes: Path) -> int:
-    """How many sequences the engine holds: it lets none go in answer before it is told to."""
-    return len(events(notes, "asked")) - len(events(notes, "dropped"))
+def in_flight(folder: Path) -> int:
+    """Return the number of sequences in the engine, which finishes none before the file "go" exists."""
+    return len(events(folder, "started")) - len(events(folder, "cancelled"))
 
 
-async def a_replica_that_is_taken_away_finishes_its_answer(address: str, notes: Path) -> None:
-    client = TeacherClient("slow", f"{address}/slow", "right")
+async def a_removed_replica_finishes_its_request(address: str, folder: Path) -> None:
+    client = NativeClient("slow", f"{address}/slow", "right")
     request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
     try:
-        answer = asyncio.create_task(client.score(request, await client.card(), 60.0))
-        await until(lambda: under_way(notes) == 1, 60)
+        response = asyncio.create_task(client.score(request, await client.card(), 60.0))
+        await until(lambda: in_flight(folder) == 1, 60)
         leaving = asyncio.create_task(asyncio.to_thread(serve.delete, "slow"))
         await until(lambda: serve.status().applications["slow"].status == "DELETING", 60)
-        (notes / "go").touch()
-        assert len(await answer) == 1
+        (folder / "go").touch()
+        assert len(await response) == 1
         await leaving
     finally:
         await client.aclose()
 
 
-async def no_key_is_refused(client: Client) -> None:
+async def a_missing_key_is_rejected(client: ReplicaClient) -> None:
     with pytest.raises(errors.Unauthorized, match="teacher slow at"):
         await client.card()
-    await client.alive(10.0)
+    await client.ping(10.0)
 
 
-async def a_full_queue_is_overloaded(client: Client) -> None:
+async def a_full_queue_is_overloaded(client: ReplicaClient) -> None:
     card = await client.card()
     refused = 0
     request = ScoreRequest(sequences=[[1, 2]], starts=[1], top_k=4)
@@ -308,7 +312,7 @@ async def a_full_queue_is_overloaded(client: Client) -> None:
                 await job
             assert caught.value.retry_after_s == 7.0
             refused += 1
-            if refused == 6:  # one is worked on and two wait; what a replica sends back leaves room for more than two
+            if refused == 6:  # one runs and two wait; a replica may return further requests to the queue
                 break
     finally:
         for job in jobs:
@@ -316,25 +320,25 @@ async def a_full_queue_is_overloaded(client: Client) -> None:
         await asyncio.gather(*jobs, return_exceptions=True)
 
 
-async def a_client_that_leaves_has_its_work_dropped(client: Client, notes: Path) -> None:
+async def work_is_cancelled_when_the_client_disconnects(client: ReplicaClient, folder: Path) -> None:
     card = await client.card()
-    await until(lambda: under_way(notes) == 0, 60)
+    await until(lambda: in_flight(folder) == 0, 60)
     request = ScoreRequest(sequences=[[1, 2], [3, 4, 5]], starts=[1, 1], top_k=4)
-    asking = asyncio.create_task(client.score(request, card, 60.0))
-    await until(lambda: under_way(notes) == 2, 60)
-    asking.cancel()
-    await until(lambda: under_way(notes) == 0, 60)
-    with pytest.raises(errors.Unavailable, match="no complete answer within 0.5 s"):
+    pending = asyncio.create_task(client.score(request, card, 60.0))
+    await until(lambda: in_flight(folder) == 2, 60)
+    pending.cancel()
+    await until(lambda: in_flight(folder) == 0, 60)
+    with pytest.raises(errors.Unavailable, match="no complete response within 0.5 s"):
         await client.score(request, card, 0.5)
 
 
-def test_tutelage_serve_joins_a_cluster_and_takes_away_only_its_own(
+def test_serve_ray_joins_a_cluster_and_removes_only_its_own_applications(
     cluster: str, address: str, tmp_path: Path, tiny_byte_level: Path
 ) -> None:
     port = int(address.rpartition(":")[2])
     run = run_file(tmp_path, ["third"], port, replicas=1)
     run.write_text(run.read_text(encoding="utf-8").replace('model = "third"', f'model = "{tiny_byte_level}"'), "utf-8")
-    command = [*TUTELAGE, "serve", str(run), "--port", str(port), "--address", cluster]
+    command = [*TUTELAGE, "serve-ray", str(run), "--port", str(port), "--address", cluster]
     with started(command, os.environ) as process:
         wait_for(lambda: is_ready(process, f"{address}/third"), START_S, "the third teacher")
     assert process.returncode == 130
@@ -342,10 +346,10 @@ def test_tutelage_serve_joins_a_cluster_and_takes_away_only_its_own(
     assert httpx.get(f"{address}/{tiny_byte_level.name}/ready").status_code == 200
 
 
-def test_the_yaml_of_the_demo_is_what_its_recipe_prints() -> None:
+def test_the_yaml_in_deploy_is_the_output_of_serve_ray_print() -> None:
     written = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text(encoding="utf-8"))
     assert written == yaml.safe_load(printed(ROOT / "recipes" / "ray.toml", 8000))
     applications = ServeDeploySchema.model_validate(written).applications
     assert [a.route_prefix for a in applications] == ["/smollm2", "/gemma"]
     for served in applications:
-        ServeOptions.model_validate(served.args)
+        RayServeOptions.model_validate(served.args)

@@ -1,4 +1,4 @@
-"""What we use of vLLM, pinned: an upgrade that changes it fails here and not in a run. No engine is started."""
+"""Everything that this project uses of vLLM: an incompatible upgrade fails here. No engine is started."""
 
 import asyncio
 import inspect
@@ -14,14 +14,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from teachers.engine import EngineOptions
-from teachers.engines import open_engine
-from teachers.errors import EngineDead, InvalidRows, TeacherError
-from teachers.rows import as_received
-from teachers.serving.plugin import TutelagePlugin
+from teachers.engines.vllm_options import VllmOptions
+from teachers.protocol.errors import EngineDead, InvalidRows, TeacherError
+from teachers.protocol.wire_format import as_received
+from teachers.server.vllm_plugin import TutelagePlugin
 from tests.needs import need
 from tests.teachers.test_protocol import CARD
-from trainer.cli import app
+from trainer.cli.__main__ import app
+
+pytestmark = pytest.mark.slow
 
 LENGTH, K = 5, 3
 
@@ -35,7 +36,7 @@ def _vllm() -> None:
 
 
 def tensors() -> Any:
-    """An answer as it comes from the engine's process: the actual token, then the K likeliest."""
+    """Return prompt log-probabilities as the engine's process sends them: the actual token, then the top K."""
     from vllm.v1.outputs import LogprobsTensors
 
     logprobs = torch.randn(LENGTH - 1, 100, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
@@ -48,13 +49,13 @@ def tensors() -> Any:
     )
 
 
-def answered(whole: bool) -> Any:
-    """RequestOutput.prompt_logprobs of vLLM's own output processor, with our collector or with vLLM's."""
+def prompt_logprobs(collected: bool) -> Any:
+    """Return RequestOutput.prompt_logprobs of vLLM's output processor, with _TensorCollector or vLLM's collector."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
     from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-    from teachers.engines.vllm import _KeepTensors
+    from teachers.engines.vllm import _TensorCollector
 
     processor = OutputProcessor(None, log_stats=False)
     params = SamplingParams(
@@ -68,32 +69,32 @@ def answered(whole: bool) -> Any:
     )  # fmt: skip
     queue = RequestOutputCollector(params.output_kind, request.request_id)
     processor.add_request(request, None, None, 0, queue)
-    if whole:
-        processor.request_states["one-1"].logprobs_processor = _KeepTensors(None, None, [], None, None, K)
+    if collected:
+        processor.request_states["one-1"].logprobs_processor = _TensorCollector(None, None, [], None, None, K)
     processor.process_outputs(
         [EngineCoreOutput("one-1", [42], new_prompt_logprobs_tensors=tensors(), finish_reason=FinishReason.LENGTH)]
     )
-    assert not processor.request_states, "a request leaves the moment that it is answered"
+    assert not processor.request_states, "a finished request is removed at once"
     return queue.get_nowait().prompt_logprobs
 
 
-def test_tensors_taken_whole_and_flat_logprobs_are_the_same_rows() -> None:
+def test_collected_tensors_and_flat_logprobs_are_the_same_rows() -> None:
     from vllm.logprobs import FlatLogprobs
 
     from teachers.engines.vllm import _entries
 
-    whole, flat = answered(whole=True), answered(whole=False)
+    tensors_form, flat = prompt_logprobs(collected=True), prompt_logprobs(collected=False)
     assert isinstance(flat, FlatLogprobs)
     assert (flat.start_indices[:3], flat.end_indices[:3]) == ([0, 0, K + 1], [0, K + 1, 2 * K + 2])
-    for one, other in zip(_entries(whole, K + 1), _entries(flat, K + 1), strict=True):
+    for one, other in zip(_entries(tensors_form, K + 1), _entries(flat, K + 1), strict=True):
         assert one.shape == (LENGTH - 1, K + 1)
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_actual_token_comes_first_and_is_listed_only_where_it_ranks() -> None:
+def test_the_actual_token_is_the_first_entry() -> None:
     from teachers.engines.vllm import _entries, to_rows
 
-    ids, logprobs = _entries(answered(whole=True), K + 1)
+    ids, logprobs = _entries(prompt_logprobs(collected=True), K + 1)
     rows = to_rows(ids, logprobs, 1)
     assert ids[:, 0].tolist() == [7, 8, 9, 10]
     np.testing.assert_array_equal(rows.actual, logprobs[:, 0])
@@ -101,7 +102,7 @@ def test_the_actual_token_comes_first_and_is_listed_only_where_it_ranks() -> Non
     np.testing.assert_allclose(rows.tail, 1 - np.exp(rows.logprobs.astype(float)).sum(axis=1), atol=1e-7)
 
 
-def test_no_probability_at_all_is_the_least_that_the_wire_can_say() -> None:
+def test_a_probability_of_0_is_the_least_logprob_of_the_wire() -> None:
     from teachers.engines.vllm import to_rows
 
     entries = np.array([[-np.inf, -0.5, -1.0, -np.inf]], np.float32)
@@ -111,7 +112,7 @@ def test_no_probability_at_all_is_the_least_that_the_wire_can_say() -> None:
 
 
 @pytest.mark.parametrize("wrong", [np.nan, 0.5, -0.1])
-def test_more_than_all_probability_goes_to_the_client_which_refuses_it(wrong: float) -> None:
+def test_invalid_mass_is_left_to_the_client_which_rejects_it(wrong: float) -> None:
     from teachers.engines.vllm import to_rows
 
     entries = np.array([[-2.0, -0.7, -1.2, -3.0], [-2.0, wrong, -1.0, -3.0]], np.float32)
@@ -120,7 +121,7 @@ def test_more_than_all_probability_goes_to_the_client_which_refuses_it(wrong: fl
         as_received(rows, [9] * 9, CARD)
 
 
-def test_the_engine_client_takes_what_we_give_it() -> None:
+def test_the_engine_client_accepts_the_arguments_of_the_engine() -> None:
     from vllm.engine.protocol import EngineClient
     from vllm.inputs import tokens_input
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -135,41 +136,41 @@ def test_the_engine_client_takes_what_we_give_it() -> None:
     assert inspect.isasyncgenfunction(AsyncLLM.generate)
 
 
-def test_engine_arguments_are_ours_then_the_users(tiny_byte_level: Path) -> None:
+def test_vllm_args_override_the_engine_arguments(tiny_byte_level: Path) -> None:
     from teachers.engines.vllm import engine_args
 
-    args = engine_args(tiny_byte_level, EngineOptions(max_tokens=99, tensor_parallel=2))
+    args = engine_args(tiny_byte_level, VllmOptions(max_tokens=99, tensor_parallel=2))
     assert (args.max_model_len, args.max_logprobs, args.tensor_parallel_size) == (100, 128, 2)
     assert args.enable_prefix_caching is False
-    args = engine_args(tiny_byte_level, EngineOptions(vllm_args={"max_logprobs": 7, "seed": 3}))
+    args = engine_args(tiny_byte_level, VllmOptions(vllm_args={"max_logprobs": 7, "seed": 3}))
     assert (args.max_logprobs, args.seed, args.max_model_len) == (7, 3, None)
 
 
-def test_an_argument_that_vllm_does_not_know_is_one_sentence(tiny_byte_level: Path) -> None:
+def test_an_unknown_vllm_argument_is_one_sentence(tiny_byte_level: Path) -> None:
     with pytest.raises(TeacherError, match="nonsense"):
-        asyncio.run(open_engine("vllm", tiny_byte_level, EngineOptions(vllm_args={"nonsense": 1})))
+        asyncio.run(VllmOptions(vllm_args={"nonsense": 1}).open(tiny_byte_level))
 
 
 @pytest.mark.parametrize(
-    ("mode", "most", "says"), [("raw_logits", 20, "logprobs-mode"), ("raw_logprobs", 0, "max-logprobs")]
+    ("mode", "most", "message"), [("raw_logits", 20, "logprobs-mode"), ("raw_logprobs", 0, "max-logprobs")]
 )
-def test_a_server_whose_answers_are_no_log_probabilities_is_refused(mode: str, most: int, says: str) -> None:
+def test_a_server_without_log_probabilities_is_rejected(mode: str, most: int, message: str) -> None:
     from teachers.engines.vllm import VllmEngine
 
     client: Any = SimpleNamespace(model_config=SimpleNamespace(logprobs_mode=mode, max_logprobs=most))
-    with pytest.raises(TeacherError, match=says):
-        asyncio.run(VllmEngine.over(client))
+    with pytest.raises(TeacherError, match=message):
+        asyncio.run(VllmEngine.wrap(client))
 
 
-def test_a_name_that_no_cache_holds_is_one_sentence() -> None:
-    from teachers.engines.vllm import model_folder
+def test_a_model_name_outside_the_hub_cache_is_one_sentence() -> None:
+    from teachers.engines.vllm import snapshot_dir
 
     for name in ("nobody/nothing", "no such name"):
         with pytest.raises(TeacherError, match="serve a directory"):
-            model_folder(name, None)
+            snapshot_dir(name, None)
 
 
-def test_the_plugin_is_what_vllm_expects() -> None:
+def test_the_plugin_implements_the_interface_of_vllm() -> None:
     from vllm.plugins import ENDPOINT_PLUGINS_GROUP
     from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
@@ -182,25 +183,25 @@ def test_the_plugin_is_what_vllm_expects() -> None:
     assert found["tutelage"].load() is TutelagePlugin
 
 
-def test_a_server_without_an_engine_is_no_teacher() -> None:
+def test_a_server_without_an_engine_is_rejected() -> None:
     with pytest.raises(TeacherError, match="no engine"):
         asyncio.run(TutelagePlugin().init_state(None, None, SimpleNamespace()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "seed=3"])
-def test_arguments_for_vllm_that_are_no_json_object_are_one_sentence(text: str) -> None:
-    done = CliRunner().invoke(app, ["teach", "nowhere", "--engine", "vllm", "--vllm-args", text])
+def test_vllm_args_that_are_no_json_object_are_one_sentence(text: str) -> None:
+    done = CliRunner().invoke(app, ["serve", "nowhere", "--engine", "vllm", "--vllm-args", text])
     assert done.exit_code == 1
     assert "--vllm-args: expected a JSON object" in done.output
 
 
-def test_a_server_without_a_limit_answers_the_whole_vocabulary() -> None:
-    from teachers.engines.vllm import most_top_k
+def test_a_server_without_a_logprobs_limit_returns_the_whole_vocabulary() -> None:
+    from teachers.engines.vllm import largest_top_k
 
-    assert [most_top_k(n, 1000) for n in (-1, 64, 5000)] == [1000, 64, 1000]
+    assert [largest_top_k(n, 1000) for n in (-1, 64, 5000)] == [1000, 64, 1000]
 
 
-def test_a_dead_engine_is_dead_to_who_only_asks_whether_it_lives() -> None:
+def test_a_check_of_a_dead_engine_raises_engine_dead() -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     from teachers.engines.vllm import VllmEngine

@@ -1,4 +1,4 @@
-"""`python -m tests.trainer.ray_main RUN.json WORKERS MAX_FAILURES`: a test's run on a local Ray of its own."""
+"""Train on a new local Ray: `python -m tests.trainer.ray_main RUN.json WORKERS MAX_FAILURES`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import ray
 
 from trainer.config import RunConfig
-from trainer.launch import train_on_ray
+from trainer.training.launch import train_on_ray
 
 
 def main(path: str, workers: str, max_failures: str) -> None:

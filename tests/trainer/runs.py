@@ -1,4 +1,4 @@
-"""A small whole run: tiny student, tiny served teachers, a few documents of text."""
+"""Configuration of a small training run: tiny student, tiny served teachers, a few documents of text."""
 
 import json
 from collections.abc import Iterator
@@ -6,16 +6,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from teachers.engine import EngineOptions
 from teachers.engines.transformers import TransformersEngine
+from teachers.engines.transformers_options import TransformersOptions
 from tests.serve import serving
 from tests.tiny import TEXT
 from trainer.config import RunConfig
-from trainer.reports.metrics import read_metrics
+from trainer.telemetry.jsonl import read_metrics
 
 
 def write_corpus(folder: Path, documents: int = 10) -> Path:
-    """Documents that differ: the same page, begun at another line."""
+    """Write a JSON Lines file of different documents: rotations of the lines of one page."""
     lines = TEXT.splitlines(keepends=True)
     path = folder / "corpus.jsonl"
     texts = ["".join(lines[n % len(lines) :] + lines[: n % len(lines)]) for n in range(documents)]
@@ -25,18 +25,21 @@ def write_corpus(folder: Path, documents: int = 10) -> Path:
 
 @contextmanager
 def served_models(*folders: Path) -> Iterator[list[str]]:
-    """Addresses of float32 teachers."""
+    """Serve models as float32 teachers and yield their URLs."""
     with ExitStack() as stack:
         urls = []
         for folder in folders:
-            engine = TransformersEngine(folder, EngineOptions(dtype="float32"))
+            engine = TransformersEngine(folder, TransformersOptions(dtype="float32"))
             stack.callback(engine.close)
             urls.append(stack.enter_context(serving(engine)))
         yield urls
 
 
 def run_config(model: Path, corpus: Path, out: Path, urls: list[str], **sections: dict[str, Any]) -> RunConfig:
-    """Six steps of four samples, two epochs of twelve; sections are merged in, `source` into the one source."""
+    """Build a run of six steps of four samples: two epochs of twelve samples.
+
+    Each keyword is a section whose values replace the defaults; `source` is merged into the only data source.
+    """
     raw: dict[str, Any] = {
         "student": {"model": str(model), "precision": "fp32"},
         "data": {
@@ -44,7 +47,9 @@ def run_config(model: Path, corpus: Path, out: Path, urls: list[str], **sections
             "window_tokens": 60,
             "max_samples": 12,
         },
-        "teachers": [{"name": f"t{i}", "urls": [url], "top_k": 16, "patience_s": 30} for i, url in enumerate(urls)],
+        "teachers": [
+            {"name": f"t{i}", "urls": [url], "top_k": 16, "unavailable_timeout_s": 30} for i, url in enumerate(urls)
+        ],
         "loss": {"ce_weight": 0.3 if urls else 1.0},
         "optim": {"lr": 3e-3},
         "train": {"epochs": 2, "batch_samples": 4},
@@ -57,9 +62,10 @@ def run_config(model: Path, corpus: Path, out: Path, urls: list[str], **sections
 
 
 def losses(out: Path) -> dict[int, float]:
-    """Loss by step; of a step that was made twice, the last."""
+    """Return the loss by step; for a step that was repeated after a resume, the last one."""
     return {e["step"]: e["loss"] for e in read_metrics(out / "metrics.jsonl") if e["event"] == "step"}
 
 
 def held_out(out: Path) -> dict[int, float]:
+    """Return the held-out bits per byte by step."""
     return {e["step"]: e["held_out_bpb"] for e in read_metrics(out / "metrics.jsonl") if e["event"] == "eval"}

@@ -1,9 +1,9 @@
-"""A teacher's rows for its writing of a chat, on the student's writing of the same chat."""
+"""Alignment of a teacher's rows for its rendering of a chat to the student's rendering."""
 
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,65 +12,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from alignment import AlignmentError, Target, Tokens, Translation, align, translate
-from alignment.chain import Rows as AnyRows
-from alignment.chain import chained
+from alignment.byte_chain import ScoredRows, align_byte_chain
 from alignment.kernels import NONE
 from alignment.report import block_likelihoods
-from teachers.rows import Rows
+from teachers.protocol.rows import Rows
 from tests.kinds import vocabulary_of
 from tests.rows import random_rows
-from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary, id_of, prefixed
-from tests.tiny import TEXT, Kind
-from trainer.data.chat import ChatTemplate, Rendered, chat_tokens, supervised_mask
-from trainer.data.template import ChatError
-from trainer.targets.align_chat import ChatTarget, align_chat, with_end_of_turn
-
-KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
-TRANSLATIONS = {(a, b): translate(chat_vocabulary(a), chat_vocabulary(b)) for a, b in product(KINDS, KINDS)}
-CONTENT = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<["), max_size=20),
-    st.lists(
-        st.sampled_from([*TEXT.split()[:30], " ", "\n", "  ", "é", "😀", "日本", "", "assistant"]), max_size=6
-    ).map("".join),
-)
-TURNS = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3).map(
-    lambda turns: [c for turn in turns for c in turn]
-)
-ANSWER = "Fifty-one sacks, and one of them is wet."
-
-
-class Case(NamedTuple):
-    """One chat, written twice, and the teacher's rows."""
-
-    rows: Rows
-    teacher: Rendered
-    student: Rendered
-    translation: Translation
-
-    def aligned(self, **options: Any) -> ChatTarget:
-        return align_chat(self.rows, self.teacher, self.student, self.translation, **options)
-
-    @property
-    def first_row(self) -> int:
-        return 1 - len(self.teacher.prefix)
-
-
-def case(contents: list[str], templates: tuple[str, str], kinds: tuple[Kind, Kind], top_k: int = 12) -> Case:
-    teacher, student = (
-        chat_template(TEMPLATES[t], k).render(chat(*contents)) for t, k in zip(templates, kinds, strict=True)
-    )
-    vocab_size = len(chat_vocabulary(kinds[0]))
-    rows = random_rows(np.array(teacher.sequence), vocab_size, top_k, seed=len(teacher.text), start=1)
-    return Case(rows, teacher, student, TRANSLATIONS[kinds])
-
-
-def rows_of(target: Target) -> list[dict[int, float]]:
-    cut = [slice(a, b) for a, b in zip(target.offsets, target.offsets[1:], strict=False)]
-    return [dict(zip(target.ids[c].tolist(), target.probs[c].tolist(), strict=True)) for c in cut]
+from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary, id_of
+from tests.tiny import Kind
+from tests.trainer.chat_cases import KINDS, SENTENCE, TRANSLATIONS, TURNS, case, rows_of
+from trainer.chats.chat_alignment import align_chat, with_end_of_turn
+from trainer.chats.chat_template import ChatTemplate, chat_tokens, supervised_mask
+from trainer.chats.jinja_template import ChatError
 
 
 class Call(NamedTuple):
-    rows: AnyRows
+    rows: ScoredRows
     first_row: int
     teacher: Tokens
     student: Tokens
@@ -78,24 +35,24 @@ class Call(NamedTuple):
     target: Target
 
 
-def watched() -> tuple[list[Call], Callable[..., Target]]:
-    """alignment.align, and a list of what it was given and gave."""
+def record_calls() -> tuple[list[Call], Callable[..., Target]]:
+    """Return alignment.align, wrapped, and the list of its calls with arguments and result."""
     calls: list[Call] = []
 
-    def watch(rows: AnyRows, first_row: int, teacher: Tokens, student: Tokens, translation: Translation) -> Target:
+    def recorder(
+        rows: ScoredRows, first_row: int, teacher: Tokens, student: Tokens, translation: Translation
+    ) -> Target:
         target = align(rows, first_row, teacher, student, translation)
         calls.append(Call(rows, first_row, teacher, student, translation, target))
         return target
 
-    return calls, watch
+    return calls, recorder
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(contents=TURNS)
-def test_one_tokenizer_and_one_template_give_the_rows_back_unchanged(
-    name: str, kind: Kind, contents: list[str]
-) -> None:
+def test_equal_tokenizers_and_templates_keep_the_rows_unchanged(name: str, kind: Kind, contents: list[str]) -> None:
     one = case(contents, (name, name), (kind, kind))
     result = one.aligned()
     np.testing.assert_array_equal(result.target.valid, supervised_mask(one.student))
@@ -111,13 +68,13 @@ def test_one_tokenizer_and_one_template_give_the_rows_back_unchanged(
 
 @pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
 @given(contents=TURNS, teacher=st.sampled_from([*TEMPLATES]), student=st.sampled_from([*TEMPLATES]))
-def test_each_block_is_at_least_as_likely_as_the_teacher_finds_it(
+def test_each_block_is_at_least_as_likely_as_under_the_teacher(
     kinds: tuple[Kind, Kind], contents: list[str], teacher: str, student: str
 ) -> None:
-    calls, watch = watched()
-    case(contents, (teacher, student), kinds).aligned(align=watch)
+    calls, recorder = record_calls()
+    case(contents, (teacher, student), kinds).aligned(align=recorder)
     for call in calls:
-        cuts = chained(call.rows, 0, call.teacher, call.student, call.translation).blocks
+        cuts = align_byte_chain(call.rows, 0, call.teacher, call.student, call.translation).uncrossed_cuts
         blocks = block_likelihoods(call.rows, 0, (call.teacher, call.student), call.target, cuts)
         assert blocks.num_bytes.sum() == call.teacher.num_bytes
         assert (blocks.student >= blocks.teacher - 1e-4).all()
@@ -142,13 +99,13 @@ def test_only_supervised_positions_are_valid_and_their_mass_and_tail_sum_to_one(
 
 @pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
 @given(contents=TURNS, teacher=st.sampled_from([*TEMPLATES]), student=st.sampled_from([*TEMPLATES]))
-def test_rows_and_tokens_of_a_stretch_are_those_of_its_bytes(
+def test_rows_and_tokens_of_a_stretch_belong_to_its_bytes(
     kinds: tuple[Kind, Kind], contents: list[str], teacher: str, student: str
 ) -> None:
-    """Each call's tokens are found again in both renderings, at one distance from their span's start."""
+    """The tokens of every call occur in both renderings, at the same distance from the start of their span."""
     one = case(contents, (teacher, student), kinds)
-    calls, watch = watched()
-    result = one.aligned(align=watch)
+    calls, recorder = record_calls()
+    result = one.aligned(align=recorder)
     valid = np.flatnonzero(result.target.valid).tolist()
     at = 0
     for call in calls:
@@ -161,37 +118,37 @@ def test_rows_and_tokens_of_a_stretch_are_those_of_its_bytes(
         at += len(here)
         for tokens_, rendered in ((call.teacher, one.teacher), (call.student, one.student)):
             pieces = [chat_vocabulary(kinds[rendered is one.student]).token_bytes[i] or b"" for i in tokens_.ids]
-            if "▁" not in one.student.text:  # which sentencepiece takes for a space
+            if "▁" not in one.student.text:  # which sentencepiece reads as a space
                 assert b"".join(pieces).endswith(call.teacher.text)
     assert at == len(valid)
 
 
 @pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
 @pytest.mark.parametrize(("teacher", "student"), [*product(["chatml", "llama3", "gemma"], repeat=2)])
-def test_everything_is_covered_where_contents_stand_between_special_tokens_or_line_ends(
+def test_every_position_is_aligned_if_contents_are_between_special_tokens_or_line_ends(
     kinds: tuple[Kind, Kind], teacher: str, student: str
 ) -> None:
-    result = case(["How many?", ANSWER, "Sure?", "Yes."], (teacher, student), kinds).aligned()
+    result = case(["How many?", SENTENCE, "Sure?", "Yes."], (teacher, student), kinds).aligned()
     np.testing.assert_array_equal(result.target.valid, result.supervised_T)
     assert [span.masked for span in result.spans] == [0, 0]
     assert all(span.end_of_turn for span in result.spans)
 
 
 @pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
-def test_the_end_of_turn_of_the_teacher_speaks_for_that_of_the_student(kinds: tuple[Kind, Kind]) -> None:
-    one = case(["How many?", ANSWER], ("llama3", "gemma"), kinds)
-    target = one.aligned(align=partial(align, carry_above=np.inf)).target  # the row alone, nothing from before
+def test_the_end_of_turn_of_the_teacher_is_translated_to_that_of_the_student(kinds: tuple[Kind, Kind]) -> None:
+    one = case(["How many?", SENTENCE], ("llama3", "gemma"), kinds)
+    target = one.aligned(align=partial(align, carry_above=np.inf)).target  # no mass carried from earlier rows
     end = chat_tokens(one.student, one.student.spans[0]).stop - 1
-    spoken = chat_tokens(one.teacher, one.teacher.spans[0]).stop - 1 - one.first_row
+    row = chat_tokens(one.teacher, one.teacher.spans[0]).stop - 1 - one.first_row
     assert one.student.tokens.ids[end] == id_of("<end_of_turn>", kinds[1])
-    own = float(np.exp(one.rows.actual[spoken]))
-    listed = dict(zip(one.rows.ids[spoken].tolist(), np.exp(one.rows.logprobs[spoken]).tolist(), strict=True))
+    own = float(np.exp(one.rows.actual[row]))
+    listed = dict(zip(one.rows.ids[row].tolist(), np.exp(one.rows.logprobs[row]).tolist(), strict=True))
     same = listed.get(id_of("<end_of_turn>", kinds[0]), 0) if kinds[0] == kinds[1] else 0
     assert rows_of(target)[end][id_of("<end_of_turn>", kinds[1])] == pytest.approx(own + same, rel=1e-5)
 
 
-def test_the_belief_that_the_turn_ends_arrives_inside_a_content_too() -> None:
-    one = case(["How many?", ANSWER], ("llama3", "gemma"), ("sentencepiece", "byte_level"), top_k=485)
+def test_the_probability_of_an_end_of_turn_within_a_content_is_translated_too() -> None:
+    one = case(["How many?", SENTENCE], ("llama3", "gemma"), ("sentencepiece", "byte_level"), top_k=485)
     part = chat_tokens(one.student, one.student.spans[0])
     eot, end = id_of("<|eot|>", "sentencepiece"), id_of("<end_of_turn>")
     first = chat_tokens(one.teacher, one.teacher.spans[0]).begin - one.first_row
@@ -199,78 +156,16 @@ def test_the_belief_that_the_turn_ends_arrives_inside_a_content_too() -> None:
     assert rows_of(one.aligned().target)[part.begin][end] == pytest.approx(listed[eot], rel=1e-5)
 
 
-@pytest.mark.parametrize(("teacher", "student"), [("mistral", "chatml"), ("chatml", "mistral"), ("mistral", "mistral")])
 @pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
-def test_positions_of_a_token_that_template_and_content_share_are_masked_on_either_side(
-    kinds: tuple[Kind, Kind], teacher: str, student: str
-) -> None:
-    one = case(["How many?", "sacks of the harbour"], (teacher, student), kinds)
-    result = one.aligned()
-    sides = [chat_tokens(r, r.spans[0]) for r in (one.teacher, one.student)]
-    assert [part.straddles for part in sides] == [teacher == "mistral", student == "mistral"]
-    reached = max(int(part.tokens.ends[0]) for part in sides if part.straddles)
-    part = sides[1]
-    starts = np.concatenate([[-1 if part.straddles else 0], part.tokens.ends[:-1]])
-    np.testing.assert_array_equal(result.target.valid[part.begin : part.stop], starts >= reached)
-    assert result.spans[0].masked == (starts < reached).sum() > 0
-    assert result.target.valid[part.stop - 1]
-
-
-@pytest.mark.parametrize("direction", [1, -1], ids=["of the teacher", "of the student"])
-def test_a_first_token_with_a_space_of_the_tokenizers_own_is_masked(direction: int) -> None:
-    text, ours = "{% for m in messages %}[INST]{{ m.content }}<|eot|>{% endfor %}", chat_vocabulary("byte_level")
-    odd = prefixed("sentencepiece")
-    sides = [ChatTemplate.from_files({}, v, "odd", template=text).render(chat("a", "the sacks")) for v in (odd, ours)]
-    (teacher, student), (spoken, heard) = sides[::direction], (odd, ours)[::direction]
-    rows = random_rows(np.array(teacher.sequence), len(spoken), 12, seed=1, start=1)
-    valid = align_chat(rows, teacher, student, translate(spoken, heard)).target.valid
-    space, part = chat_tokens(sides[0], sides[0].spans[0]), chat_tokens(student, student.spans[0])
-    assert odd.token_bytes[space.tokens.ids[0]] == b" the"
-    assert not space.straddles
-    starts = np.concatenate([[0], part.tokens.ends[:-1]])
-    np.testing.assert_array_equal(valid[part.begin : part.stop], starts >= len("the"))
-
-
-@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
-@pytest.mark.parametrize(("teacher", "student"), [("gemma", "chatml"), ("chatml", "gemma")])
-def test_a_trimmed_content_is_aligned_and_the_white_space_and_the_end_of_turn_are_masked(
-    kinds: tuple[Kind, Kind], teacher: str, student: str
-) -> None:
-    one = case(["How many?", f"\n {ANSWER} \n"], (teacher, student), kinds)
-    result = one.aligned()
-    part = chat_tokens(one.student, one.student.spans[0])
-    text = np.array([*part.tokens.text])
-    valid = result.target.valid[part.begin : part.stop]
-    bytes_of = np.repeat(valid[: len(valid) - part.closes], np.diff(np.concatenate([[0], part.tokens.ends[:-1]])))
-    covered = bytes(text[bytes_of].tolist()).decode()
-    assert covered
-    assert covered in ANSWER
-    assert len(covered) > len(ANSWER) - 12
-    assert not valid[-1]
-    assert result.supervised_T[part.stop - 1]
-    assert not result.spans[0].end_of_turn
-
-
-@pytest.mark.parametrize(("teacher", "student"), [("spaced", "chatml"), ("chatml", "spaced")])
-def test_the_end_of_turn_is_masked_where_one_side_has_none(teacher: str, student: str) -> None:
-    one = case(["How many?", "sacks"], (teacher, student), ("byte_level", "byte_level"))
-    result = one.aligned()
-    part = chat_tokens(one.student, one.student.spans[0])
-    assert part.closes == (student == "chatml")
-    assert not result.spans[0].end_of_turn
-    assert np.flatnonzero(result.target.valid).tolist() == [*range(part.begin, part.stop - part.closes)]
-
-
-@pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
-def test_an_empty_answer_teaches_its_end_of_turn_alone(kinds: tuple[Kind, Kind]) -> None:
+def test_an_empty_assistant_content_has_a_target_for_its_end_of_turn_only(kinds: tuple[Kind, Kind]) -> None:
     one = case(["How many?", ""], ("llama3", "chatml"), kinds)
     result = one.aligned()
     assert np.flatnonzero(result.target.valid).tolist() == [chat_tokens(one.student, one.student.spans[0]).begin]
     assert result.report.num_bytes == 0
 
 
-def test_rows_may_begin_anywhere_before_the_first_span() -> None:
-    one = case(["How many?", ANSWER], ("llama3", "chatml"), ("sentencepiece", "byte_level"))
+def test_rows_may_begin_at_any_position_before_the_first_span() -> None:
+    one = case(["How many?", SENTENCE], ("llama3", "chatml"), ("sentencepiece", "byte_level"))
     late = chat_tokens(one.teacher, one.teacher.spans[0]).begin + len(one.teacher.prefix)
     rows = one.rows
     part = slice(late - rows.start, None)
@@ -284,25 +179,25 @@ def test_rows_may_begin_anywhere_before_the_first_span() -> None:
         one._replace(rows=cut).aligned()
 
 
-def test_rows_of_other_tokens_are_refused() -> None:
-    one = case(["How many?", ANSWER], ("llama3", "chatml"), ("sentencepiece", "byte_level"))
+def test_rows_of_other_tokens_are_an_error() -> None:
+    one = case(["How many?", SENTENCE], ("llama3", "chatml"), ("sentencepiece", "byte_level"))
     short = Rows(1, one.rows.ids[:-1], one.rows.logprobs[:-1], one.rows.actual[:-1], one.rows.tail[:-1])
     with pytest.raises(AlignmentError, match="sample chat, teacher tiny: expected rows up to position"):
         one._replace(rows=short).aligned()
 
 
-def test_two_chats_are_refused() -> None:
-    one = case(["How many?", ANSWER], ("llama3", "chatml"), ("byte_level", "byte_level"))
+def test_renderings_of_two_different_chats_are_an_error() -> None:
+    one = case(["How many?", SENTENCE], ("llama3", "chatml"), ("byte_level", "byte_level"))
     other = case(["How many?", "None."], ("llama3", "chatml"), ("byte_level", "byte_level"))
-    with pytest.raises(ChatError, match="message 1, tiny and tiny: they write different contents, b'Fifty.*b'None"):
+    with pytest.raises(ChatError, match="message 1, tiny and tiny: the contents differ, b'Fifty.*b'None"):
         one._replace(student=other.student).aligned()
     longer = case(["a", "b", "c", "d"], ("llama3", "chatml"), ("byte_level", "byte_level"))
     with pytest.raises(ChatError, match=r"supervises messages \[1\], tiny \[1, 3\]"):
         one._replace(student=longer.student).aligned()
 
 
-def test_a_folded_system_message_does_not_shift_the_pairing_of_spans() -> None:
-    messages = chat("How many?", ANSWER, system="Be brief.")
+def test_a_merged_system_message_does_not_shift_the_pairing_of_spans() -> None:
+    messages = chat("How many?", SENTENCE, system="Be brief.")
     teacher, student = (
         chat_template(TEMPLATES["gemma"]).render(messages),
         chat_template(TEMPLATES["chatml"]).render(messages),
@@ -313,7 +208,7 @@ def test_a_folded_system_message_does_not_shift_the_pairing_of_spans() -> None:
     np.testing.assert_array_equal(result.target.valid, result.supervised_T)
 
 
-def test_a_content_that_begins_the_sequence_has_no_first_row() -> None:
+def test_the_first_token_of_a_sequence_has_no_row() -> None:
     text = "{% for m in messages | reverse %}{{ m.content }}{{ eos_token }}{% endfor %}"
     rendered = chat_template(text).render(chat("x", "six sacks"))
     part = chat_tokens(rendered, rendered.spans[0])
@@ -326,7 +221,7 @@ def test_a_content_that_begins_the_sequence_has_no_first_row() -> None:
 
 
 @given(contents=TURNS)
-def test_inputs_are_not_changed(contents: list[str]) -> None:
+def test_inputs_are_not_modified(contents: list[str]) -> None:
     one = case(contents, ("mistral", "chatml"), ("sentencepiece", "byte_level"))
     arrays: list[NDArray[np.generic]] = [one.rows.ids, one.rows.logprobs, one.rows.actual, one.teacher.tokens.ends]
     arrays += [one.student.tokens.ids, one.student.tokens.ends, one.translation.tokens, one.translation.offsets]
@@ -336,11 +231,11 @@ def test_inputs_are_not_changed(contents: list[str]) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-# The translation of ends of turn
+# Translation of ends of turn
 
 
 @pytest.mark.parametrize("kinds", TRANSLATIONS, ids=" to ".join)
-def test_one_more_token_is_translated_and_all_others_as_before(kinds: tuple[Kind, Kind]) -> None:
+def test_only_the_end_of_turn_changes_in_the_translation(kinds: tuple[Kind, Kind]) -> None:
     plain, eot = TRANSLATIONS[kinds], id_of("<|eot|>", kinds[0])
     changed = with_end_of_turn(plain, eot, id_of("<end_of_turn>", kinds[1]))
     for i in range(len(plain.pieces)):
@@ -351,12 +246,12 @@ def test_one_more_token_is_translated_and_all_others_as_before(kinds: tuple[Kind
     assert changed.first[eos] == chat_vocabulary(kinds[1]).roles["eos"]
 
 
-def test_what_already_speaks_for_it_stays_as_it_is() -> None:
+def test_a_translation_that_maps_the_end_of_turn_already_is_returned_unchanged() -> None:
     same = TRANSLATIONS["byte_level", "byte_level"]
     assert with_end_of_turn(same, id_of("<|eot|>"), id_of("<|eot|>")) is same
 
 
-def test_an_end_of_turn_with_text_of_its_own_is_not_written_as_text() -> None:
+def test_an_end_of_turn_with_bytes_is_translated_as_a_special_token() -> None:
     same = TRANSLATIONS["byte_level", "sentencepiece"]
     the = chat_vocabulary("byte_level").token_bytes.index(b" the")
     changed = with_end_of_turn(same, the, 1)
@@ -365,19 +260,21 @@ def test_an_end_of_turn_with_text_of_its_own_is_not_written_as_text() -> None:
     assert changed.tokens[changed.offsets[the] : changed.offsets[the + 1]].tolist() == [1]
 
 
-def test_a_normalizer_masks_as_much_of_a_chat_as_of_a_text() -> None:
-    """A teacher that lower-cases says nothing of the rest of a capital word, in an answer as anywhere."""
+def test_a_normalizer_masks_as_many_positions_of_a_chat_as_of_a_text() -> None:
+    """A teacher that lower-cases gives no target for the rest of an upper-case word, in a chat as in a text."""
     content = "the HARBOUR office and The Letters"
     teacher, student = vocabulary_of("wordpiece"), vocabulary_of("byte_level")
     translation = translate(teacher, student)
     plain = "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% endfor %}"
     files = {"chat_template.jinja": plain.encode()}
     messages = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": content}]
-    spoken, heard = (ChatTemplate.from_files(files, v, v.name).render(messages) for v in (teacher, student))
-    rows = random_rows(np.array(spoken.sequence), len(teacher), 12, seed=3, start=1)
-    chat = align_chat(rows, spoken, heard, translation)
+    teacher_chat, student_chat = (
+        ChatTemplate.from_files(files, v, v.name).render(messages) for v in (teacher, student)
+    )
+    rows = random_rows(np.array(teacher_chat.sequence), len(teacher), 12, seed=3, start=1)
+    chat = align_chat(rows, teacher_chat, student_chat, translation)
     text = teacher.encode(content), student.encode(content)
     alone = align(random_rows(text[0].ids, len(teacher), 12, seed=3), 0, *text, translation)
     assert chat.target.valid.sum() <= alone.valid.sum()
-    one_hot = chat.target.prob_of(heard.tokens.ids)[chat.target.valid] > 0.999
+    one_hot = chat.target.prob_of(student_chat.tokens.ids)[chat.target.valid] > 0.999
     assert one_hot.mean() < 0.3

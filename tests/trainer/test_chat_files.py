@@ -1,4 +1,4 @@
-"""Tools, BOS, roles, dates, and the files that a template comes in."""
+"""Chat templates: tools, BOS, roles, dates, and the tokenizer files that contain a template."""
 
 import json
 from datetime import date
@@ -18,13 +18,13 @@ from tests.templates import (
     id_of,
 )
 from tests.tiny import Kind
-from trainer.data.chat import ChatTemplate, Rendered
-from trainer.data.template import ChatError
+from trainer.chats.chat_template import ChatTemplate, RenderedChat
+from trainer.chats.jinja_template import ChatError
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 
 
-def contents(rendered: Rendered) -> list[str]:
+def span_texts(rendered: RenderedChat) -> list[str]:
     return [rendered.tokens.text[span.start : span.stop].decode() for span in rendered.spans]
 
 
@@ -43,18 +43,18 @@ def tool_chat(**changes: Any) -> list[dict[str, Any]]:
     ]
 
 
-def test_tools_calls_and_their_answers_are_rendered_by_a_template_that_knows_them() -> None:
+def test_tools_tool_calls_and_results_are_rendered_by_a_template_with_tools() -> None:
     rendered = chat_template(TOOLS).render(tool_chat(), [TOOL])
-    assert contents(rendered) == ["14.5 kilograms."]
+    assert span_texts(rendered) == ["14.5 kilograms."]
     assert 'call weigh {"sack": 3}' in rendered.text
     assert rendered.text.startswith('<|im_start|>tools\n{"type": "function"')
 
 
-def test_a_content_beside_a_call_is_supervised_without_an_end_of_turn() -> None:
+def test_a_content_with_a_tool_call_is_supervised_without_an_end_of_turn() -> None:
     rendered = chat_template(TOOLS).render(tool_chat(content="Let me see."), [TOOL])
-    assert contents(rendered) == ["Let me see.", "14.5 kilograms."]
+    assert span_texts(rendered) == ["Let me see.", "14.5 kilograms."]
     assert [span.end_of_turn for span in rendered.spans] == [None, id_of("<|im_end|>")]
-    marked = TOOLS.replace("\ncall", "<|eot|>call")  # the token that begins a call ends no turn
+    marked = TOOLS.replace("\ncall", "<|eot|>call")  # the token that begins a call does not end a turn
     rendered = chat_template(marked).render(tool_chat(content="Let me see."), [TOOL])
     assert "see.<|eot|>call weigh" in rendered.text
     assert rendered.spans[0].end_of_turn is None
@@ -63,43 +63,43 @@ def test_a_content_beside_a_call_is_supervised_without_an_end_of_turn() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TOOLS.replace("if tools", "if false"), "leaves out or rewrites tool 0"),
-        (TOOLS.replace("t | tojson", "'a tool, weigh'"), "leaves out or rewrites tool 0"),
-        (TOOLS.replace("m.tool_calls or []", "[]"), "leaves out or rewrites a tool call of message 1"),
-        (TOOLS.replace("c.function.arguments | tojson", "''"), "leaves out or rewrites a tool call of message 1"),
+        (TOOLS.replace("if tools", "if false"), "omits or rewrites tool 0"),
+        (TOOLS.replace("t | tojson", "'a tool, weigh'"), "omits or rewrites tool 0"),
+        (TOOLS.replace("m.tool_calls or []", "[]"), "omits or rewrites a tool call of message 1"),
+        (TOOLS.replace("c.function.arguments | tojson", "''"), "omits or rewrites a tool call of message 1"),
         (
             TOOLS.replace("m.content or ''", "m.content if m.role != 'tool'"),
-            r"leaves out or rewrites the content of message 2 \(tool\)",
+            r"omits or rewrites the content of message 2 \(tool\)",
         ),
         (
             TOOLS + "{{ raise_exception('no tools') if tools }}",
-            "the template refuses the chat: TemplateError: no tools",
+            "the chat template raised TemplateError: no tools",
         ),
-        (TOOLS + "{{ '' + none if tools }}", "the template refuses the chat: TypeError"),
+        (TOOLS + "{{ '' + none if tools }}", "the chat template raised TypeError"),
     ],
 )
-def test_a_template_that_does_not_know_tools_is_an_error(text: str, message: str) -> None:
+def test_a_template_without_tools_is_an_error(text: str, message: str) -> None:
     with pytest.raises(ChatError, match=message):
         chat_template(text).render(tool_chat(content="So:"), [TOOL])
 
 
-def test_a_tool_that_is_none_is_refused_by_number() -> None:
-    with pytest.raises(ChatError, match="sample chat, model tiny: tool 1: expected the schema of a function"):
+def test_a_malformed_tool_is_an_error_with_its_index() -> None:
+    with pytest.raises(ChatError, match="sample chat, model tiny: tool 1: expected a function schema"):
         chat_template(TOOLS).render(tool_chat(), [TOOL, {"function": "weigh"}])
 
 
-def test_arguments_given_as_a_json_text_are_looked_for_as_well() -> None:
+def test_arguments_given_as_json_text_are_checked_too() -> None:
     call = {"function": {"name": "weigh", "arguments": '{"sack": 3}'}}
     text = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments")
     assert '{"sack": 3}' in chat_template(text).render(tool_chat(tool_calls=[call]), [TOOL]).text
-    with pytest.raises(ChatError, match="leaves out or rewrites a tool call of message 1"):
+    with pytest.raises(ChatError, match="omits or rewrites a tool call of message 1"):
         chat_template(text.replace("c.function.arguments", "''")).render(tool_chat(tool_calls=[call]), [TOOL])
 
 
 # BOS, roles, dates, files
 
 
-def test_bos_is_put_in_front_where_the_model_expects_it_and_never_twice() -> None:
+def test_bos_is_prepended_if_the_model_expects_it_and_never_twice() -> None:
     bos = id_of("<bos>", "sentencepiece")
     without, own = (chat_template(t, "sentencepiece").render(chat("a", "b")) for t in (CHATML, GEMMA))
     assert without.prefix == (bos,)
@@ -110,7 +110,7 @@ def test_bos_is_put_in_front_where_the_model_expects_it_and_never_twice() -> Non
     assert chat_template(CHATML).render(chat("a", "b")).prefix == ()
 
 
-def test_a_role_that_is_given_decides_which_token_ends_a_turn() -> None:
+def test_a_given_role_determines_the_end_of_turn() -> None:
     for given_role in ("<|eot|>", id_of("<|eot|>")):
         template = chat_template(LLAMA3, roles={"end_of_turn": given_role})
         assert template.render(chat("a", "b")).spans[0].end_of_turn == id_of("<|eot|>")
@@ -118,25 +118,25 @@ def test_a_role_that_is_given_decides_which_token_ends_a_turn() -> None:
 
 
 @pytest.mark.parametrize("roles", [{"end_of_turn": "<|nothing|>"}, {"end_of_turn": 10**6}, {"end": "<|eot|>"}])
-def test_roles_that_do_not_exist_are_refused(roles: dict[str, str | int]) -> None:
+def test_unknown_roles_and_tokens_are_errors(roles: dict[str, str | int]) -> None:
     with pytest.raises(ChatError, match="model tiny: "):
         chat_template(CHATML, roles=roles)
 
 
-def test_a_token_that_is_said_to_end_turns_may_not_stand_in_a_content() -> None:
+def test_the_given_end_of_turn_token_is_an_error_in_a_content() -> None:
     text = CHATML.replace("<|im_end|>", "~")
     template = chat_template(text, roles={"end_of_turn": "~"})
     assert template.render(chat("a", "b")).spans[0].end_of_turn == id_of("~")
-    with pytest.raises(ChatError, match="message 1 spells the special token '~'"):
+    with pytest.raises(ChatError, match="message 1 contains the special token '~'"):
         template.render(chat("a", "b ~ c"))
 
 
-def test_a_bos_behind_a_content_is_no_end_of_turn() -> None:
+def test_a_bos_after_a_content_is_not_an_end_of_turn() -> None:
     text = "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"
     assert [s.end_of_turn for s in chat_template(text).render(chat("a", "b", "c", "d")).spans] == [None, None]
 
 
-def test_dates_are_the_given_one() -> None:
+def test_templates_insert_the_given_date() -> None:
     messages = chat("a", "b", system="c")
     first, again = (chat_template(LLAMA3, kind).render(messages).text for kind in KINDS)
     assert "Today is 01 Jan 2026." in first
@@ -153,7 +153,7 @@ def config(**entries: Any) -> bytes:
     return json.dumps(json.loads(chat_files("byte_level")["tokenizer_config.json"]) | entries).encode()
 
 
-def test_the_template_is_a_file_of_its_own_or_an_entry_of_the_config() -> None:
+def test_the_template_is_a_separate_file_or_an_entry_of_the_tokenizer_config() -> None:
     expected = chat_template(CHATML).render(chat("a", "b")).text
     assert from_files(chat_template__jinja=CHATML.encode()).render(chat("a", "b")).text == expected
     in_config = config(chat_template=CHATML)
@@ -162,34 +162,34 @@ def test_the_template_is_a_file_of_its_own_or_an_entry_of_the_config() -> None:
     assert both.render(chat("a", "b")).text == expected
 
 
-def test_of_named_templates_the_default_is_taken_and_tool_use_with_tools() -> None:
+def test_the_default_template_is_used_without_tools_and_tool_use_with_tools() -> None:
     named = [{"name": "tool_use", "template": TOOLS}, {"name": "default", "template": CHATML}]
     template = from_files(tokenizer_config__json=config(chat_template=named))
     assert template.render(chat("a", "b")).text == chat_template(CHATML).render(chat("a", "b")).text
     assert template.render(chat("a", "b"), [TOOL]).text.startswith("<|im_start|>tools")
 
 
-def test_spellings_come_from_the_config_before_the_map() -> None:
+def test_special_tokens_of_the_config_override_those_of_the_map() -> None:
     special = json.dumps({"bos_token": {"content": "<|eot|>"}, "sep_token": "<turn>"}).encode()
     text = b"{{ bos_token }}{{ sep_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     template = from_files(special_tokens_map__json=special, chat_template__jinja=text)
     assert template.render(chat("a", "b")).text == "<|bos|><turn>a<|eos|>b<|eos|>"
 
 
-def test_a_model_without_a_template_says_what_to_do() -> None:
-    with pytest.raises(ChatError, match="tiny has no chat template.*give one in the run file"):
+def test_the_error_without_a_template_names_the_config_key() -> None:
+    with pytest.raises(ChatError, match="tiny has no chat template.*set chat_template in the run file"):
         from_files()
-    with pytest.raises(ChatError, match="tiny has no chat template .found: rag.*give one in the run file"):
+    with pytest.raises(ChatError, match="tiny has no chat template .found: rag.*set chat_template in the run file"):
         from_files(tokenizer_config__json=config(chat_template=[{"name": "rag", "template": CHATML}]))
 
 
 @pytest.mark.parametrize("data", [b"{", b"[]", b"\xff"])
-def test_files_that_are_not_what_they_should_be_are_refused_by_name(data: bytes) -> None:
+def test_invalid_tokenizer_files_are_errors_with_their_names(data: bytes) -> None:
     with pytest.raises(ChatError, match="tokenizer_config.json of tiny"):
         from_files(tokenizer_config__json=data)
 
 
-def test_a_template_that_does_not_parse_is_refused_with_its_fault() -> None:
+def test_a_template_with_a_syntax_error_is_an_error() -> None:
     with pytest.raises(ChatError, match="TemplateSyntaxError"):
         chat_template("{% for %}").render(chat("a", "b"))
 
@@ -202,12 +202,12 @@ def test_a_template_that_does_not_parse_is_refused_with_its_fault() -> None:
         "{{ cycler.__init__.__globals__.os }}",
     ],
 )
-def test_a_template_cannot_reach_python(text: str) -> None:
+def test_a_template_cannot_access_python(text: str) -> None:
     with pytest.raises(ChatError, match="SecurityError|UndefinedError"):
         chat_template(text + CHATML).render(chat("a", "b"))
 
 
-def test_the_chat_is_not_changed() -> None:
+def test_rendering_does_not_modify_the_chat() -> None:
     messages = tool_chat()
     before = json.dumps(messages)
     chat_template(TOOLS).render(messages, [TOOL])

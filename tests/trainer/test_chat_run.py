@@ -1,4 +1,4 @@
-"""Whole runs over chats: every model reads them by its own template, only answers are learned from."""
+"""Whole runs over chats: each model renders them with its own template; only assistant messages are supervised."""
 
 import asyncio
 import json
@@ -12,22 +12,25 @@ from alignment import Vocabulary
 from tests.tiny import TEXT
 from tests.trainer.runs import held_out, losses, run_config, served_models
 from tests.trainer.test_ranks import torchrun
+from trainer.chats.jinja_template import ChatError
 from trainer.config import RunConfig
-from trainer.data.samples import load_corpus
-from trainer.data.template import ChatError
 from trainer.errors import ConfigError, DataError
-from trainer.learning.student import load_student, reader_of
-from trainer.loop import train
-from trainer.reports.metrics import read_metrics
-from trainer.targets.asking import Asked, Teacher, connected, together
-from trainer.targets.fuser import Fuser
+from trainer.fusion.run_fuser import Fuser
+from trainer.query.connect import connect_teachers, gather
+from trainer.query.score import SampleScorer
+from trainer.records import ScoredSample
+from trainer.sources.corpus import load_corpus
+from trainer.student.loading import load_student, student_tokenizer
+from trainer.telemetry.collector import Collector
+from trainer.telemetry.jsonl import read_metrics
+from trainer.training.loop import train
 
 BYTE_LEVEL = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|eos|>\n{% endfor %}"
 SENTENCEPIECE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}<eos>{% endfor %}"
 
 
 def write_chats(folder: Path, count: int = 10, extra: tuple[list[dict[str, Any]], ...] = ()) -> Path:
-    """Two questions and two answers each, cut out of the page."""
+    """Write chats of two user and two assistant messages, which are lines of the page."""
     lines = [line for line in TEXT.splitlines() if line]
     path = folder / "chats.jsonl"
     chats = [
@@ -42,7 +45,7 @@ def write_chats(folder: Path, count: int = 10, extra: tuple[list[dict[str, Any]]
 
 
 def chat_config(folder: Path, student: Path, teachers: dict[str, str], chats: Path, **data: Any) -> RunConfig:
-    """teachers: url → template."""
+    """Build a run over chats. `teachers` maps the URL of each teacher to the name of its template."""
     for name, template in {"byte_level": BYTE_LEVEL, "sentencepiece": SENTENCEPIECE}.items():
         (folder / f"{name}.jinja").write_text(template, encoding="utf-8")
     data = {"window_tokens": 400, "max_samples": None} | data
@@ -55,19 +58,24 @@ def chat_config(folder: Path, student: Path, teachers: dict[str, str], chats: Pa
     return RunConfig.model_validate(raw)
 
 
-def ask(config: RunConfig) -> list[Asked | None]:
-    """Every sample of a run, read, asked and aligned."""
+def score(config: RunConfig) -> list[tuple[ScoredSample | None, Collector]]:
+    """Score every sample of a run."""
     student = load_student(config.student)
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
+    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
 
-    async def all_of_them() -> list[Asked | None]:
-        async with connected(config, reader_of(student.folder, student.vocabulary, config)) as teachers:
-            return await together(teachers.ask(sample) for sample in corpus.train)
+    async def score_all() -> list[tuple[ScoredSample | None, Collector]]:
+        collectors = [Collector() for _ in corpus.train]
+        async with connect_teachers(config.teachers, student.vocabulary, config.data) as connection:
+            scorer = SampleScorer(connection, tokenizer, config.data)
+            pairs = zip(corpus.train, collectors, strict=True)
+            scored = await gather(scorer.score(sample, collector) for sample, collector in pairs)
+        return list(zip(scored, collectors, strict=True))
 
-    return asyncio.run(all_of_them())
+    return asyncio.run(score_all())
 
 
-def test_a_student_learns_chats_from_teachers_with_other_templates(
+def test_a_student_learns_chats_from_teachers_with_different_templates(
     tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
 ) -> None:
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
@@ -78,14 +86,15 @@ def test_a_student_learns_chats_from_teachers_with_other_templates(
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert all(e["coverage"] > 0.9 for e in steps)
     assert list(held_out(tmp_path / "out"))[-1] == steps[-1]["step"]
-    whole = [len(a.reading) for a in _asked_alone(tmp_path, tiny_byte_level)]
-    assert steps[0]["tokens"] < 4 * min(whole)  # questions and headers are not learned
+    lengths = [len(scored.tokenized) for scored in _score_with_itself(tmp_path, tiny_byte_level)]
+    assert steps[0]["tokens"] < 4 * min(lengths)  # user messages and headers are not supervised
 
 
-def _asked_alone(folder: Path, model: Path) -> list[Asked]:
+def _score_with_itself(folder: Path, model: Path) -> list[ScoredSample]:
+    """Score chats.jsonl with the student as its own teacher."""
     with served_models(model) as urls:
         config = chat_config(folder, model, {urls[0]: "byte_level"}, folder / "chats.jsonl")
-        return [asked for asked in ask(config) if asked is not None]
+        return [scored for scored, _ in score(config) if scored is not None]
 
 
 def test_the_student_as_its_own_teacher_has_zero_divergence_on_chats(tmp_path: Path, tiny_byte_level: Path) -> None:
@@ -101,49 +110,48 @@ def test_the_student_as_its_own_teacher_has_zero_divergence_on_chats(tmp_path: P
     assert step["coverage"] == 1
 
 
-def test_only_answers_and_their_ends_have_targets(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_only_assistant_messages_and_their_end_tokens_have_targets(tmp_path: Path, tiny_byte_level: Path) -> None:
     write_chats(tmp_path)
     vocabulary = Vocabulary.load(tiny_byte_level)
-    for asked in _asked_alone(tmp_path, tiny_byte_level):
-        target, reading = asked.answers[0].target, asked.reading
-        np.testing.assert_array_equal(target.valid, reading.supervised_T)
-        taught = b"".join(vocabulary.token_bytes[i] or b"|" for i in reading.tokens.ids[reading.supervised_T])
-        answers = [m["content"] for m in asked.sample.messages if m["role"] == "assistant"]
-        assert taught.decode() == "|".join(answers) + "|"
-        assert reading.num_bytes_T.sum() == len("".join(answers).encode())
+    for scored in _score_with_itself(tmp_path, tiny_byte_level):
+        target, tokenized = scored.scores[0].target, scored.tokenized
+        np.testing.assert_array_equal(target.valid, tokenized.supervised_T)
+        supervised = b"".join(vocabulary.token_bytes[i] or b"|" for i in tokenized.tokens.ids[tokenized.supervised_T])
+        contents = [m["content"] for m in scored.sample.messages if m["role"] == "assistant"]
+        assert supervised.decode() == "|".join(contents) + "|"
+        assert tokenized.num_bytes_T.sum() == len("".join(contents).encode())
 
 
-BROKEN = [{"role": "user", "content": "a<|eos|>b"}, {"role": "assistant", "content": "no"}]
+INVALID_CHAT = [{"role": "user", "content": "a<|eos|>b"}, {"role": "assistant", "content": "no"}]
 
 
-def test_a_teacher_is_asked_from_the_first_answer_on(
+def test_a_teacher_is_scored_from_the_first_supervised_token(
     tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
         teachers = dict(zip(urls, ("byte_level", "sentencepiece"), strict=True))
         config = chat_config(tmp_path, tiny_byte_level, teachers, write_chats(tmp_path))
-        some = ask(config)
-        monkeypatch.setattr(Teacher, "first_wanted", lambda *_: 1)
-        whole = ask(config)
-    for fewer, more in zip(some, whole, strict=True):
-        assert fewer is not None
-        assert more is not None
-        for one, other in zip(fewer.answers, more.answers, strict=True):
-            assert one.rows is not None
-            assert other.rows is not None
-            supervised = int(one.reading.supervised_T.argmax())
-            assert len(one.rows) == len(one.reading) - supervised < len(other.rows)
-            np.testing.assert_array_equal(one.target.ids, other.target.ids)
-            np.testing.assert_allclose(one.target.probs, other.target.probs, atol=1e-3)  # another batch
-            np.testing.assert_allclose(one.target.tail, other.target.tail, atol=1e-3)
-            assert one.report.positions == other.report.positions
-            assert one.nats_per_token == pytest.approx(other.nats_per_token, abs=1e-3)
+        from_first_supervised = score(config)
+        monkeypatch.setattr("trainer.query.score._first_position", lambda *_: 1)
+        from_beginning = score(config)
+    for (part, part_collector), (whole, whole_collector) in zip(from_first_supervised, from_beginning, strict=True):
+        assert part is not None
+        assert whole is not None
+        for name, scores, all_scores in zip(("t0", "t1"), part.scores, whole.scores, strict=True):
+            first_supervised = int(scores.tokenized.supervised_T.argmax())
+            assert len(scores.actual_R) == len(scores.tokenized) - first_supervised < len(all_scores.actual_R)
+            np.testing.assert_array_equal(scores.target.ids, all_scores.target.ids)
+            # batches differ in their padding, so probabilities differ slightly
+            np.testing.assert_allclose(scores.target.probs, all_scores.target.probs, atol=1e-3)
+            np.testing.assert_allclose(scores.target.tail, all_scores.target.tail, atol=1e-3)
+            assert part_collector.teacher(name).report.positions == whole_collector.teacher(name).report.positions
+            assert scores.nats_per_token == pytest.approx(all_scores.nats_per_token, abs=1e-3)
 
 
-def test_a_chat_that_cannot_be_read_is_refused_by_name_or_skipped_and_counted(
+def test_a_chat_that_cannot_be_rendered_is_an_error_with_its_name_or_is_skipped_and_counted(
     tmp_path: Path, tiny_byte_level: Path
 ) -> None:
-    chats = write_chats(tmp_path, 7, (BROKEN,))
+    chats = write_chats(tmp_path, 7, (INVALID_CHAT,))
     with served_models(tiny_byte_level) as urls:
         teachers = {urls[0]: "byte_level"}
         config = chat_config(tmp_path, tiny_byte_level, teachers, chats)
@@ -151,25 +159,26 @@ def test_a_chat_that_cannot_be_read_is_refused_by_name_or_skipped_and_counted(
         raw["eval"]["held_out_documents"] = 0
         with pytest.raises(ChatError, match=r"chats.jsonl:8.*<\|eos\|>"):
             train(RunConfig.model_validate(raw))
-        raw["data"]["broken_chats"] = "skip"
+        raw["data"]["invalid_chats"] = "skip"
         raw["output"]["dir"] = str(tmp_path / "skipping")
         train(RunConfig.model_validate(raw))
     steps = [e for e in read_metrics(tmp_path / "skipping" / "metrics.jsonl") if e["event"] == "step"]
     assert sum(e["skipped"] for e in steps) == 2  # once in each epoch
 
 
-def skipping(folder: Path, model: Path, url: str, batch_samples: int) -> dict[str, Any]:
-    """A run file over eight chats, one of them broken, in one epoch."""
-    chats = write_chats(folder, 7, (BROKEN,))
-    raw = chat_config(folder, model, {url: "byte_level"}, chats, broken_chats="skip").model_dump()
+def skipping_config(folder: Path, model: Path, url: str, batch_samples: int) -> dict[str, Any]:
+    """Return a run file over eight chats, one of them invalid, in one epoch."""
+    chats = write_chats(folder, 7, (INVALID_CHAT,))
+    raw = chat_config(folder, model, {url: "byte_level"}, chats, invalid_chats="skip").model_dump()
     raw["eval"]["held_out_documents"] = 0
     raw["train"] |= {"batch_samples": batch_samples, "epochs": 1}
     return raw
 
 
-def test_a_rank_whose_chats_are_all_skipped_goes_along(tmp_path: Path, tiny_byte_level: Path) -> None:
+@pytest.mark.slow
+def test_a_rank_whose_chats_are_all_skipped_takes_part_in_the_step(tmp_path: Path, tiny_byte_level: Path) -> None:
     with served_models(tiny_byte_level) as urls:
-        raw = skipping(tmp_path, tiny_byte_level, urls[0], batch_samples=2)
+        raw = skipping_config(tmp_path, tiny_byte_level, urls[0], batch_samples=2)
         for ranks in (1, 2):
             raw["output"]["dir"] = str(tmp_path / str(ranks))
             config = RunConfig.model_validate(raw)
@@ -182,32 +191,34 @@ def test_a_rank_whose_chats_are_all_skipped_goes_along(tmp_path: Path, tiny_byte
         assert (a["skipped"], a["tokens"]) == (b["skipped"], b["tokens"])
         for name in ("coverage", "mass", "tail"):
             assert a[name] == pytest.approx(b[name])
-        for name in ("share", "mass", "own_bpb", "aligned_bpb"):
+        for name in ("weight", "mass", "own_bpb", "aligned_bpb"):
             assert a["teachers"]["t0"][name] == pytest.approx(b["teachers"]["t0"][name])
     assert sum(e["skipped"] for e in two) == 1
 
 
-def test_a_batch_of_skipped_chats_alone_ends_the_run(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_a_batch_of_only_skipped_chats_ends_the_run(tmp_path: Path, tiny_byte_level: Path) -> None:
     with served_models(tiny_byte_level) as urls:
-        raw = skipping(tmp_path, tiny_byte_level, urls[0], batch_samples=1)
-        with pytest.raises(DataError, match="nothing to learn from in the samples .none: all were skipped"):
+        raw = skipping_config(tmp_path, tiny_byte_level, urls[0], batch_samples=1)
+        with pytest.raises(DataError, match="no supervised token in the samples .none: all were skipped"):
             train(RunConfig.model_validate(raw))
 
 
-def test_a_long_chat_is_shortened_to_its_first_answers(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_a_long_chat_is_shortened_to_its_first_messages(tmp_path: Path, tiny_byte_level: Path) -> None:
     chats = write_chats(tmp_path)
     with served_models(tiny_byte_level) as urls:
         teachers = {urls[0]: "byte_level"}
-        longest = max(len(a.reading) for a in ask(chat_config(tmp_path, tiny_byte_level, teachers, chats)) if a)
+        complete = score(chat_config(tmp_path, tiny_byte_level, teachers, chats))
+        longest = max(len(scored.tokenized) for scored, _ in complete if scored)
         short = {"window_tokens": longest - 1, "too_long": "shorten"}
-        asked = [a for a in ask(chat_config(tmp_path, tiny_byte_level, teachers, chats, **short)) if a]
-    cut = [a for a in asked if a.shortened]
-    assert cut
-    assert all(len(a.sample.messages) == 2 for a in cut)
-    assert all(len(a.reading) < longest for a in asked)
+        scored = score(chat_config(tmp_path, tiny_byte_level, teachers, chats, **short))
+    results = [(scored_sample, collector) for scored_sample, collector in scored if scored_sample is not None]
+    shortened = [scored_sample for scored_sample, collector in results if collector.shortened]
+    assert shortened
+    assert all(len(scored_sample.sample.messages) == 2 for scored_sample in shortened)
+    assert all(len(scored_sample.tokenized) < longest for scored_sample, _ in results)
 
 
-def test_a_template_that_is_not_there_is_named(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_the_error_for_a_missing_template_names_the_file(tmp_path: Path, tiny_byte_level: Path) -> None:
     config = chat_config(tmp_path, tiny_byte_level, {}, write_chats(tmp_path))
     raw = config.model_dump()
     raw["student"]["chat_template"] = str(tmp_path / "none.jinja")
@@ -215,21 +226,17 @@ def test_a_template_that_is_not_there_is_named(tmp_path: Path, tiny_byte_level: 
         train(RunConfig.model_validate(raw))
 
 
-def test_plain_training_on_chats_needs_no_teacher(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_chats_can_be_trained_on_without_teachers(tmp_path: Path, tiny_byte_level: Path) -> None:
     train(chat_config(tmp_path, tiny_byte_level, {}, write_chats(tmp_path)))
-    seen = losses(tmp_path / "out")
-    assert seen[max(seen)] < seen[1]
+    by_step = losses(tmp_path / "out")
+    assert by_step[max(by_step)] < by_step[1]
 
 
-def test_chats_fuse_over_what_every_teacher_speaks_of(tmp_path: Path, tiny_byte_level: Path) -> None:
-    asked = _asked_after(tmp_path, tiny_byte_level)
+def test_the_fused_target_of_a_chat_is_valid_at_the_supervised_positions(tmp_path: Path, tiny_byte_level: Path) -> None:
+    write_chats(tmp_path)
+    scored = _score_with_itself(tmp_path, tiny_byte_level)
     config = run_config(tiny_byte_level, tmp_path / "chats.jsonl", tmp_path / "out", ["http://127.0.0.1:1"])
-    lessons = Fuser(config, len(Vocabulary.load(tiny_byte_level))).fuse(asked)
-    for lesson, one in zip(lessons, asked, strict=True):
-        assert lesson.target is not None
-        np.testing.assert_array_equal(lesson.target.valid, one.reading.supervised_T)
-
-
-def _asked_after(folder: Path, model: Path) -> list[Asked]:
-    write_chats(folder)
-    return _asked_alone(folder, model)
+    examples = Fuser(config, len(Vocabulary.load(tiny_byte_level))).fuse(scored)
+    for example, sample in zip(examples, scored, strict=True):
+        assert example.target is not None
+        np.testing.assert_array_equal(example.target.valid, sample.tokenized.supervised_T)

@@ -1,4 +1,4 @@
-"""The commands as a user calls them: what they print, and one sentence for what is wrong."""
+"""Command-line tests: output of the commands, and one-sentence errors for invalid input."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from typer.testing import CliRunner, Result
 from tests.serve import FormulaEngine, free_port, serving
 from tests.tiny import TEXT
 from tests.trainer.runs import losses, run_config, served_models, write_corpus
-from trainer.cli import app
+from trainer.cli.__main__ import app
 from trainer.config import RunConfig
-from trainer.targets.fusion import SCOPES
+from trainer.fusion.base import SCOPES
 
 
 def call(*arguments: object) -> Result:
@@ -20,7 +20,7 @@ def call(*arguments: object) -> Result:
 
 
 def run_file(folder: Path, config: RunConfig) -> Path:
-    """A run file with the config's values, written as a person would."""
+    """Write a configuration as a run file in TOML."""
 
     def lines(name: str, section: dict[str, Any], brackets: str = "[{}]") -> list[str]:
         values = [f"{key} = {json.dumps(value)}" for key, value in section.items() if value is not None]
@@ -36,10 +36,11 @@ def run_file(folder: Path, config: RunConfig) -> Path:
     return path
 
 
-def assert_one_sentence(result: Result, says: str) -> None:
+def assert_one_sentence(result: Result, message: str) -> None:
+    """Assert that a command failed with one line on standard error that contains the message."""
     assert result.exit_code == 1, result.output
     assert result.stderr.startswith("error: ")
-    assert says in result.stderr
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not result.stdout
 
@@ -55,16 +56,16 @@ def test_train_writes_metrics_checkpoint_and_model(tmp_path: Path, tiny_byte_lev
     assert len(losses(tmp_path / "out")) == 6
 
 
-def test_train_shows_progress_to_people(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_train_shows_progress(tmp_path: Path, tiny_byte_level: Path) -> None:
     with served_models(tiny_byte_level) as urls:
         path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
         result = call("train", path)
     assert result.exit_code == 0
-    for words in ("step    6/6", "loss", "tokens/s", "waited", "t0 100%", "held out after step 6"):
+    for words in ("step    6/6", "loss", "tokens/s", "waited", "t0 100%", "held-out text after step 6"):
         assert words in result.stderr
 
 
-def test_preview_compares_everything_on_the_same_text(
+def test_preview_compares_teachers_and_fusion_methods_on_the_same_text(
     tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
 ) -> None:
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
@@ -73,9 +74,9 @@ def test_preview_compares_everything_on_the_same_text(
         shown = call("preview", path)
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    itself, other = printed["teachers"]
-    assert itself["own_bpb"] == pytest.approx(printed["student_bpb"], rel=1e-4)
-    assert itself["aligned_bpb"] == pytest.approx(itself["own_bpb"], rel=1e-4)
+    same_model, other = printed["teachers"]
+    assert same_model["own_bpb"] == pytest.approx(printed["student_bpb"], rel=1e-4)
+    assert same_model["aligned_bpb"] == pytest.approx(same_model["own_bpb"], rel=1e-4)
     assert other["aligned_bpb"] <= other["own_bpb"] + 1e-4
     by_scope = {f"{method} by {scope}" for method in ("min_ce", "avg_ce", "confidence") for scope in SCOPES}
     assert set(printed["fused_bpb"]) == by_scope | {"mean", "geometric", "adaptive", "fusellm_min_ce", "fusellm_avg_ce"}
@@ -85,16 +86,55 @@ def test_preview_compares_everything_on_the_same_text(
     assert not (tmp_path / "out").exists()
 
 
-def test_align_knows_the_papers_methods_too(tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
+@pytest.mark.parametrize("signal", ["em", "min_ed"])
+def test_preview_prints_valid_json_if_bits_per_byte_are_infinite(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, signal: str
+) -> None:
+    def reject(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls)
+        path = run_file(tmp_path, config)
+        result = call("preview", path, "--json", "--set", f"teachers.1.signal={signal}")
+        shown = call("preview", path, "--set", f"teachers.1.signal={signal}")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout, parse_constant=reject)
+    same_model, other = printed["teachers"]
+    assert same_model["aligned_bpb"] == pytest.approx(same_model["own_bpb"], rel=1e-4)
+    assert other["aligned_bpb"] is None
+    assert other["own_bpb"] > 0
+    assert shown.exit_code == 0, shown.output
+    assert "teacher t1" in shown.stderr
+
+
+@pytest.mark.parametrize("method", ["adaptive", "min_ce"])
+def test_a_baseline_without_teachers_runs_and_resumes_with_any_fusion_method(
+    tmp_path: Path, tiny_byte_level: Path, method: str
+) -> None:
+    urls = ["http://127.0.0.1:1", "http://127.0.0.1:1"]
+    config = run_config(
+        tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, fusion={"method": method, "schedule": "linear"}
+    )
+    arguments = ("train", run_file(tmp_path, config), "--json", "--set", "teachers=[]", "--set", "loss.ce_weight=1")
+    stopped = call(*arguments, "--stop-at", 3)
+    assert stopped.exit_code == 0, stopped.output
+    result = call(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["steps"] == 6
+    assert losses(tmp_path / "out").keys() == set(range(1, 7))
+
+
+def test_align_supports_the_methods_of_fusellm(tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
     (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
     arguments = ("--teacher", tiny_sentencepiece, "--student", tiny_byte_level, "--text", tmp_path / "t.txt", "--json")
-    chain, em = (json.loads(call("align", *arguments, "--method", m).stdout) for m in ("chain", "em"))
+    chain, em = (json.loads(call("align", *arguments, "--method", m).stdout) for m in ("byte_chain", "em"))
     assert chain["valid"] == chain["positions"] == em["positions"]
     assert 0 < em["valid"] < chain["valid"]
     assert em["aligned_bpb"] is None or em["aligned_bpb"] > chain["aligned_bpb"]
 
 
-def test_preview_needs_held_out_text(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_preview_requires_held_out_text(tmp_path: Path, tiny_byte_level: Path) -> None:
     with served_models(tiny_byte_level) as urls:
         config = run_config(
             tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, eval={"held_out_documents": 0}
@@ -103,7 +143,7 @@ def test_preview_needs_held_out_text(tmp_path: Path, tiny_byte_level: Path) -> N
 
 
 @pytest.mark.parametrize("served", [True, False])
-def test_align_prints_its_figures(
+def test_align_prints_coverage_bits_per_byte_and_speed(
     tmp_path: Path, tiny_sentencepiece: Path, tiny_byte_level: Path, served: bool
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -121,7 +161,7 @@ def test_align_prints_its_figures(
     assert printed["tokens_per_second"] > 1000
 
 
-def test_doctor_finds_a_healthy_run_healthy(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_doctor_accepts_a_valid_run(tmp_path: Path, tiny_byte_level: Path) -> None:
     with served_models(tiny_byte_level) as urls:
         path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
         result = call("doctor", path, "--json")
@@ -130,51 +170,53 @@ def test_doctor_finds_a_healthy_run_healthy(tmp_path: Path, tiny_byte_level: Pat
     assert "corpus.jsonl: 10 documents, " in result.stdout
 
 
-def test_doctor_names_broken_lines_and_reads_a_part_of_many_samples(
+def test_doctor_lists_invalid_lines_and_tokenizes_at_most_max_examined_samples(
     tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.commands.doctor.EXAMINED", 5)
+    monkeypatch.setattr("trainer.cli.run_checks.MAX_EXAMINED", 5)
     corpus = write_corpus(tmp_path)
     with corpus.open("a", encoding="utf-8") as file:
         file.write("no\n")
     with served_models(tiny_byte_level) as urls:
-        config = run_config(tiny_byte_level, corpus, tmp_path / "out", urls, data={"max_broken": 1})
+        config = run_config(tiny_byte_level, corpus, tmp_path / "out", urls, data={"max_invalid": 1})
         result = call("doctor", run_file(tmp_path, config))
     assert result.exit_code == 0, result.output
-    assert f"12 samples an epoch; 1 broken ({corpus}, line 11: expected a JSON object, received 'no')" in result.stdout
-    assert "the longest of 4 samples is" in result.stdout
+    assert (
+        f"12 samples per epoch; 1 invalid ({corpus}, line 11: expected a JSON object, received 'no')" in result.stdout
+    )
+    assert "the longest of 4 samples has" in result.stdout
 
 
-def test_doctor_names_everything_that_is_wrong_at_once(tmp_path: Path, tiny_byte_level: Path) -> None:
-    gone = f"http://127.0.0.1:{free_port()}"
-    small = FormulaEngine(tiny_byte_level, max_top_k=8)
+def test_doctor_reports_all_problems_at_once(tmp_path: Path, tiny_byte_level: Path) -> None:
+    unreachable = f"http://127.0.0.1:{free_port()}"
+    low_top_k = FormulaEngine(tiny_byte_level, max_top_k=8)
     short = FormulaEngine(tiny_byte_level, max_tokens=58)
-    with serving(small) as one, serving(short) as two, serving(FormulaEngine(tiny_byte_level), key="k") as three:
-        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [gone, one, two, three])
+    with serving(low_top_k) as one, serving(short) as two, serving(FormulaEngine(tiny_byte_level), key="k") as three:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [unreachable, one, two, three])
         result = call("doctor", run_file(tmp_path, config))
     assert result.exit_code == 1
     wrong = [line for line in result.stdout.splitlines() if line.startswith("WRONG")]
-    for line, says in zip(
+    for line, message in zip(
         wrong,
-        ["nothing answers", "answers at most 8", "lower data.window_tokens", "send the teacher's key"],
+        ["no response", "the teacher returns at most 8", "lower data.window_tokens", "send the teacher's key"],
         strict=True,
     ):
-        assert says in line
+        assert message in line
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("student.train_layers=9", "the model has 2 layers"),
-        ("data.window_tokens=600", "the student takes 512"),
+        ("data.window_tokens=600", "the student takes 512 tokens"),
         ("train.batch_samples=64", "do not fill one batch"),
         ("data.sources.0.files=['/nowhere']", "/nowhere is neither a file"),
         ("student.device=cuda", "student.device is cuda, but torch finds no GPU here"),
         ("output.dir='CORPUS'", "is a file"),
     ],
 )
-def test_doctor_refuses_what_train_would(
-    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch, override: str, says: str
+def test_doctor_and_train_reject_the_same_settings(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     corpus = write_corpus(tmp_path)
@@ -183,46 +225,48 @@ def test_doctor_refuses_what_train_would(
     for command in ("doctor", "train"):
         result = call(command, path, "--set", override)
         assert result.exit_code == 1
-        assert says in result.output
+        assert message in result.output
 
 
-def test_doctor_says_that_a_folder_holds_a_run(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_doctor_reports_that_the_folder_already_contains_a_run(tmp_path: Path, tiny_byte_level: Path) -> None:
     path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", []))
     assert call("train", path, "--json", "--stop-at", 1).exit_code == 0
     result = call("doctor", path)
     assert result.exit_code == 0
-    assert "out holds a run already: only --resume goes on with it" in result.stdout
+    assert "out already contains a run: only --resume continues it" in result.stdout
 
 
-def test_help_says_which_extras_are_needed() -> None:
-    assert "the extra eval" in call("eval", "--help").stdout
+def test_help_names_the_required_extras() -> None:
+    assert "the extra `eval`" in call("eval", "--help").stdout
 
 
-def test_doctor_sees_a_teacher_that_wants_bos_and_is_not_given_it(tmp_path: Path, gemma: Path, smollm2: Path) -> None:
-    from teachers.engine import EngineOptions
+def test_doctor_detects_a_teacher_that_is_served_without_the_bos_it_needs(
+    tmp_path: Path, gemma: Path, smollm2: Path
+) -> None:
     from teachers.engines.transformers import TransformersEngine
+    from teachers.engines.transformers_options import TransformersOptions
 
-    engine = TransformersEngine(gemma, EngineOptions(bos="no"))
+    engine = TransformersEngine(gemma, TransformersOptions(bos="no"))
     with serving(engine) as url:
         config = run_config(smollm2, write_corpus(tmp_path), tmp_path / "out", [url])
         result = call("doctor", run_file(tmp_path, config))
     engine.close()
     assert result.exit_code == 1
-    assert "serve it with --bos yes" in result.stdout
+    assert "serve the teacher with --bos yes" in result.stdout
 
 
-# --- bad input: one sentence, exit code 1, nothing half-written ---
+# --- invalid input: one sentence, exit code 1, no files written ---
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("train.epoch=3", "unknown key 'train.epoch'; the nearest known one is 'epochs'"),
-        ("teachers.0.urls=['http://127.0.0.1:9']", "nothing answers"),
-        ("teachers.0.urls=['127.0.0.1:9']", "teacher t0: '127.0.0.1:9' is no address: expected http://HOST:PORT"),
+        ("teachers.0.urls=['http://127.0.0.1:9']", "no response"),
+        ("teachers.0.urls=['127.0.0.1:9']", "teacher t0: '127.0.0.1:9' is not an address: expected http://HOST:PORT"),
         ("teachers.0.key_env='NOT_SET_ANYWHERE'", "the environment variable NOT_SET_ANYWHERE is not set"),
         ("teachers.0.key_file='/nowhere/key'", "cannot read the key file /nowhere/key"),
-        ("teachers.0.top_k=129", "top_k is 129, it answers at most 128"),
+        ("teachers.0.top_k=129", "top_k is 129, the teacher returns at most 128"),
         ("student.model='nowhere'", "nowhere is neither a model directory nor a name in"),
         ("train.seed=-1", "train.seed: Input should be greater than or equal to 0, received -1"),
         ("optim.lr=inf", "optim.lr: Input should be a finite number, received inf"),
@@ -230,57 +274,61 @@ def test_doctor_sees_a_teacher_that_wants_bos_and_is_not_given_it(tmp_path: Path
         ("output.dir='CORPUS/deeper'", "output.dir: cannot make"),
         ("student.device='nonsense'", "student.model: cannot load"),
         ("student.train_layers=9", "student.train_layers is 9, but the model has 2 layers"),
-        ("data.window_tokens=513", "data.window_tokens is 513, the student takes 512"),
+        ("data.window_tokens=513", "data.window_tokens is 513, the student takes 512 tokens"),
         ("data.sources.0.files=['/nowhere/text.txt']", "/nowhere/text.txt is neither a file"),
-        ("data.sources.0.files=['EMPTY']", "is empty: give a text of at least one byte"),
+        ("data.sources.0.files=['EMPTY']", "is empty: expected a file of at least one byte"),
         ("data.sources.0.files=['LATIN']", "is not UTF-8: byte 0xe9 at 3"),
     ],
 )
-def test_train_refuses_in_one_sentence(tmp_path: Path, tiny_byte_level: Path, override: str, says: str) -> None:
+def test_train_rejects_invalid_settings_in_one_sentence(
+    tmp_path: Path, tiny_byte_level: Path, override: str, message: str
+) -> None:
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     override = override.replace("EMPTY", f"{tmp_path}/empty.txt").replace("LATIN", f"{tmp_path}/latin.txt")
     override = override.replace("CORPUS", f"{tmp_path}/corpus.jsonl")
     with served_models(tiny_byte_level) as urls:
         path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
-        assert_one_sentence(call("train", path, "--set", override), says)
+        assert_one_sentence(call("train", path, "--set", override), message)
         as_json = call("train", path, "--set", override, "--json")
-    assert says in json.loads(as_json.stderr)["error"]
+    assert message in json.loads(as_json.stderr)["error"]
     assert not (tmp_path / "out").exists()
 
 
-def test_train_refuses_a_wrong_key(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_train_rejects_a_wrong_key(tmp_path: Path, tiny_byte_level: Path) -> None:
     (tmp_path / "key").write_text("wrong\n", encoding="utf-8")
     with serving(FormulaEngine(tiny_byte_level), key="right") as url:
         path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
-        for sets, says in (
-            ([], "it asks for a key (send the teacher's key"),
-            (["--set", f"teachers.0.key_file='{tmp_path}/key'"], "its key is not the one that was sent"),
+        for sets, message in (
+            ([], "the server requires a key (send the teacher's key"),
+            (["--set", f"teachers.0.key_file='{tmp_path}/key'"], "the server rejects the key"),
         ):
-            assert_one_sentence(call("train", path, *sets), says)
+            assert_one_sentence(call("train", path, *sets), message)
         (tmp_path / "key").write_text("right\n", encoding="utf-8")
         assert call("train", path, "--json", "--set", f"teachers.0.key_file='{tmp_path}/key'").exit_code == 0
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"", "is empty"), (b"\xff\xfe", "is not UTF-8: byte 0xff at 0")])
-def test_align_refuses_texts_it_cannot_read(tmp_path: Path, tiny_byte_level: Path, content: bytes, says: str) -> None:
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"\xff\xfe", "is not UTF-8: byte 0xff at 0")])
+def test_align_rejects_invalid_text_files(tmp_path: Path, tiny_byte_level: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.txt").write_bytes(content)
     arguments = ["--teacher", tiny_byte_level, "--student", tiny_byte_level, "--text", tmp_path / "t.txt"]
-    assert_one_sentence(call("align", *arguments), says)
+    assert_one_sentence(call("align", *arguments), message)
 
 
-def test_align_refuses_k_above_the_maximum(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_align_rejects_a_top_k_above_the_maximum(tmp_path: Path, tiny_byte_level: Path) -> None:
     (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
     arguments = ["--teacher", tiny_byte_level, "--student", tiny_byte_level, "--text", tmp_path / "t.txt"]
-    assert_one_sentence(call("align", *arguments, "--top-k", "129"), "top_k is 129, it answers at most 128")
+    assert_one_sentence(call("align", *arguments, "--top-k", "129"), "expected a top_k of at most 128, received 129")
 
 
-def test_teach_refuses_a_taken_port_and_a_folder_without_a_model(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_serve_rejects_a_port_in_use_a_folder_without_a_model_and_an_unknown_dtype(
+    tmp_path: Path, tiny_byte_level: Path
+) -> None:
     with serving(FormulaEngine(tiny_byte_level)) as url:
         port = url.rpartition(":")[2]
-        assert_one_sentence(call("teach", tiny_byte_level, "--port", port), f"cannot listen on 127.0.0.1:{port}")
-    assert_one_sentence(call("teach", tmp_path / "nothing"), "is neither a model directory")
-    refused = call("teach", tiny_byte_level, "--dtype", "int8")
-    assert refused.exit_code == 2
-    assert "int8" in refused.stderr
-    assert "bfloat16" in refused.stderr
+        assert_one_sentence(call("serve", tiny_byte_level, "--port", port), f"cannot listen on 127.0.0.1:{port}")
+    assert_one_sentence(call("serve", tmp_path / "nothing"), "is neither a model directory")
+    result = call("serve", tiny_byte_level, "--dtype", "int8")
+    assert result.exit_code == 2
+    assert "int8" in result.stderr
+    assert "bfloat16" in result.stderr

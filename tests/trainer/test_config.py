@@ -1,14 +1,20 @@
-"""The run file: what it takes, and how it refuses."""
+"""The run file: accepted keys, overrides, and errors for invalid values."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-from trainer.config import RunConfig, SourceConfig, TeacherConfig
+from trainer.config import RunConfig
+from trainer.config_reference import reference, sections
 from trainer.errors import ConfigError
-from trainer.places import find_model
-from trainer.run_file import load_config
+from trainer.fusion import FUSION_METHODS
+from trainer.paths import resolve_model_dir
+from trainer.query.config import TeacherConfig
+from trainer.run_file import RENAMED_KEYS, _known_keys, load_config
+from trainer.sources.config import SourceConfig
 
 TEACHER = """
 [[teachers]]
@@ -36,63 +42,104 @@ def test_every_recipe_parses(recipe: Path) -> None:
     assert load_config(recipe).teachers
 
 
-def test_it_is_frozen(tmp_path: Path) -> None:
+def test_the_configuration_is_frozen(tmp_path: Path) -> None:
     config = load(tmp_path, PLAIN + TEACHER)
     with pytest.raises(ValueError, match="frozen"):
         config.train.seed = 3
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ("[train]\nepoch = 2", "unknown key 'train.epoch'; the nearest known one is 'epochs'"),
         ("[trian]\nepochs = 2", "unknown key 'trian'; the nearest known one is 'train'"),
         ("[train]\nepochs = 0", "train.epochs: .*greater than 0, received 0"),
-        ('[fusion]\nmethod = "avg"', "fusion.method: .*'mean', 'geometric', .*'fusellm_avg_ce', received 'avg'"),
+        (
+            '[fusion]\nmethod = "avg"',
+            "fusion.method: expected one of mean, geometric, .*fusellm_avg_ce; did you mean 'avg_ce'., received 'avg'",
+        ),
         ("[loss]\nce_weight = 1.5", "loss.ce_weight: .*less than or equal to 1, received 1.5"),
-        ("[train]\nbatch_samples = 4\naccumulate = 3", "train.accumulate: must divide train.batch_samples"),
+        (
+            "[train]\nbatch_samples = 4\ngradient_accumulation_steps = 3",
+            "train.gradient_accumulation_steps: must divide train.batch_samples",
+        ),
         ("[[teachers]]\nname = 'one'\nurls = ['http://x']", "two teachers have the same name"),
         ("[[data.sources]]\nfiles = []", "data.sources.1: expected either files or a dataset"),
         ("[[data.sources]]\nfiles = ['a']\ndataset = 'b'", "data.sources.1: expected either files or a dataset"),
         ("[[data.sources]]\nfiles = ['a']\nsplit = 'b'", "data.sources.1: config_name and split belong to a dataset"),
         ("[[data.sources]]\nfiles = ['a']\nweigth = 2", "unknown key 'data.sources.1.weigth'; .* 'weight'"),
-        ("[fusion]\nmethod = 'router'", "data.sources: fusion by router needs the teacher_column of every source"),
+        ("[fusion]\nmethod = 'router'", "data.sources: fusion by router requires the teacher_column of every source"),
         (
             "[[teachers]]\nname = 'two'\nurl = 'http://x'",
             "unknown key 'teachers.1.url'; the nearest known one is 'urls'",
         ),
         ("[[teachers]]\nname = 'two'", "teachers.1: urls: expected at least one address, or a urls_file"),
-        ("[[teachers]]\nname = 'two'\nurls = ['http://x']\non_loss = 'go'", "on_loss: .*'wait', 'drop' or 'stop'"),
         (
-            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'spans'\n[fusion]\nmethod = 'router'",
-            "teachers: teacher two is matched by spans; fusion by router needs a target from each of them",
+            "[[teachers]]\nname = 'two'\nurls = ['http://x']\non_unavailable = 'go'",
+            "on_unavailable: .*'wait', 'drop' or 'stop'",
         ),
         (
-            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'sorted'\n"
+            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nsignal = 'alm'\n[fusion]\nmethod = 'router'",
+            "teachers: teacher two has signal 'alm'; fusion by router requires a target from every teacher",
+        ),
+        (
+            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nsignal = 'uld'\n"
             "[[data.sources]]\nfiles = ['c.jsonl']\nmessages_column = 'm'",
-            "teachers: teacher two is matched by sorted, which is for texts; chats are matched by chain",
+            "teachers: teacher two has signal 'uld', which is for texts; chats require one that supports them",
         ),
         (
-            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nmatch = 'bytes'",
-            "'chain', 'em', 'min_ed', 'spans' or 'sorted'",
+            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nsignal = 'bytes'",
+            "signal: expected one of byte_chain, em, min_ed, alm, uld, received 'bytes'",
         ),
+        ("[loss]\nalpha = 0.2", "loss: divergence forward_kl: takes no parameter, received alpha = 0.2; remove alpha"),
+        ("[loss]\ndivergence = 'skew_kl'\nbeta = 0.2", "takes only alpha, received beta = 0.2; remove beta"),
+        ("[tracking]\nwandbb = 'p'", "unknown tracker 'wandbb'; the nearest known one is 'wandb'"),
         ("[train\n", "is not TOML"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, wrong: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_errors_name_key_value_and_choices(tmp_path: Path, wrong: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         load(tmp_path, PLAIN + TEACHER + wrong)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+OLD_VALUES = {"teachers.match": "'chain'", "teachers.on_loss": "'wait'", "data.broken_chats": "'skip'"}
+
+
+@pytest.mark.parametrize("key", RENAMED_KEYS)
+def test_a_renamed_key_is_rejected_with_its_new_name(tmp_path: Path, key: str) -> None:
+    section, old = key.split(".")
+    path = f"{section}.0.{old}" if section == "teachers" else key
+    new = RENAMED_KEYS[key].split()[0]
+    with pytest.raises(ConfigError, match=rf"unknown key '{path}'; its name is now {new}"):
+        load(tmp_path, PLAIN + TEACHER, f"{path}={OLD_VALUES.get(key, '1')}")
+    assert new in _known_keys(("teachers", 0) if section == "teachers" else (section,))
+
+
+def test_importing_the_config_loads_no_heavy_library() -> None:
+    heavy = ("numba", "pyarrow", "torch", "httpx", "transformers", "tokenizers", "numpy")
+    code = f"import trainer.config, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_error_for_a_missing_run_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the run file .*gone.toml: No such file"):
         load_config(tmp_path / "gone.toml")
 
 
-def test_without_teachers_only_the_text_can_be_learned(tmp_path: Path) -> None:
+def test_a_run_without_teachers_requires_ce_weight_1(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="loss.ce_weight"):
         load(tmp_path, PLAIN)
     assert load(tmp_path, PLAIN, "loss.ce_weight=1").teachers == []
+
+
+@pytest.mark.parametrize("method", FUSION_METHODS)
+def test_a_baseline_without_teachers_accepts_every_fusion_method(tmp_path: Path, method: str) -> None:
+    text = PLAIN.replace("[output]", "teacher_column = 'teacher'\n[output]").replace("a.txt", "a.jsonl") + TEACHER
+    assert load(tmp_path, text, f"fusion.method={method}").teachers
+    baseline = load(tmp_path, text, f"fusion.method={method}", "teachers=[]", "loss.ce_weight=1")
+    assert baseline.teachers == []
+    assert baseline.fusion.method == method
 
 
 def test_overrides_are_toml_values_or_strings(tmp_path: Path) -> None:
@@ -105,12 +152,12 @@ def test_overrides_are_toml_values_or_strings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("override", ["train.epochs", "teachers.5.name=x", "student.model.deep=1", "teachers.x=1"])
-def test_overrides_of_no_place_are_refused(tmp_path: Path, override: str) -> None:
+def test_overrides_of_unknown_keys_are_rejected(tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         load(tmp_path, PLAIN + TEACHER, override)
 
 
-def test_every_field_says_what_it_means() -> None:
+def test_every_field_has_a_description() -> None:
     sections = [field.annotation for field in RunConfig.model_fields.values()]
     models = [s for s in sections if isinstance(s, type) and issubclass(s, BaseModel)] + [TeacherConfig, SourceConfig]
     assert len(models) == 11
@@ -125,7 +172,18 @@ def test_a_model_is_found_by_path_or_under_the_cache(tmp_path: Path, monkeypatch
     folder = tmp_path / "models" / "m"
     folder.mkdir(parents=True)
     with pytest.raises(ConfigError, match="m is neither a model directory nor a name"):
-        find_model("m")
+        resolve_model_dir("m")
     (folder / "config.json").write_text("{}", encoding="utf-8")
-    assert find_model("m") == folder
-    assert find_model(str(folder)) == folder
+    assert resolve_model_dir("m") == folder
+    assert resolve_model_dir(str(folder)) == folder
+
+
+def test_the_reference_of_the_run_file_is_up_to_date() -> None:
+    committed = Path("docs/configuration.md").read_text(encoding="utf-8")
+    assert committed == reference(), "run `make docs`"
+
+
+def test_every_key_of_a_run_file_is_described() -> None:
+    for path, section in sections(RunConfig):
+        for key, field in section.model_fields.items():
+            assert field.description, f"{path}.{key}"

@@ -1,4 +1,4 @@
-"""Curves: thinned without losing a spike, smoothed without inventing, on axes with round numbers."""
+"""Drawing of curves: downsampling keeps spikes, averages stay within the data, axes have round numbers."""
 
 import math
 import re
@@ -8,20 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.reports.curves import Curve, draw, figure, short, smoothed, thinned
+from trainer.report.formatting import format_compact, format_number
+from trainer.report.svg import Curve, downsample, draw, moving_average
 
-figures = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=400)
+columns = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=400)
 
 
 def points(path: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path)]
 
 
-@given(figures, st.integers(4, 60))
-def test_thinning_keeps_the_extremes_and_the_order(values: list[float], most: int) -> None:
+@given(columns, st.integers(4, 60))
+def test_downsampling_keeps_the_extremes_and_the_order(values: list[float], max_points: int) -> None:
     y = np.array(values)
-    kept = thinned(y, most)
-    assert len(kept) <= most or len(kept) == len(y) <= most
+    kept = downsample(y, max_points)
+    assert len(kept) <= max_points or len(kept) == len(y) <= max_points
     assert np.all(np.diff(kept) > 0)
     if not np.isnan(y).all():
         assert np.nanmin(y[kept]) == np.nanmin(y)
@@ -39,7 +40,7 @@ def test_a_spike_of_one_step_in_a_million_stays_visible() -> None:
     assert x == pytest.approx(123.5, abs=0.1)
 
 
-def test_a_long_gap_stays_a_gap_after_thinning() -> None:
+def test_a_long_gap_stays_a_gap_after_downsampling() -> None:
     y = np.ones(10_000)
     y[4000:6000] = np.nan
     (shape,) = draw([Curve("t", np.arange(10_000, dtype=np.float64), y)]).shapes
@@ -47,10 +48,10 @@ def test_a_long_gap_stays_a_gap_after_thinning() -> None:
     assert not [x for x, _ in points(shape.path) if 402 < x < 598]
 
 
-@given(figures, st.integers(1, 50))
-def test_a_mean_lies_between_the_extremes_and_keeps_gaps(values: list[float], window: int) -> None:
+@given(columns, st.integers(1, 50))
+def test_a_moving_average_is_between_the_extremes_and_keeps_gaps(values: list[float], window: int) -> None:
     y = np.array(values)
-    means = smoothed(y, window)
+    means = moving_average(y, window)
     assert np.array_equal(np.isnan(means), np.isnan(y))
     if not np.isnan(y).all():
         slack = 1e-6 * (1 + np.nanmax(np.abs(y)))
@@ -58,7 +59,7 @@ def test_a_mean_lies_between_the_extremes_and_keeps_gaps(values: list[float], wi
         assert np.nanmax(means) <= np.nanmax(y) + slack
 
 
-def test_stacked_curves_stand_on_one_another() -> None:
+def test_stacked_curves_are_drawn_on_top_of_each_other() -> None:
     x = np.array([0.0, 1.0])
     chart = draw(
         [Curve("a", x, np.array([1.0, 3.0])), Curve("b", x, np.array([3.0, 1.0]))], y_range=(0, 4), stacked=True
@@ -80,19 +81,19 @@ def test_one_measurement_is_a_dot_and_a_constant_has_an_axis() -> None:
 @given(st.floats(-1e9, 1e9), st.floats(1e-3, 1e9))
 def test_ticks_are_on_the_axis_in_order_and_all_different(low: float, span: float) -> None:
     chart = draw([Curve("a", np.array([0.0, 1.0]), np.array([low, low + max(span, abs(low) * 1e-3)]))])
-    places = [tick.at for tick in chart.y_ticks]
-    assert 2 <= len(places) <= 8
-    assert all(-0.01 <= place <= 100.01 for place in places)
-    assert places == sorted(places)
+    positions = [tick.at for tick in chart.y_ticks]
+    assert 2 <= len(positions) <= 8
+    assert all(-0.01 <= position <= 100.01 for position in positions)
+    assert positions == sorted(positions)
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.89928, "0.8993"), (31760.0, "31,760"), (12.34567, "12.35"), (1e-5, "1.00e-05"), (0.0, "0"), (math.nan, "–")],
 )
-def test_figures_are_written_for_people(value: float, text: str) -> None:
-    assert figure(value) == text
+def test_numbers_have_four_significant_digits(value: float, text: str) -> None:
+    assert format_number(value) == text
 
 
-def test_large_numbers_are_written_short() -> None:
-    assert [short(n) for n in (999, 1500, 31_760, 2_500_000, 3e9)] == ["999", "1.5k", "31.8k", "2.5M", "3G"]
+def test_large_numbers_have_a_suffix() -> None:
+    assert [format_compact(n) for n in (999, 1500, 31_760, 2_500_000, 3e9)] == ["999", "1.5k", "31.8k", "2.5M", "3G"]

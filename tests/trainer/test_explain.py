@@ -1,4 +1,4 @@
-"""Explanations: they add up, they agree with the rows and the target, and they can be read."""
+"""Explanations of an alignment: consistent with teacher rows and target, and printed readably."""
 
 import io
 import json
@@ -14,12 +14,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from alignment import align, translate
-from teachers.rows import Rows
-from tests.alignment.oracle import bpe
+from teachers.protocol.rows import Rows
+from tests.alignment.toy_world import bpe
 from tests.rows import random_rows
 from tests.tiny import TEXT, tiny_vocabulary
-from trainer.cli import app
-from trainer.commands.explain import UNSPOKEN, Explained, explain, show, token_name, visible
+from trainer.cli.__main__ import app
+from trainer.cli.explain_alignment import NO_BOS, ExplainedPosition, explain, show, token_name, visible
 
 BYTE_LEVEL, SENTENCEPIECE = tiny_vocabulary("byte_level"), tiny_vocabulary("sentencepiece")
 TO_BYTE_LEVEL, SAME = translate(SENTENCEPIECE, BYTE_LEVEL), translate(BYTE_LEVEL, BYTE_LEVEL)
@@ -27,7 +27,7 @@ ALL = 10**6
 SOME_TEXT = st.lists(st.sampled_from([*TEXT.split(), " ", "\n", "é", "😀", "日本"]), min_size=1).map("".join)
 
 
-def explained(text: str, *, top_k: int = 16, first_row: int = 0, top: int = 3) -> list[Explained]:
+def explained(text: str, *, top_k: int = 16, first_row: int = 0, top: int = 3) -> list[ExplainedPosition]:
     teacher, student = SENTENCEPIECE.encode(text), BYTE_LEVEL.encode(text)
     rows = random_rows(teacher.ids, len(SENTENCEPIECE), top_k, seed=len(text), start=first_row)
     return explain(rows, first_row, (teacher, student), TO_BYTE_LEVEL, limit=ALL, top=top)
@@ -35,32 +35,32 @@ def explained(text: str, *, top_k: int = 16, first_row: int = 0, top: int = 3) -
 
 @given(text=SOME_TEXT, first_row=st.integers(0, 1), top_k=st.integers(1, 40))
 def test_target_and_both_tails_sum_to_one_where_valid(text: str, first_row: int, top_k: int) -> None:
-    for here in explained(text, top_k=top_k, first_row=first_row, top=ALL):
-        total = sum(share.prob for share in here.target) + here.teacher_tail + here.added_tail
-        assert total == pytest.approx(float(here.valid), abs=1e-5)
-        assert min(here.teacher_tail, here.added_tail) >= 0
-        assert here.valid == (not here.why)
+    for position in explained(text, top_k=top_k, first_row=first_row, top=ALL):
+        total = sum(token.prob for token in position.target) + position.teacher_tail + position.alignment_tail
+        assert total == pytest.approx(float(position.valid), abs=1e-5)
+        assert min(position.teacher_tail, position.alignment_tail) >= 0
+        assert position.valid == (not position.reason)
 
 
 @given(text=SOME_TEXT)
-def test_positions_blocks_and_tokens_are_those_of_the_text(text: str) -> None:
-    here = explained(text)
-    assert [e.position for e in here] == list(range(len(here)))
-    assert [e.actual.id for e in here] == BYTE_LEVEL.encode(text).ids.tolist()
-    first = {e.block: e.spoken for e in here if e.place == 0}
-    assert list(first) == list(range(len(first)))
-    assert [row.actual.id for spoken in first.values() for row in spoken] == SENTENCEPIECE.encode(text).ids.tolist()
+def test_positions_blocks_and_tokens_cover_the_text_in_order(text: str) -> None:
+    positions = explained(text)
+    assert [e.position for e in positions] == list(range(len(positions)))
+    assert [e.actual.id for e in positions] == BYTE_LEVEL.encode(text).ids.tolist()
+    blocks = {e.block: e.teacher_rows for e in positions if e.index_in_block == 0}
+    assert list(blocks) == list(range(len(blocks)))
+    assert [row.actual.id for rows in blocks.values() for row in rows] == SENTENCEPIECE.encode(text).ids.tolist()
 
 
-def test_one_tokenizer_adds_no_tail() -> None:
+def test_identical_tokenizers_add_no_tail() -> None:
     tokens = BYTE_LEVEL.encode(TEXT)
     rows = random_rows(tokens.ids, len(BYTE_LEVEL), 200, seed=1)
-    for here in explain(rows, 0, (tokens, tokens), SAME, limit=ALL):
-        (spoken,) = here.spoken
-        assert here.added_tail == pytest.approx(0, abs=1e-6)
-        assert here.teacher_tail == pytest.approx(spoken.tail, abs=1e-6)
-        assert here.actual.prob == pytest.approx(spoken.actual.prob, rel=1e-5)
-        assert [share.id for share in here.target] == [share.id for share in spoken.candidates]
+    for position in explain(rows, 0, (tokens, tokens), SAME, limit=ALL):
+        (row,) = position.teacher_rows
+        assert position.alignment_tail == pytest.approx(0, abs=1e-6)
+        assert position.teacher_tail == pytest.approx(row.tail, abs=1e-6)
+        assert position.actual.prob == pytest.approx(row.actual.prob, rel=1e-5)
+        assert [token.id for token in position.target] == [token.id for token in row.candidates]
 
 
 def test_a_block_of_two_and_two_by_hand() -> None:
@@ -75,34 +75,36 @@ def test_a_block_of_two_and_two_by_hand() -> None:
         tail=np.array([0.1, 0.2], dtype=np.float32),
     )
     one, two = explain(rows, 0, tokens, translate(teacher, student))
-    assert {row.actual.token: row.actual.prob for row in one.spoken} == pytest.approx({"ab": 0.8, "c": 0.5})
+    assert {row.actual.token: row.actual.prob for row in one.teacher_rows} == pytest.approx({"ab": 0.8, "c": 0.5})
     assert one.target[0].token == "a"
     assert one.target[0].prob == pytest.approx(0.1 + 0.8 * (0.5 + 0.3))
-    assert (one.teacher_tail, one.added_tail) == pytest.approx((0.1 + 0.8 * 0.2, 0), abs=1e-6)
+    assert (one.teacher_tail, one.alignment_tail) == pytest.approx((0.1 + 0.8 * 0.2, 0), abs=1e-6)
     reached = 0.1 + 0.8 * 0.8
-    assert {share.token: share.prob for share in two.target} == pytest.approx(
+    assert {entry.token: entry.prob for entry in two.target} == pytest.approx(
         {"bc": 0.4 / reached, "b": 0.24 / reached}, rel=1e-5
     )
-    assert (two.teacher_tail, two.added_tail) == pytest.approx((0, 0.1 / reached), abs=1e-6)  # [a] ends there
+    assert (two.teacher_tail, two.alignment_tail) == pytest.approx(
+        (0, 0.1 / reached), abs=1e-6
+    )  # the teacher candidate [a] ends before bc
 
 
-def test_the_first_position_without_bos_says_why_it_is_empty() -> None:
+def test_the_first_position_without_bos_has_a_reason() -> None:
     first, *_ = explained("six sacks", first_row=1)
-    assert (first.valid, first.why, first.target, first.spoken) == (False, UNSPOKEN, (), ())
+    assert (first.valid, first.reason, first.target, first.teacher_rows) == (False, NO_BOS, (), ())
 
 
-def test_the_target_is_the_one_that_align_gives_and_the_limits_hold() -> None:
+def test_the_target_equals_that_of_align_and_limits_apply() -> None:
     teacher, student = SENTENCEPIECE.encode(TEXT), BYTE_LEVEL.encode(TEXT)
     rows = random_rows(teacher.ids, len(SENTENCEPIECE), 16, seed=2)
     target = align(rows, 0, teacher, student, TO_BYTE_LEVEL)
-    some = explain(rows, 0, (teacher, student), TO_BYTE_LEVEL, limit=11, top=2)
-    assert len(some) == 11
-    assert all(len(e.target) <= 2 and all(len(row.candidates) == 2 for row in e.spoken) for e in some)
-    np.testing.assert_allclose([e.actual.prob for e in some], target.prob_of(student.ids)[:11])
-    assert explain(rows, 0, (teacher, student), TO_BYTE_LEVEL, limit=ALL, top=2)[:11] == some
+    limited = explain(rows, 0, (teacher, student), TO_BYTE_LEVEL, limit=11, top=2)
+    assert len(limited) == 11
+    assert all(len(e.target) <= 2 and all(len(row.candidates) == 2 for row in e.teacher_rows) for e in limited)
+    np.testing.assert_allclose([e.actual.prob for e in limited], target.prob_of(student.ids)[:11])
+    assert explain(rows, 0, (teacher, student), TO_BYTE_LEVEL, limit=ALL, top=2)[:11] == limited
 
 
-# --- reading ---
+# --- printing ---
 
 
 @pytest.mark.parametrize(
@@ -118,14 +120,14 @@ def test_the_target_is_the_one_that_align_gives_and_the_limits_hold() -> None:
         ("␣\\".encode(), "\\u{2423}\\\\"),
     ],
 )
-def test_bytes_are_made_visible(data: bytes, shown: str) -> None:
+def test_bytes_are_printed_visibly(data: bytes, shown: str) -> None:
     assert visible(data) == shown
 
 
 @given(
     st.lists(st.one_of(st.binary(max_size=4), st.text(" ␣◌\\x\u0301u{}a0", max_size=5).map(str.encode)), unique=True)
 )
-def test_different_bytes_look_different_and_stay_on_one_line(tokens: list[bytes]) -> None:
+def test_different_bytes_are_printed_differently_and_on_one_line(tokens: list[bytes]) -> None:
     shown = [visible(token) for token in tokens]
     assert len(set(shown)) == len(shown)
     assert all(line.isprintable() and not any(c.isspace() for c in line) for line in shown)
@@ -138,15 +140,15 @@ def test_special_and_unassigned_tokens_have_names() -> None:
 
 @pytest.mark.parametrize("text", ["[bold]six[/bold] sacks", "日本語の文章です😀", "e\u0301\u0301 \x1b[31m", TEXT])
 @pytest.mark.parametrize("width", [60, 120])
-def test_the_table_keeps_to_its_width_and_shows_every_token(text: str, width: int) -> None:
+def test_the_table_fits_its_width_and_shows_every_token(text: str, width: int) -> None:
     console = Console(file=io.StringIO(), width=width)
-    here = explained(text)
-    show(here, console)
+    positions = explained(text)
+    show(positions, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(cell_len, printed.splitlines())) <= width
     assert "\x1b" not in printed
     shown = [line.split()[:2] for line in printed.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
-    assert [[str(e.position), e.actual.token] for e in here] == shown
+    assert [[str(e.position), e.actual.token] for e in positions] == shown
 
 
 # --- the command ---
@@ -174,11 +176,11 @@ def test_align_explains_the_first_positions_through_all_windows(
     assert all(0 <= after["block"] - before["block"] <= 1 for before, after in pairwise(printed))
     shown = CliRunner().invoke(app, [str(a) for a in arguments])
     assert shown.exit_code == 0, shown.output
-    assert "the teacher said" in shown.stdout
+    assert shown.stdout.split()[:4] == ["student", "teacher", "target", "tail"]
 
 
 def test_the_worked_example_of_the_documentation(tmp_path: Path, gemma: Path, smollm2: Path) -> None:
-    """opot·amus and opotam·us are one block; the candidate 'am' ends where the student is to say 'us'."""
+    """opot·amus and opotam·us are one block; the candidate 'am' ends before the student token 'us'."""
     (tmp_path / "text.txt").write_text("The largest animal in the river is the hippopotamus.\n", encoding="utf-8")
     arguments = [
         "align",
@@ -193,12 +195,13 @@ def test_the_worked_example_of_the_documentation(tmp_path: Path, gemma: Path, sm
     ]
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
-    first, second = (e for e in json.loads(result.stdout)["positions"] if len(e["spoken"]) == 2)
-    opot, amus = first["spoken"]
-    am = next(share["prob"] for share in amus["candidates"] if share["token"] == "am")
-    text, ended = opot["actual"]["prob"] * amus["actual"]["prob"], opot["actual"]["prob"] * am
+    first, second = (e for e in json.loads(result.stdout)["positions"] if len(e["teacher_rows"]) == 2)
+    opot, amus = first["teacher_rows"]
+    am_prob = next(entry["prob"] for entry in amus["candidates"] if entry["token"] == "am")
+    text_prob = opot["actual"]["prob"] * amus["actual"]["prob"]
+    ended_prob = opot["actual"]["prob"] * am_prob
     assert [first["actual"]["token"], second["actual"]["token"]] == ["opotam", "us"]
-    reached = first["actual"]["prob"]  # with a little more from candidates that are read by the longest tokens
-    assert text + ended - 2e-4 < reached < text + ended + 3e-3
-    assert second["actual"]["prob"] == pytest.approx(text / reached, abs=2e-4)
-    assert second["added_tail"] == pytest.approx(ended / reached, abs=2e-4)
+    reached = first["actual"]["prob"]  # other candidates that start with the same bytes add up to 3e-3
+    assert text_prob + ended_prob - 2e-4 < reached < text_prob + ended_prob + 3e-3
+    assert second["actual"]["prob"] == pytest.approx(text_prob / reached, abs=2e-4)
+    assert second["alignment_tail"] == pytest.approx(ended_prob / reached, abs=2e-4)

@@ -1,4 +1,4 @@
-"""Fusion: what must hold for any targets, any method and any scope, against slow dense references in float64."""
+"""Properties of fusion for random targets, every method and every scope, and dense float64 references."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,19 +12,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from alignment.target import Target, target_from_entries
-from trainer.targets.fusion import METHODS, SCOPES, Aligned, Fused, Rule, fuse
+from trainer.fusion import FUSION_METHODS
+from trainer.fusion.base import SCOPES, FusionRule, fusion_method
+from trainer.fusion.fuse import FusedTarget, fuse
+from trainer.fusion.inputs import FusionInput
 
 VOCAB_SIZE, POSITIONS = 12, 6
 
 Floats = NDArray[np.float64]
 
-RULES = [Rule(method, scope, temperature=0.7) for method in METHODS for scope in SCOPES]
-ARITHMETIC = [rule for rule in RULES if rule.method != "geometric"]
-GEOMETRIC = Rule("geometric")
+RULES = [FusionRule(method, scope, temperature=0.7) for method in FUSION_METHODS for scope in SCOPES]
+ARITHMETIC = [rule for rule in RULES if fusion_method(rule.method).mean == "arithmetic"]
+WEIGHTS_ONLY = ("mean", "adaptive", "router")  # methods whose scores are 0: `fuse` applies the teacher weights alone
+GEOMETRIC = FusionRule("geometric")
 SEEDS = st.lists(st.integers(0, 10_000), min_size=1, max_size=5, unique=True)
 
 
-def name_of(rule: Rule) -> str:
+def name_of(rule: FusionRule) -> str:
     return f"{rule.method} {rule.scope}"
 
 
@@ -32,7 +36,7 @@ def random_target(seed: int, holes: bool = True, tail: bool = True) -> Target:
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.full(VOCAB_SIZE + 1, 0.3), size=POSITIONS)[:, :VOCAB_SIZE]
     probs[rng.random(probs.shape) < 0.3] = 0
-    probs[:, seed % VOCAB_SIZE] = 0  # whoever lists the whole vocabulary has no tail
+    probs[:, seed % VOCAB_SIZE] = 0  # a row that lists the whole vocabulary would have no tail
     if not tail:
         probs /= probs.sum(axis=1, keepdims=True)
     valid = rng.random(POSITIONS) < 0.7 if holes else np.ones(POSITIONS, dtype=bool)
@@ -40,24 +44,24 @@ def random_target(seed: int, holes: bool = True, tail: bool = True) -> Target:
     return target_from_entries(rows, ids.astype(np.int32), probs[rows, ids], valid)
 
 
-def aligned(targets: Sequence[Target], prior: Sequence[float] | None = None, seed: int = 0) -> Aligned:
+def input_of(targets: Sequence[Target], weights: Sequence[float] | None = None, seed: int = 0) -> FusionInput:
     rng = np.random.default_rng(seed)
-    return Aligned(
+    return FusionInput(
         tuple(targets),
         labels_T=rng.integers(0, VOCAB_SIZE, POSITIONS),
         num_bytes_T=rng.integers(0, 5, POSITIONS),
-        prior_N=np.asarray([1.0] * len(targets) if prior is None else prior),
+        teacher_weights_N=np.asarray([1.0] * len(targets) if weights is None else weights),
     )
 
 
-def random_sample(seeds: Sequence[int], holes: bool = True) -> Aligned:
-    """Any teachers; every third has no tails, and every fourth weighs nothing if others do."""
+def random_sample(seeds: Sequence[int], holes: bool = True) -> FusionInput:
+    """Random teachers; every third has no tails, and every fourth has weight 0 if another has more."""
     targets = [random_target(s, holes, tail=s % 3 > 0) for s in seeds]
-    prior = [0.0 if s % 4 == 0 else 0.1 + s % 7 for s in seeds]
-    return aligned(targets, prior if any(prior) else None, seed=sum(seeds))
+    weights = [0.0 if s % 4 == 0 else 0.1 + s % 7 for s in seeds]
+    return input_of(targets, weights if any(weights) else None, seed=sum(seeds))
 
 
-def one(sample: Aligned, rule: Rule) -> Fused:
+def fuse_one(sample: FusionInput, rule: FusionRule) -> FusedTarget:
     return fuse([sample], rule, VOCAB_SIZE)[0]
 
 
@@ -69,8 +73,8 @@ def dense(target: Target) -> Floats:
     return out
 
 
-def spread(target: Target) -> Floats:
-    """[T, V] with the tail spread evenly over the ids that are not listed."""
+def with_uniform_tail(target: Target) -> Floats:
+    """[T, V] with the tail distributed uniformly over the ids that are not listed."""
     full = dense(target)
     unlisted = np.ones((len(target), VOCAB_SIZE), dtype=bool)
     unlisted[target.rows, target.ids] = False
@@ -81,57 +85,61 @@ def spread(target: Target) -> Floats:
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
 @given(seeds=SEEDS, more=st.integers(0, 10_000))
-def test_mass_and_tail_sum_to_one_where_anyone_is_valid(rule: Rule, seeds: list[int], more: int) -> None:
+def test_mass_and_tail_sum_to_one_where_any_teacher_is_valid(rule: FusionRule, seeds: list[int], more: int) -> None:
     batch = [random_sample(seeds), random_sample([s + more for s in seeds])]
     for sample, fused in zip(batch, fuse(batch, replace(rule, top_k=5), VOCAB_SIZE), strict=True):
-        taking_part = [t.valid & (w > 0) for t, w in zip(sample.targets, sample.prior_N, strict=True)]
-        anyone = np.logical_or.reduce(taking_part)
+        participating = [t.valid & (w > 0) for t, w in zip(sample.targets, sample.teacher_weights_N, strict=True)]
+        any_valid = np.logical_or.reduce(participating)
         target = fused.target
-        np.testing.assert_array_equal(target.valid, anyone)
-        np.testing.assert_allclose(target.mass + target.tail, anyone, atol=1e-6)
+        np.testing.assert_array_equal(target.valid, any_valid)
+        np.testing.assert_allclose(target.mass + target.tail, any_valid, atol=1e-6)
         assert np.diff(target.offsets).max(initial=0) <= 5
         assert (target.probs > 0).all()
         assert [a.dtype.name for a in (target.ids, target.probs, target.tail)] == ["int32", "float32", "float32"]
-        assert fused.shares_N.sum() == pytest.approx(1.0 if anyone.any() else 0.0)
-        missing = [anyone & ~t.valid & (w > 0) for t, w in zip(sample.targets, sample.prior_N, strict=True)]
-        assert fused.left_out_N.tolist() == [int(m.sum()) for m in missing]
+        assert fused.teacher_weights_N.sum() == pytest.approx(1.0 if any_valid.any() else 0.0)
+        missing = [
+            any_valid & ~t.valid & (w > 0) for t, w in zip(sample.targets, sample.teacher_weights_N, strict=True)
+        ]
+        assert fused.missing_N.tolist() == [int(m.sum()) for m in missing]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
 @given(seed=st.integers(0, 10_000))
-def test_one_teacher_comes_back_unchanged_but_for_the_cut(rule: Rule, seed: int) -> None:
+def test_one_teacher_is_returned_unchanged_except_for_the_cut(rule: FusionRule, seed: int) -> None:
     target = random_target(seed, tail=seed % 3 > 0)
-    exact = 1e-6 if rule.method == "geometric" else 0
-    np.testing.assert_allclose(dense(one(aligned([target]), rule).target), dense(target), rtol=0, atol=exact)
-    cut = one(aligned([target]), replace(rule, top_k=3)).target
+    tolerance = 1e-6 if rule.method == "geometric" else 0
+    np.testing.assert_allclose(dense(fuse_one(input_of([target]), rule).target), dense(target), rtol=0, atol=tolerance)
+    cut = fuse_one(input_of([target]), replace(rule, top_k=3)).target
     np.testing.assert_allclose(dense(cut), dense(target.cut(3)), atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
 @given(seed=st.integers(0, 10_000), copies=st.integers(2, 16))
-def test_copies_of_one_teacher_fuse_to_it(rule: Rule, seed: int, copies: int) -> None:
+def test_identical_teachers_fuse_to_one(rule: FusionRule, seed: int, copies: int) -> None:
     target = random_target(seed, tail=seed % 3 > 0)
-    prior = np.random.default_rng(seed).random(copies) + 0.1
-    fused = one(aligned([target] * copies, prior.tolist()), rule)
+    weights = np.random.default_rng(seed).random(copies) + 0.1
+    fused = fuse_one(input_of([target] * copies, weights.tolist()), rule)
     np.testing.assert_allclose(dense(fused.target), dense(target), atol=1e-6)
-    assert fused.num_vanished == 0
+    assert fused.num_fallbacks == 0
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
 @given(seeds=SEEDS, random=st.randoms(use_true_random=False))
-def test_the_order_of_teachers_does_not_matter(rule: Rule, seeds: list[int], random: Random) -> None:
+def test_the_order_of_teachers_does_not_matter(rule: FusionRule, seeds: list[int], random: Random) -> None:
     sample = random_sample(seeds)
     order = list(range(len(seeds)))
     random.shuffle(order)
-    other = replace(sample, targets=tuple(sample.targets[i] for i in order), prior_N=sample.prior_N[order])
-    first, second = one(sample, rule), one(other, rule)
+    other = replace(
+        sample, targets=tuple(sample.targets[i] for i in order), teacher_weights_N=sample.teacher_weights_N[order]
+    )
+    first, second = fuse_one(sample, rule), fuse_one(other, rule)
     np.testing.assert_allclose(dense(first.target), dense(second.target), atol=1e-6)
-    np.testing.assert_allclose(first.shares_N[order], second.shares_N, atol=1e-9)
-    np.testing.assert_array_equal(first.left_out_N[order], second.left_out_N)
+    np.testing.assert_allclose(first.teacher_weights_N[order], second.teacher_weights_N, atol=1e-9)
+    np.testing.assert_array_equal(first.missing_N[order], second.missing_N)
 
 
-def slow_loss(sample: Aligned, rule: Rule, n: int, t: int) -> tuple[float, float]:
-    """What teacher n loses at position t, and the units that it is per: bits and bytes, or nats of entropy."""
+def slow_loss(sample: FusionInput, rule: FusionRule, n: int, t: int) -> tuple[float, float]:
+    """The loss of teacher n at position t and its units: bits and bytes, or nats of entropy and 1."""
     row = dense(sample.targets[n])[t]
     if rule.method == "confidence":
         return -sum(p * np.log(p) for p in row if p > 0), 1.0
@@ -141,56 +149,56 @@ def slow_loss(sample: Aligned, rule: Rule, n: int, t: int) -> tuple[float, float
     return bits, float(sample.num_bytes_T[t])
 
 
-def taking_part(sample: Aligned, rule: Rule) -> list[int]:
-    """Who has a prior and, but for the paper's own rules, an answer anywhere in the sample."""
-    theirs = rule.method.startswith("fusellm")
-    return [n for n, t in enumerate(sample.targets) if sample.prior_N[n] > 0 and (theirs or t.valid.any())]
+def participating_teachers(sample: FusionInput, rule: FusionRule) -> list[int]:
+    """Teachers with weight above 0 that, except for the methods of FuseLLM, have a valid row in the sample."""
+    fusellm = rule.method.startswith("fusellm")
+    return [n for n, t in enumerate(sample.targets) if sample.teacher_weights_N[n] > 0 and (fusellm or t.valid.any())]
 
 
-def slow_losses(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> list[float] | None:
-    """Each participant's loss for position t of sample i; None where there is nothing to compare."""
-    part = taking_part(batch[i], rule)
-    if not part:
+def slow_losses(batch: Sequence[FusionInput], rule: FusionRule, i: int, t: int) -> list[float] | None:
+    """The loss of each participating teacher for position t of sample i; None where nothing can be compared."""
+    teachers = participating_teachers(batch[i], rule)
+    if not teachers:
         return None
     if rule.scope == "token" and not rule.method.startswith("fusellm"):
-        pairs = [slow_loss(batch[i], rule, n, t) for n in part]
+        pairs = [slow_loss(batch[i], rule, n, t) for n in teachers]
         return [amount / max(units, 1) for amount, units in pairs]
     pool = batch if rule.scope == "batch" and not rule.method.startswith("fusellm") else batch[i : i + 1]
-    totals, units_seen, anywhere = [0.0] * len(part), 0.0, False
+    totals, units_seen, anywhere = [0.0] * len(teachers), 0.0, False
     for sample in pool:
-        if taking_part(sample, rule) != part:
+        if participating_teachers(sample, rule) != teachers:
             continue
-        common = [s for s in range(POSITIONS) if all(sample.targets[n].valid[s] for n in part)]
+        common = [s for s in range(POSITIONS) if all(sample.targets[n].valid[s] for n in teachers)]
         anywhere |= bool(common)
         for s in common:
-            for j, n in enumerate(part):
+            for j, n in enumerate(teachers):
                 totals[j] += slow_loss(sample, rule, n, s)[0]
-        units = sum(slow_loss(sample, rule, part[0], s)[1] for s in common)
+        units = sum(slow_loss(sample, rule, teachers[0], s)[1] for s in common)
         units_seen += max(units, 1.0) if common else 0.0
     return [total / units_seen for total in totals] if anywhere else None
 
 
-def slow_weights(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> Floats:
-    """[N] weights of one position, one teacher after another, as the docstrings say."""
+def slow_weights(batch: Sequence[FusionInput], rule: FusionRule, i: int, t: int) -> Floats:
+    """[N] weights of one position, computed teacher by teacher from the definitions."""
     sample = batch[i]
     valid = np.array([bool(target.valid[t]) for target in sample.targets])
-    part = np.array(taking_part(sample, rule), dtype=int)
+    teachers = np.array(participating_teachers(sample, rule), dtype=int)
     factor = np.zeros(len(valid))
-    losses = None if rule.method == "mean" else slow_losses(batch, rule, i, t)
+    losses = None if rule.method in WEIGHTS_ONLY else slow_losses(batch, rule, i, t)
     per_token = rule.scope == "token" and not rule.method.startswith("fusellm")
-    best = min((x for x, n in zip(losses or [], part, strict=False) if valid[n] or not per_token), default=0.0)
-    for j, n in enumerate(part):
+    best = min((x for x, n in zip(losses or [], teachers, strict=False) if valid[n] or not per_token), default=0.0)
+    for j, n in enumerate(teachers):
         loss = losses[j] if losses is not None else best
         if rule.method in ("min_ce", "fusellm_min_ce"):
             factor[n] = abs(loss - best) < 1e-12
         elif rule.method == "fusellm_avg_ce":
             factor[n] = np.exp(np.exp(-loss)) if losses is not None else 1.0
-        elif rule.method != "mean":
+        elif rule.method not in WEIGHTS_ONLY:
             factor[n] = np.exp((best - loss) / rule.temperature)
         else:
             factor[n] = 1.0
-    prior = (sample.prior_N > 0) * 1.0 if rule.method.startswith("fusellm") else sample.prior_N
-    for weights in (factor * prior * valid, sample.prior_N * valid):
+    given = (sample.teacher_weights_N > 0) * 1.0 if rule.method.startswith("fusellm") else sample.teacher_weights_N
+    for weights in (factor * given * valid, sample.teacher_weights_N * valid):
         if weights.any():
             return np.asarray(weights / weights.sum())
     return np.zeros(len(valid))
@@ -198,7 +206,9 @@ def slow_weights(batch: Sequence[Aligned], rule: Rule, i: int, t: int) -> Floats
 
 @pytest.mark.parametrize("rule", ARITHMETIC, ids=name_of)
 @given(seeds=SEEDS, more=st.integers(0, 10_000))
-def test_arithmetic_methods_are_the_sum_by_weights_worked_out_slowly(rule: Rule, seeds: list[int], more: int) -> None:
+def test_arithmetic_methods_equal_the_weighted_sum_of_the_reference(
+    rule: FusionRule, seeds: list[int], more: int
+) -> None:
     batch = [random_sample(seeds), random_sample([s + more for s in seeds])]
     for i, fused in enumerate(fuse(batch, rule, VOCAB_SIZE)):
         weights = np.stack([slow_weights(batch, rule, i, t) for t in range(POSITIONS)], axis=1)
@@ -208,55 +218,55 @@ def test_arithmetic_methods_are_the_sum_by_weights_worked_out_slowly(rule: Rule,
 
 @pytest.mark.parametrize("rule", ARITHMETIC, ids=name_of)
 @given(seeds=SEEDS)
-def test_arithmetic_methods_lie_between_their_teachers(rule: Rule, seeds: list[int]) -> None:
+def test_arithmetic_methods_are_between_their_teachers(rule: FusionRule, seeds: list[int]) -> None:
     sample = random_sample(seeds)
     each = np.stack([dense(t) for t in sample.targets])
     valid = np.stack([t.valid for t in sample.targets])[:, :, None]
-    fused = one(sample, rule).target
-    got = dense(fused)[fused.valid]
-    assert (got >= np.where(valid, each, np.inf).min(axis=0)[fused.valid] - 1e-6).all()
-    assert (got <= np.where(valid, each, -np.inf).max(axis=0)[fused.valid] + 1e-6).all()
+    fused = fuse_one(sample, rule).target
+    result = dense(fused)[fused.valid]
+    assert (result >= np.where(valid, each, np.inf).min(axis=0)[fused.valid] - 1e-6).all()
+    assert (result <= np.where(valid, each, -np.inf).max(axis=0)[fused.valid] + 1e-6).all()
 
 
-def prior_weights(sample: Aligned) -> Floats:
-    """[N, T] what mean and geometric weigh by, position by position."""
+def position_weights(sample: FusionInput) -> Floats:
+    """[N, T] weights of mean and geometric, position by position."""
     out = np.zeros((len(sample.targets), POSITIONS))
     for t in range(POSITIONS):
         valid = np.array([bool(target.valid[t]) for target in sample.targets])
-        weights = sample.prior_N * valid
+        weights = sample.teacher_weights_N * valid
         out[:, t] = weights / max(weights.sum(), 1e-300)
     return out
 
 
 @given(seeds=SEEDS)
-def test_a_mean_is_the_weighted_sum(seeds: list[int]) -> None:
+def test_the_arithmetic_mean_is_the_weighted_sum(seeds: list[int]) -> None:
     sample = random_sample(seeds)
-    expected = sum(w[:, None] * dense(t) for w, t in zip(prior_weights(sample), sample.targets, strict=True))
-    fused = one(sample, Rule("mean"))
+    expected = sum(w[:, None] * dense(t) for w, t in zip(position_weights(sample), sample.targets, strict=True))
+    fused = fuse_one(sample, FusionRule("mean"))
     np.testing.assert_allclose(dense(fused.target), expected, atol=1e-6)
     num_valid = max(int(fused.target.valid.sum()), 1)
-    np.testing.assert_allclose(fused.shares_N, prior_weights(sample).sum(axis=1) / num_valid)
+    np.testing.assert_allclose(fused.teacher_weights_N, position_weights(sample).sum(axis=1) / num_valid)
 
 
 @given(seeds=SEEDS)
-def test_geometric_is_the_normalised_product_over_the_vocabulary_with_tails_spread(seeds: list[int]) -> None:
+def test_the_geometric_mean_is_the_normalized_product_with_uniform_tails(seeds: list[int]) -> None:
     sample = random_sample(seeds)
-    weights = prior_weights(sample)
-    fused = one(sample, GEOMETRIC)
-    got, vanished = dense(fused.target), 0
+    weights = position_weights(sample)
+    fused = fuse_one(sample, GEOMETRIC)
+    result, fallbacks = dense(fused.target), 0
     means = sum(w[:, None] * dense(t) for w, t in zip(weights, sample.targets, strict=True))
     for t in np.flatnonzero(fused.target.valid):
         used = [n for n in range(len(seeds)) if weights[n, t] > 0]
-        product = np.prod([spread(sample.targets[n])[t] ** weights[n, t] for n in used], axis=0)
+        product = np.prod([with_uniform_tail(sample.targets[n])[t] ** weights[n, t] for n in used], axis=0)
         if product.sum() == 0:
-            vanished += 1
-            np.testing.assert_allclose(got[t], np.asarray(means)[t], atol=1e-6)
+            fallbacks += 1
+            np.testing.assert_allclose(result[t], np.asarray(means)[t], atol=1e-6)
             continue
         product /= product.sum()
         listed = np.any([dense(sample.targets[n])[t, :-1] > 0 for n in used], axis=0)
-        np.testing.assert_allclose(got[t, :-1], np.where(listed, product, 0), atol=1e-6)
-        assert got[t, -1] == pytest.approx(product[~listed].sum(), abs=1e-6)
-    assert fused.num_vanished == vanished
+        np.testing.assert_allclose(result[t, :-1], np.where(listed, product, 0), atol=1e-6)
+        assert result[t, -1] == pytest.approx(product[~listed].sum(), abs=1e-6)
+    assert fused.num_fallbacks == fallbacks
 
 
 def kl(p: Floats, q: Floats) -> float:
@@ -265,9 +275,9 @@ def kl(p: Floats, q: Floats) -> float:
 
 @given(seeds=st.lists(st.integers(0, 10_000), min_size=2, max_size=4, unique=True), noise=st.integers(0, 10_000))
 def test_no_nearby_distribution_has_less_forward_kl_than_the_mean(seeds: list[int], noise: int) -> None:
-    sample = aligned([random_target(s, holes=False) for s in seeds], [1.0 + s % 5 for s in seeds])
-    weights = sample.prior_N / sample.prior_N.sum()
-    fused = dense(one(sample, Rule("mean")).target)
+    sample = input_of([random_target(s, holes=False) for s in seeds], [1.0 + s % 5 for s in seeds])
+    weights = sample.teacher_weights_N / sample.teacher_weights_N.sum()
+    fused = dense(fuse_one(sample, FusionRule("mean")).target)
     near = fused * np.exp(np.random.default_rng(noise).normal(scale=0.05, size=fused.shape))
     near /= near.sum(axis=1, keepdims=True)
 
@@ -279,20 +289,20 @@ def test_no_nearby_distribution_has_less_forward_kl_than_the_mean(seeds: list[in
 
 @given(seeds=st.lists(st.integers(0, 10_000), min_size=2, max_size=4, unique=True), noise=st.integers(0, 10_000))
 def test_no_nearby_distribution_has_less_reverse_kl_than_the_geometric_mean(seeds: list[int], noise: int) -> None:
-    sample = aligned([random_target(s, holes=False) for s in seeds], [1.0 + s % 5 for s in seeds])
-    weights = sample.prior_N / sample.prior_N.sum()
-    fused = spread(one(sample, GEOMETRIC).target)
+    sample = input_of([random_target(s, holes=False) for s in seeds], [1.0 + s % 5 for s in seeds])
+    weights = sample.teacher_weights_N / sample.teacher_weights_N.sum()
+    fused = with_uniform_tail(fuse_one(sample, GEOMETRIC).target)
     near = fused * np.exp(np.random.default_rng(noise).normal(scale=0.05, size=fused.shape))
     near /= near.sum(axis=1, keepdims=True)
 
     def objective(q: Floats) -> float:
-        return sum(float(w) * kl(q, spread(t)) for w, t in zip(weights, sample.targets, strict=True))
+        return sum(float(w) * kl(q, with_uniform_tail(t)) for w, t in zip(weights, sample.targets, strict=True))
 
     assert objective(fused) < objective(near)
 
 
 def rows_of(*rows: dict[int, float]) -> Target:
-    """A valid target of the given rows; what is missing is tail."""
+    """A valid target of the given rows; the rest of each row is its tail."""
     return target_from_entries(
         np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
         np.array([i for row in rows for i in row], dtype=np.int32),
@@ -301,80 +311,82 @@ def rows_of(*rows: dict[int, float]) -> Target:
     )
 
 
-def plain(*targets: Target) -> Aligned:
+def equal_weights(*targets: Target) -> FusionInput:
     ones = np.ones(len(targets[0]), dtype=np.int64)
-    return Aligned(targets, labels_T=ones, num_bytes_T=ones, prior_N=np.ones(len(targets)))
+    return FusionInput(targets, labels_T=ones, num_bytes_T=ones, teacher_weights_N=np.ones(len(targets)))
 
 
-def test_a_teacher_without_a_tail_forbids_what_it_does_not_list_in_a_geometric_mean() -> None:
-    fused = one(plain(rows_of({0: 0.5, 1: 0.5}), rows_of({1: 0.2, 2: 0.4})), GEOMETRIC).target
+def test_in_a_geometric_mean_a_teacher_without_a_tail_excludes_ids_that_it_does_not_list() -> None:
+    fused = fuse_one(equal_weights(rows_of({0: 0.5, 1: 0.5}), rows_of({1: 0.2, 2: 0.4})), GEOMETRIC).target
     assert (fused.ids.tolist(), fused.tail.tolist()) == ([0, 1], [0])
-    left = np.sqrt([0.5 * 0.4 / 10, 0.5 * 0.2])
-    np.testing.assert_allclose(fused.probs, left / left.sum(), rtol=1e-6)
+    product = np.sqrt([0.5 * 0.4 / 10, 0.5 * 0.2])
+    np.testing.assert_allclose(fused.probs, product / product.sum(), rtol=1e-6)
 
 
-def test_disjoint_teachers_without_tails_fall_back_to_the_mean_and_are_counted() -> None:
-    fused = one(plain(rows_of({0: 1.0}, {3: 1.0}), rows_of({1: 1.0}, {3: 0.5})), GEOMETRIC)
-    assert fused.num_vanished == 1
+def test_disjoint_teachers_without_tails_fall_back_to_the_arithmetic_mean() -> None:
+    fused = fuse_one(equal_weights(rows_of({0: 1.0}, {3: 1.0}), rows_of({1: 1.0}, {3: 0.5})), GEOMETRIC)
+    assert fused.num_fallbacks == 1
     np.testing.assert_allclose(dense(fused.target)[0, :2], [0.5, 0.5])
     assert dense(fused.target)[1, 3] == 1
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4, 7, 12, 100])
-@pytest.mark.parametrize("rule", [Rule("mean"), GEOMETRIC], ids=name_of)
+@pytest.mark.parametrize("rule", [FusionRule("mean"), GEOMETRIC], ids=name_of)
 @given(seeds=SEEDS)
-def test_a_cut_keeps_the_likeliest_and_gives_the_rest_to_the_tail(rule: Rule, top_k: int, seeds: list[int]) -> None:
+def test_top_k_keeps_the_most_likely_ids_and_adds_the_rest_to_the_tail(
+    rule: FusionRule, top_k: int, seeds: list[int]
+) -> None:
     sample = random_sample(seeds)
-    expected = one(sample, rule).target.cut(top_k)
-    got = one(sample, replace(rule, top_k=top_k)).target
-    np.testing.assert_allclose(dense(got)[:, :-1], dense(expected)[:, :-1], rtol=1e-6)  # so the same ids are kept
-    np.testing.assert_allclose(got.tail, expected.tail, atol=1e-6)
+    expected = fuse_one(sample, rule).target.cut(top_k)
+    cut = fuse_one(sample, replace(rule, top_k=top_k)).target
+    np.testing.assert_allclose(dense(cut)[:, :-1], dense(expected)[:, :-1], rtol=1e-6)  # implies equal ids
+    np.testing.assert_allclose(cut.tail, expected.tail, atol=1e-6)
 
 
 @given(ids=st.lists(st.integers(0, 299), min_size=1, max_size=200, unique=True), top_k=st.integers(1, 40))
-def test_a_cut_among_equals_keeps_the_lowest_ids(ids: list[int], top_k: int) -> None:
+def test_top_k_keeps_the_lowest_ids_among_equal_probabilities(ids: list[int], top_k: int) -> None:
     row = {i: 0.004 if i % 3 else 0.002 for i in ids}
-    fused = fuse([plain(rows_of(row))], Rule(top_k=top_k), 300)[0].target
+    fused = fuse([equal_weights(rows_of(row))], FusionRule(top_k=top_k), 300)[0].target
     assert sorted(fused.ids.tolist()) == sorted(sorted(ids, key=lambda i: (-row[i], i))[:top_k])
     assert fused.tail[0] == pytest.approx(1 - fused.probs.sum(dtype=np.float64), abs=1e-6)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
-def test_inputs_are_not_changed_even_where_they_could_be(rule: Rule) -> None:
-    sample, same = random_sample([1, 2, 3]), random_sample([1, 2, 3])
+def test_writable_inputs_are_not_changed(rule: FusionRule) -> None:
+    sample, copy = random_sample([1, 2, 3]), random_sample([1, 2, 3])
     read_only = random_sample([1, 2, 3])
     for target in read_only.targets:
         for array in (target.offsets, target.ids, target.probs, target.tail, target.valid):
             array.flags.writeable = False
-    first, second = one(sample, replace(rule, top_k=2)), one(read_only, replace(rule, top_k=2))
+    first, second = fuse_one(sample, replace(rule, top_k=2)), fuse_one(read_only, replace(rule, top_k=2))
     np.testing.assert_array_equal(dense(first.target), dense(second.target))
-    for target, was in zip(sample.targets, same.targets, strict=True):
+    for target, original in zip(sample.targets, copy.targets, strict=True):
         for name in ("offsets", "ids", "probs", "tail", "valid"):
-            np.testing.assert_array_equal(getattr(target, name), getattr(was, name))
-    for name in ("labels_T", "num_bytes_T", "prior_N"):
-        np.testing.assert_array_equal(getattr(sample, name), getattr(same, name))
+            np.testing.assert_array_equal(getattr(target, name), getattr(original, name))
+    for name in ("labels_T", "num_bytes_T", "teacher_weights_N"):
+        np.testing.assert_array_equal(getattr(sample, name), getattr(copy, name))
 
 
 def test_sixteen_teachers_are_fused() -> None:
-    sample = aligned([random_target(s, holes=False) for s in range(16)])
-    fused = one(sample, Rule("mean"))
+    sample = input_of([random_target(s, holes=False) for s in range(16)])
+    fused = fuse_one(sample, FusionRule("mean"))
     np.testing.assert_allclose(dense(fused.target), np.mean([dense(t) for t in sample.targets], axis=0), atol=1e-6)
-    np.testing.assert_allclose(fused.shares_N, np.full(16, 1 / 16))
+    np.testing.assert_allclose(fused.teacher_weights_N, np.full(16, 1 / 16))
 
 
-def test_a_batch_in_threads_is_the_batch_in_one() -> None:
+def test_threads_give_the_same_results_as_one_thread() -> None:
     samples = [random_sample([s, s + 1, s + 2]) for s in range(24)]
     with ThreadPoolExecutor(4) as pool:
-        threaded = list(pool.map(lambda sample: one(sample, GEOMETRIC), samples))
-    for got, expected in zip(threaded, fuse(samples, GEOMETRIC, VOCAB_SIZE), strict=True):
-        np.testing.assert_array_equal(dense(got.target), dense(expected.target))
+        threaded = list(pool.map(lambda sample: fuse_one(sample, GEOMETRIC), samples))
+    for result, expected in zip(threaded, fuse(samples, GEOMETRIC, VOCAB_SIZE), strict=True):
+        np.testing.assert_array_equal(dense(result.target), dense(expected.target))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
-def test_nothing_is_fused_to_nothing(rule: Rule) -> None:
+def test_empty_inputs_give_empty_results(rule: FusionRule) -> None:
     assert fuse([], rule, VOCAB_SIZE) == []
-    nobody = one(aligned([Target.nothing(POSITIONS)] * 2), rule)
-    assert not nobody.target.valid.any()
-    assert (nobody.shares_N.tolist(), nobody.left_out_N.tolist()) == ([0, 0], [0, 0])
+    no_valid_row = fuse_one(input_of([Target.empty(POSITIONS)] * 2), rule)
+    assert not no_valid_row.target.valid.any()
+    assert (no_valid_row.teacher_weights_N.tolist(), no_valid_row.missing_N.tolist()) == ([0, 0], [0, 0])
     empty = np.zeros(0, dtype=np.int64)
-    assert len(one(Aligned((Target.nothing(0),), empty, empty, np.ones(1)), rule).target) == 0
+    assert len(fuse_one(FusionInput((Target.empty(0),), empty, empty, np.ones(1)), rule).target) == 0

@@ -1,4 +1,4 @@
-"""Reading a run's metrics: each step once, absent figures absent, and what came of it beside its twin."""
+"""History and summary of a run: each step once, absent values absent, comparison with the baseline."""
 
 import json
 import math
@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.trainer.made_runs import step_values, write_run
+from tests.trainer.made_runs import EventFile, step_values, write_run
 from trainer.errors import MetricsError
-from trainer.reports.history import read_history
-from trainer.reports.metrics import Metrics, numbers
-from trainer.reports.summary import compare, sentence, summarise
+from trainer.report.history import read_history
+from trainer.report.summary import TokensToBpb, compare, sentence, summarise
+from trainer.telemetry.jsonl import numbers
 
 
-def test_a_step_that_was_made_twice_counts_as_it_was_told_last(tmp_path: Path) -> None:
+def test_a_repeated_step_keeps_its_last_record(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 20)
-    with Metrics(folder / "metrics.jsonl") as metrics:
-        metrics.emit("start", step=15, steps=30, run={})
+    with EventFile(folder / "metrics.jsonl") as file:
+        file.write("start", step=15, steps=30, run={})
         for step in range(16, 19):
-            metrics.emit("step", step=step, loss=9.0, tokens=100)
+            file.write("step", step=step, loss=9.0, tokens=100)
     history = read_history(folder)
     assert history.steps.steps.tolist() == list(range(1, 19))
     loss = history.steps.get("loss")
@@ -32,7 +32,7 @@ def test_a_step_that_was_made_twice_counts_as_it_was_told_last(tmp_path: Path) -
     assert (history.num_starts, history.finished) == (2, False)
 
 
-def test_what_was_not_measured_is_not_a_number_and_a_column_of_nothing_is_none(tmp_path: Path) -> None:
+def test_missing_values_are_nan_and_a_column_without_numbers_is_none(tmp_path: Path) -> None:
     folder = write_run(tmp_path, 6, more=lambda step: {"late": step} if step > 3 else {"never": None})
     steps = read_history(folder).steps
     late = steps.get("late")
@@ -40,26 +40,26 @@ def test_what_was_not_measured_is_not_a_number_and_a_column_of_nothing_is_none(t
     assert np.isnan(late[:3]).all()
     assert late[3:].tolist() == [4, 5, 6]
     assert steps.get("never") is None
-    assert steps.get("unheard of") is None
+    assert steps.get("unknown") is None
 
 
-def test_figures_have_paths_and_flags_and_words_are_none() -> None:
+def test_numbers_have_paths_and_leave_out_booleans_and_strings() -> None:
     event = {
         "event": "step",
         "time": 5,
         "step": 3,
         "loss": 1,
         "ok": True,
-        "who": "x",
+        "name": "x",
         "teachers": {"a": {"mass": None}},
     }
-    found = numbers(event)
-    assert found.keys() == {"loss", "teachers/a/mass"}
-    assert found["loss"] == 1.0
-    assert math.isnan(found["teachers/a/mass"])
+    values = numbers(event)
+    assert values.keys() == {"loss", "teachers/a/mass"}
+    assert values["loss"] == 1.0
+    assert math.isnan(values["teachers/a/mass"])
 
 
-def test_a_line_cut_in_the_middle_ends_the_run_there(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     path = write_run(tmp_path, 30) / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index(b'"step": 25') + 30])
@@ -68,7 +68,7 @@ def test_a_line_cut_in_the_middle_ends_the_run_there(tmp_path: Path) -> None:
     assert not history.finished
 
 
-def test_a_broken_line_in_between_is_named(tmp_path: Path) -> None:
+def test_an_invalid_line_is_named(tmp_path: Path) -> None:
     path = write_run(tmp_path, 3) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([*lines[:2], '{"event": "st', *lines[3:]]) + "\n", encoding="utf-8")
@@ -79,77 +79,74 @@ def test_a_broken_line_in_between_is_named(tmp_path: Path) -> None:
         read_history(tmp_path)
 
 
-def test_tokens_are_unknown_where_a_step_is_missing(tmp_path: Path) -> None:
-    with Metrics(tmp_path / "metrics.jsonl") as metrics:
+def test_tokens_are_unknown_if_a_step_is_missing(tmp_path: Path) -> None:
+    with EventFile(tmp_path / "metrics.jsonl") as file:
         for step in (1, 2, 4):
-            metrics.emit("step", step=step, **step_values(step, ()))
+            file.write("step", step=step, **step_values(step, ()))
     history = read_history(tmp_path)
     assert history.tokens is None
     assert summarise(history).tokens is None
 
 
 def bpb_run(folder: Path, bpbs: list[float], every: int = 10) -> Path:
-    """A run measured every so many steps of 100 tokens."""
+    """Write a run with an evaluation every `every` steps of 100 tokens."""
     folder.mkdir()
     last = every * (len(bpbs) - 1)
-    with Metrics(folder / "metrics.jsonl") as metrics:
-        metrics.emit("start", step=0, steps=last, run={"data": {"window_tokens": 60}, "train": {"seed": len(bpbs)}})
+    with EventFile(folder / "metrics.jsonl") as file:
+        file.write("start", step=0, steps=last, run={"data": {"window_tokens": 60}, "train": {"seed": len(bpbs)}})
         for step in range(last + 1):
             if step:
-                metrics.emit("step", step=step, loss=1.0, tokens=100)
+                file.write("step", step=step, loss=1.0, tokens=100)
             if step % every == 0:
-                metrics.emit("eval", step=step, held_out_bpb=bpbs[step // every])
-        metrics.emit("end", step=last, model=None)
+                file.write("eval", step=step, held_out_bpb=bpbs[step // every])
+        file.write("end", step=last, model=None)
     return folder
 
 
-def test_the_tokens_to_the_twins_last_value_are_those_of_the_first_measurement_at_it(tmp_path: Path) -> None:
+def test_tokens_to_the_last_value_of_the_baseline_end_at_the_first_evaluation_below_it(tmp_path: Path) -> None:
     run = read_history(bpb_run(tmp_path / "run", [1.0, 0.8, 0.7, 0.6, 0.6]))
-    twin = read_history(bpb_run(tmp_path / "twin", [1.0, 0.95, 0.9, 0.85, 0.8]))
-    beside = compare(run, twin)
-    assert beside.twins_last is not None
-    assert (beside.twins_last.bpb, beside.twins_last.tokens, beside.twins_last.twin_tokens) == (0.8, 1000, 4000)
-    assert beside.twins_last.ratio == 0.25
-    said = sentence(summarise(run), beside)
-    assert "0.6000 bits per byte of held-out text, from 1.0000 before training" in said
+    baseline = read_history(bpb_run(tmp_path / "baseline", [1.0, 0.95, 0.9, 0.85, 0.8]))
+    comparison = compare(run, baseline)
+    assert comparison.baseline_last == TokensToBpb(0.8, tokens=1000, baseline_tokens=4000, ratio=0.25)
+    result = sentence(summarise(run), comparison)
+    assert "0.6000 bits per byte of held-out text, from 1.0000 before training" in result
     assert (
-        "the twin's last value the student was measured first after 1,000 tokens, the twin after 4,000 (ratio 0.25)"
-        in said
+        "The student reached the baseline's last value within 1,000 tokens, the baseline within 4,000 (ratio 0.25)."
+        in result
     )
 
 
-def test_a_twin_that_ends_worse_than_it_began_is_compared_at_its_best(tmp_path: Path) -> None:
+def test_a_baseline_that_ends_worse_than_it_started_is_compared_by_its_best_value(tmp_path: Path) -> None:
     run = read_history(bpb_run(tmp_path / "run", [1.0, 0.95, 0.85]))
-    twin = read_history(bpb_run(tmp_path / "twin", [1.0, 0.9, 1.2]))
-    beside = compare(run, twin)
-    assert beside.twins_last is None
-    assert beside.twins_best is not None
-    assert (beside.twins_best.tokens, beside.twins_best.twin_tokens, beside.twins_best.ratio) == (2000, 1000, 2.0)
-    assert "had 0.9000 at its best" in sentence(summarise(run), beside)
+    baseline = read_history(bpb_run(tmp_path / "baseline", [1.0, 0.9, 1.2]))
+    comparison = compare(run, baseline)
+    assert comparison.baseline_last is None
+    assert comparison.baseline_best == TokensToBpb(0.9, tokens=2000, baseline_tokens=1000, ratio=2.0)
+    assert "with 0.9000 as its best value" in sentence(summarise(run), comparison)
 
 
-def test_a_student_that_never_gets_there_is_said_so(tmp_path: Path) -> None:
+def test_a_value_that_the_student_never_reached_is_reported(tmp_path: Path) -> None:
     run = read_history(bpb_run(tmp_path / "run", [1.0, 0.99]))
-    twin = read_history(bpb_run(tmp_path / "twin", [1.0, 0.5]))
-    beside = compare(run, twin)
-    assert beside.twins_last is not None
-    assert beside.twins_last.tokens is None
-    assert "the student has not reached the twin's last" in sentence(summarise(run), beside)
+    baseline = read_history(bpb_run(tmp_path / "baseline", [1.0, 0.5]))
+    comparison = compare(run, baseline)
+    assert comparison.baseline_last is not None
+    assert comparison.baseline_last.tokens is None
+    assert "the student has not reached the baseline's last value" in sentence(summarise(run), comparison)
 
 
-def test_a_twin_on_other_text_is_no_comparison(tmp_path: Path) -> None:
+def test_a_baseline_with_other_text_is_not_compared(tmp_path: Path) -> None:
     run = read_history(bpb_run(tmp_path / "run", [1.0, 0.8]))
-    twin = read_history(bpb_run(tmp_path / "twin", [1.3, 1.2, 1.1]))
-    beside = compare(run, twin)
-    assert not beside.same_start
-    assert beside.differs_in == {"train.seed": (2, 3)}
-    assert "this is not the same student on the same text" in sentence(summarise(run), beside)
+    baseline = read_history(bpb_run(tmp_path / "baseline", [1.3, 1.2, 1.1]))
+    comparison = compare(run, baseline)
+    assert not comparison.same_start
+    assert comparison.differs_in == {"train.seed": (2, 3)}
+    assert "the two runs do not have the same student and held-out text" in sentence(summarise(run), comparison)
 
 
-def test_a_run_without_held_out_text_says_so(tmp_path: Path) -> None:
-    with Metrics(tmp_path / "metrics.jsonl") as metrics:
-        metrics.emit("step", step=1, loss=3.5)
-        metrics.emit("step", step=2, loss=2.5)
+def test_a_run_without_held_out_text_reports_its_loss(tmp_path: Path) -> None:
+    with EventFile(tmp_path / "metrics.jsonl") as file:
+        file.write("step", step=1, loss=3.5)
+        file.write("step", step=2, loss=2.5)
     summary = summarise(read_history(tmp_path))
     assert summary.held_out is None
     assert summary.seconds is None
@@ -159,16 +156,16 @@ def test_a_run_without_held_out_text_says_so(tmp_path: Path) -> None:
     )
 
 
-def test_teachers_figures_are_means_over_their_own_tokens(tmp_path: Path) -> None:
+def test_teacher_means_are_weighted_by_tokens(tmp_path: Path) -> None:
     run = {"teachers": [{"name": "a"}]}
-    with Metrics(tmp_path / "metrics.jsonl") as metrics:
-        metrics.emit("start", step=0, steps=3, run=run)
+    with EventFile(tmp_path / "metrics.jsonl") as file:
+        file.write("start", step=0, steps=3, run=run)
         for step, (tokens, bpb) in enumerate([(100, 1.0), (300, 2.0), (100, None)], 1):
-            metrics.emit("step", step=step, loss=1.0, tokens=tokens, teachers={"a": {"own_bpb": bpb, "share": 0.5}})
-        metrics.emit("teacher_lost", teacher="a", detail="gone")
-    figures = summarise(read_history(tmp_path)).teachers["a"]
-    assert figures.own_bpb == pytest.approx(1.75)
-    assert figures.share == pytest.approx(0.5)
-    assert figures.mass is None
-    assert figures.num_lost == 1
-    json.dumps(figures.__dict__, allow_nan=False)
+            file.write("step", step=step, loss=1.0, tokens=tokens, teachers={"a": {"own_bpb": bpb, "weight": 0.5}})
+        file.write("teacher_lost", teacher="a", detail="gone")
+    teacher = summarise(read_history(tmp_path)).teachers["a"]
+    assert teacher.own_bpb == pytest.approx(1.75)
+    assert teacher.weight == pytest.approx(0.5)
+    assert teacher.mass is None
+    assert teacher.num_lost == 1
+    json.dumps(teacher.__dict__, allow_nan=False)

@@ -1,4 +1,4 @@
-"""Several processes train as one: real torchrun, gloo, FSDP2."""
+"""Training with several processes: torchrun, gloo, FSDP2."""
 
 import signal
 import subprocess
@@ -15,25 +15,29 @@ from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from tests.trainer.test_cli import run_file
 from trainer.config import RunConfig
+from trainer.distributed import Ranks, process_group
 from trainer.errors import ConfigError
-from trainer.loop import train
-from trainer.ranks import Ranks, joined
-from trainer.reports.metrics import read_metrics
-from trainer.run import begin, check_alike, make_folder
+from trainer.telemetry.jsonl import read_metrics
+from trainer.training.identity import check_same_settings
+from trainer.training.loop import train
+from trainer.training.run import begin, make_folder
+
+pytestmark = pytest.mark.slow
 
 
 def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """`tutelage train` of this run file in several processes."""
+    """Train with several processes, and wait for the end. Fails if a process fails."""
     done = subprocess.run(command(config, ranks, *more), capture_output=True, text=True, timeout=480, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
 def command(config: RunConfig, ranks: int, *more: str) -> list[str]:
+    """Return the torchrun command for a run config, which is written next to output.dir."""
     path = Path(config.output.dir).with_suffix(".json")
     path.write_text(config.model_dump_json(), encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *launcher, "-m", "tests.trainer.rank_main", str(path), *more]
+    return [sys.executable, *launcher, "-m", "tests.trainer.run_rank", str(path), *more]
 
 
 def assert_equal_runs(one: Path, two: Path, tolerance: float = 1e-5) -> None:
@@ -52,7 +56,10 @@ def test_one_and_two_ranks_give_the_same_losses(tmp_path: Path, tiny_sentencepie
     student = save_tiny_model(tmp_path / "student", kind="byte_level", seed=1, tied=tied)
     corpus = write_corpus(tmp_path)
     with served_models(tiny_sentencepiece) as urls:
-        sections: dict[str, Any] = {"train": {"accumulate": 2}, "loss": {"divergence": "jensen_shannon"}}
+        sections: dict[str, Any] = {
+            "train": {"gradient_accumulation_steps": 2},
+            "loss": {"divergence": "jensen_shannon"},
+        }
         config = {n: run_config(student, corpus, tmp_path / n, urls, **sections) for n in ("one", "two")}
         train(config["one"])
         torchrun(config["two"], 2)
@@ -60,15 +67,15 @@ def test_one_and_two_ranks_give_the_same_losses(tmp_path: Path, tiny_sentencepie
     assert_equal_models(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_run_of_one_rank_goes_on_with_two_and_with_one_again(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path, tiny_byte_level: Path) -> None:
     corpus = write_corpus(tmp_path)
-    straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [])
-    train(straight)
+    uninterrupted = run_config(tiny_byte_level, corpus, tmp_path / "uninterrupted", [])
+    train(uninterrupted)
     changing = run_config(tiny_byte_level, corpus, tmp_path / "changing", [])
     train(changing, stop_at=2)
     torchrun(changing, 2, "--resume", "--stop-at=4")
     train(changing, resume=True)
-    assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5)
+    assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "uninterrupted"), abs=1e-5)
 
 
 def test_two_ranks_train_adapters_and_export_them_merged(tmp_path: Path, tiny_byte_level: Path) -> None:
@@ -81,47 +88,45 @@ def test_two_ranks_train_adapters_and_export_them_merged(tmp_path: Path, tiny_by
     assert_equal_models(tmp_path / "one", tmp_path / "two")
 
 
-def test_ranks_that_would_train_something_else_are_refused() -> None:
+def test_ranks_with_different_settings_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"process 0 has optim.lr = 0.1, process 2 has 0.2: all machines need the"):
-        check_alike([{"optim.lr": lr, "samples": "a"} for lr in (0.1, 0.1, 0.2)])
+        check_same_settings([{"optim.lr": lr, "samples": "a"} for lr in (0.1, 0.1, 0.2)])
 
 
 class OneOfTwo(Ranks):
-    """A rank whose other one is made up: it names the mark, and sees it."""
+    """One of two ranks without the other process. The other rank sees the marker, and names it if it is rank 0."""
 
-    def agreed(self, value: Any) -> Any:
-        return value if self.first else ".seen-by-the-other"
+    def broadcast(self, value: Any) -> Any:
+        return value if self.first else ".visible-to-the-other"
 
-    def gathered(self, mine: Any) -> list[Any]:
-        return [mine, True] if self.first else [True, mine]
+    def all_gather(self, value: Any) -> list[Any]:
+        return [value, True] if self.first else [True, value]
 
 
-def test_an_output_folder_of_another_machine_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.ranks.APPEARS_S", 0.3)
-    assert Ranks().blind_to(tmp_path) == OneOfTwo(0, 2).blind_to(tmp_path) == []
+def test_an_output_folder_that_is_not_shared_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.distributed.VISIBLE_TIMEOUT_S", 0.3)
+    assert Ranks().ranks_without(tmp_path) == OneOfTwo(0, 2).ranks_without(tmp_path) == []
     assert not list(tmp_path.iterdir())
-    with pytest.raises(
-        ConfigError, match=r"process 1 does not see what process 0 writes: give a folder on a disk that"
-    ):
+    with pytest.raises(ConfigError, match=r"process 1 does not see what process 0 writes: use a folder on a disk that"):
         make_folder(tmp_path, OneOfTwo(1, 2))
-    (tmp_path / ".seen-by-the-other").touch()
+    (tmp_path / ".visible-to-the-other").touch()
     make_folder(tmp_path, OneOfTwo(1, 2))
 
 
-def test_processes_without_a_gpu_each_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_processes_than_gpus_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(ConfigError, match="start the processes with torchrun"), joined("cuda"):
+    with pytest.raises(ConfigError, match="start the processes with torchrun"), process_group("cuda"):
         pass
     monkeypatch.setenv("LOCAL_RANK", "1000")
-    with pytest.raises(ConfigError, match="process 1000 of this machine"), joined("cuda"):
+    with pytest.raises(ConfigError, match="process 1000 of this machine"), process_group("cuda"):
         pass
 
 
-def test_two_ranks_in_bf16_with_recomputed_adapters_learn_as_one_in_float32(
+def test_two_ranks_in_bf16_with_checkpointed_adapters_match_one_in_float32(
     tmp_path: Path, tiny_byte_level: Path
 ) -> None:
-    """To the rounding of bf16, with weights gathered in it and hidden states recomputed."""
+    """Losses agree up to the rounding of bf16, with bf16 all-gather of weights and activation checkpointing."""
     corpus, lora = write_corpus(tmp_path), {"lora": {"rank": 4, "dropout": 0.0}}
     mixed = lora | {"precision": "bf16", "activation_checkpointing": True}
     optim = {"lr": 1e-2}
@@ -131,42 +136,45 @@ def test_two_ranks_in_bf16_with_recomputed_adapters_learn_as_one_in_float32(
     assert losses(tmp_path / "one") != pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 
 
-def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_for_all_processes_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="student.device is cuda:1, which all processes would take"), joined("cuda:1"):
+    with (
+        pytest.raises(ConfigError, match="student.device is cuda:1, which all processes would use"),
+        process_group("cuda:1"),
+    ):
         pass
 
 
-def test_a_batch_of_fewer_samples_than_processes_is_refused(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_a_batch_of_fewer_samples_than_processes_is_rejected(tmp_path: Path, tiny_byte_level: Path) -> None:
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], train={"batch_samples": 1})
     with pytest.raises(ConfigError, match="batch_samples is 1, fewer than the 2 processes"):
         begin(config, Ranks(0, 2), resume=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_sigterm_saves_and_ends_cleanly(tmp_path: Path, tiny_byte_level: Path) -> None:
+def test_sigterm_saves_a_checkpoint_and_ends_the_run(tmp_path: Path, tiny_byte_level: Path) -> None:
     corpus, sections = write_corpus(tmp_path), {"train": {"epochs": 30}}
-    straight = run_config(tiny_byte_level, corpus, tmp_path / "straight", [], **sections)
-    train(straight)
-    told = run_config(tiny_byte_level, corpus, tmp_path / "told", [], **sections)
-    tutelage = [sys.executable, "-m", "trainer.cli", "train", str(run_file(tmp_path, told))]
+    uninterrupted = run_config(tiny_byte_level, corpus, tmp_path / "uninterrupted", [], **sections)
+    train(uninterrupted)
+    terminated = run_config(tiny_byte_level, corpus, tmp_path / "terminated", [], **sections)
+    tutelage = [sys.executable, "-m", "trainer.cli", "train", str(run_file(tmp_path, terminated))]
     process = subprocess.Popen(tutelage, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "told" / "metrics.jsonl").exists() or not losses(tmp_path / "told"):
+    while not (tmp_path / "terminated" / "metrics.jsonl").exists() or not losses(tmp_path / "terminated"):
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     assert process.wait(timeout=120) == 128 + signal.SIGTERM
-    events = read_metrics(tmp_path / "told" / "metrics.jsonl")
-    done = max(losses(tmp_path / "told"))
+    events = read_metrics(tmp_path / "terminated" / "metrics.jsonl")
+    done = max(losses(tmp_path / "terminated"))
     assert events[-1] == events[-1] | {"event": "end", "step": done, "model": None}
-    assert (tmp_path / "told" / "checkpoints" / f"step-{done:08d}").is_dir()
-    train(told, resume=True)
-    assert losses(tmp_path / "told") == pytest.approx(losses(tmp_path / "straight"), abs=1e-6)
+    assert (tmp_path / "terminated" / "checkpoints" / f"step-{done:08d}").is_dir()
+    train(terminated, resume=True)
+    assert losses(tmp_path / "terminated") == pytest.approx(losses(tmp_path / "uninterrupted"), abs=1e-6)
 
 
-def test_parts_of_all_ranks_together_are_the_batch() -> None:
+def test_the_shards_of_all_ranks_are_the_batch() -> None:
     for size in range(1, 9):
         for items in range(12):
-            parts = [Ranks(rank, size).part(range(items)) for rank in range(size)]
-            assert [i for part in parts for i in part] == list(range(items))
-            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+            shards = [Ranks(rank, size).shard(range(items)) for rank in range(size)]
+            assert [i for shard in shards for i in shard] == list(range(items))
+            assert max(map(len, shards)) - min(map(len, shards)) <= 1

@@ -1,4 +1,4 @@
-"""`tutelage report`: one page that needs nothing else, from real runs and from broken ones."""
+"""`tutelage report`: a self-contained page for complete, incomplete and damaged runs."""
 
 import json
 import re
@@ -10,14 +10,14 @@ import pytest
 from tests.trainer.made_runs import Values, write_run
 from tests.trainer.runs import run_config, served_models, write_corpus
 from tests.trainer.test_cli import assert_one_sentence, call
-from trainer.loop import train
-from trainer.reports.report import make_report
+from trainer.report.page import make_report
+from trainer.training.loop import train
 
 VOID = ("meta", "link", "img", "br", "hr", "input", "path")
 
 
 class Page(HTMLParser):
-    """A parsed page: its texts, its tags with their attributes; refuses tags that are not closed in order."""
+    """A parsed page: its texts and its tags with their attributes. Fails if tags are not closed in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class Page(HTMLParser):
 
     @property
     def figures(self) -> list[str]:
-        """Titles, as the curves' labels have them."""
+        """Labels of the charts: title and x axis."""
         return [str(attributes["aria-label"]) for tag, attributes in self.tags if tag == "svg"]
 
 
-def page_of(folder: Path, twin: Path | None = None) -> Page:
-    return Page(make_report(folder, twin).page)
+def page_of(folder: Path, baseline: Path | None = None) -> Page:
+    return Page(make_report(folder, baseline).page)
 
 
 def assert_self_contained(page: str) -> None:
@@ -71,18 +71,18 @@ def assert_self_contained(page: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def arms(tmp_path_factory: pytest.TempPathFactory, tiny_byte_level: Path, tiny_sentencepiece: Path) -> Path:
-    """A real run with two teachers and its twin without, laid out as the demo does."""
-    folder = tmp_path_factory.mktemp("arms")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_byte_level: Path, tiny_sentencepiece: Path) -> Path:
+    """Folder of a real run with two teachers and of its baseline, as `tutelage demo` writes them."""
+    folder = tmp_path_factory.mktemp("runs")
     corpus = write_corpus(folder)
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
-        train(run_config(tiny_byte_level, corpus, folder / "fused", urls, eval={"every_steps": 2}))
-    train(run_config(tiny_byte_level, corpus, folder / "twin", [], eval={"every_steps": 2}))
+        train(run_config(tiny_byte_level, corpus, folder / "distilled", urls, eval={"every_steps": 2}))
+    train(run_config(tiny_byte_level, corpus, folder / "baseline", [], eval={"every_steps": 2}))
     return folder
 
 
-def test_a_fused_run_is_shown_beside_its_twin(arms: Path) -> None:
-    report = make_report(arms)
+def test_a_distilled_run_is_compared_with_its_baseline(runs: Path) -> None:
+    report = make_report(runs)
     assert_self_contained(report.page)
     page = Page(report.page)
     assert report.comparison is not None
@@ -90,70 +90,69 @@ def test_a_fused_run_is_shown_beside_its_twin(arms: Path) -> None:
     assert not report.comparison.differs_in
     assert report.summary.finished
     assert report.result in page.text
-    assert "twin without teachers has" in report.result
+    assert "The baseline without teachers has" in report.result
     assert report.summary.teachers.keys() == {"t0", "t1"}
-    for title in ("Held-out bits per byte", "Training loss", "Share of each teacher", "Time per step", "Throughput"):
+    for title in ("Held-out bits per byte", "Training loss", "Weight of each teacher", "Time per step", "Throughput"):
         assert any(label.startswith(title) for label in page.figures), title
     assert all(label.endswith(" over tokens") for label in page.figures)
     for words in (
         "student",
-        "twin",
-        "twin's cross-entropy",
+        "baseline",
+        "cross-entropy of the baseline",
         "divergence",
         "window_tokens 60",
         "method mean",
-        "12 to train on",
+        "12 for training",
     ):
         assert words in page.text, words
 
 
-def test_every_way_to_name_the_twin_gives_the_same_page(arms: Path) -> None:
-    whole = make_report(arms).page
-    assert make_report(arms / "fused").page == whole
-    assert make_report(arms / "fused", Path("twin")).page == whole
-    assert make_report(arms / "fused", arms / "twin").page == whole
+def test_all_ways_to_name_the_baseline_give_the_same_page(runs: Path) -> None:
+    page = make_report(runs).page
+    assert make_report(runs / "distilled").page == page
+    assert make_report(runs / "distilled", Path("baseline")).page == page
+    assert make_report(runs / "distilled", runs / "baseline").page == page
 
 
-def test_a_plain_run_has_no_teachers_and_shows_none(arms: Path) -> None:
-    report = make_report(arms / "twin")
+def test_a_run_without_teachers_shows_none(runs: Path) -> None:
+    report = make_report(runs / "baseline")
     page = Page(report.page)
     assert report.comparison is None
     assert not report.summary.teachers
     assert not [label for label in page.figures if "eacher" in label or "mass" in label]
     assert "times lost" not in page.text
-    assert "What the teachers said" not in page.text
-    assert "divergence" not in page.texts  # the name of a line; the run file says it too
-    assert "twin:" not in page.text
+    assert "Teachers over time" not in page.text
+    assert "divergence" not in page.texts  # the name of a curve; the run file holds the word, too
+    assert "baseline:" not in page.text
 
 
-def test_a_run_that_stopped_in_the_middle_of_a_line_is_reported_up_to_there(arms: Path, tmp_path: Path) -> None:
-    whole = (arms / "fused" / "metrics.jsonl").read_bytes()
+def test_a_run_with_an_incomplete_last_line_is_reported_up_to_it(runs: Path, tmp_path: Path) -> None:
+    whole = (runs / "distilled" / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(whole[: whole.index(b'"step": 5') + 40])
     report = make_report(tmp_path)
     assert (report.summary.steps, report.summary.planned_steps, report.summary.finished) == (4, 6, False)
-    assert "not complete" in Page(report.page).text
-    assert "4 steps" in report.result
-    assert "of 6 planned" in report.result
+    assert "incomplete" in Page(report.page).text
+    assert "After 4 of 6 planned steps" in report.result
 
 
-def test_lost_teachers_are_marked_on_the_curves_and_listed(tmp_path: Path) -> None:
-    happens = {
+def test_lost_teachers_are_marked_in_the_charts_and_listed(tmp_path: Path) -> None:
+    changes = {
         12: ("teacher_lost", "b", "no replica answered for 5 s"),
         25: ("teacher_joined", "b", "http://127.0.0.1:9 answers again"),
     }
 
-    def absent(step: int) -> Values:
-        known = {"share": 0.5, "mass": 0.9, "own_bpb": 0.8, "aligned_bpb": 0.79}
-        gone = {"share": 0.0, "mass": None, "own_bpb": None, "aligned_bpb": None}
-        return {"teachers": {"a": known, "b": gone if 12 < step <= 25 else known}}
+    def teacher_values(step: int) -> Values:
+        known = {"weight": 0.5, "mass": 0.9, "own_bpb": 0.8, "aligned_bpb": 0.79}
+        lost = {"weight": 0.0, "mass": None, "own_bpb": None, "aligned_bpb": None}
+        return {"teachers": {"a": known, "b": lost if 12 < step <= 25 else known}}
 
     def values(step: int) -> Values:
         return {"teachers_seen": 1 if 12 < step <= 25 else 2}
 
-    folder = write_run(tmp_path / "run", 40, teachers=("a", "b"), happens=happens, more=values)
+    folder = write_run(tmp_path / "run", 40, teachers=("a", "b"), changes=changes, more=values)
     path = folder / "metrics.jsonl"
     events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    events = [event | (absent(event["step"]) if event["event"] == "step" else {}) for event in events]
+    events = [event | (teacher_values(event["step"]) if event["event"] == "step" else {}) for event in events]
     path.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
     report = make_report(folder)
     page = Page(report.page)
@@ -161,48 +160,48 @@ def test_lost_teachers_are_marked_on_the_curves_and_listed(tmp_path: Path) -> No
     assert "no replica answered for 5 s" in page.text
     assert "b: lost" in page.text
     assert "b: joined" in page.text
-    marks = [a for tag, a in page.tags if tag == "path" and (a.get("class") or "").startswith("mark")]
-    assert {a["class"] for a in marks} == {"mark teacher_lost", "mark teacher_joined"}
+    markers = [a for tag, a in page.tags if tag == "path" and (a.get("class") or "").startswith("marker")]
+    assert {a["class"] for a in markers} == {"marker teacher_lost", "marker teacher_joined"}
     bpb = re.search(r'aria-label="Teachers on the training text.*?</svg>', report.page, re.DOTALL)
     assert bpb is not None
     solid = re.findall(r'class="c1 line" d="([^"]*)"', bpb[0])
     assert [path.count("M") for path in solid] == [2]  # b's curve has a gap where it was lost
 
 
-def test_keys_that_nobody_knows_yet_are_there(tmp_path: Path) -> None:
+def test_unknown_columns_are_shown(tmp_path: Path) -> None:
     def more(step: int) -> Values:
-        return {"divergence": 0.2, "queued_batches": step % 3, "novel": {"figure": step}, "steady": 7}
+        return {"divergence": 0.2, "queued_batches": step % 3, "new": {"value": step}, "constant": 7}
 
     folder = write_run(tmp_path, 30, teachers=("a",), more=more)
     page = page_of(folder)
-    assert "Batches ready ahead over tokens" in page.figures
-    assert "novel/figure over tokens" in page.figures
-    assert "steady 7" in page.text
+    assert "Prefetched batches over tokens" in page.figures
+    assert "new/value over tokens" in page.figures
+    assert "constant 7" in page.text
     assert "divergence" in page.text
 
 
-def test_domains_and_waiting_for_each_teacher_have_figures_where_they_are_measured(tmp_path: Path) -> None:
+def test_domains_and_wait_times_by_teacher_have_charts_if_measured(tmp_path: Path) -> None:
     folder = write_run(tmp_path, 10, teachers=("a",))
     path = folder / "metrics.jsonl"
     text = path.read_text(encoding="utf-8")
     text = re.sub(r'("held_out_bpb": [\d.]+)', r'\1, "held_out_domains": {"law": 0.9, "code": 0.5}', text)
     path.write_text(
-        text.replace('"share": 1.0', '"share": 1.0, "waited_s": 0.25, "tokens_per_s": 900.0'), encoding="utf-8"
+        text.replace('"weight": 1.0', '"weight": 1.0, "wait_s": 0.25, "tokens_per_s": 900.0'), encoding="utf-8"
     )
     page = page_of(folder)
     assert "Held-out bits per byte by domain over tokens" in page.figures
-    assert "Waited for each teacher over tokens" in page.figures
+    assert "Wait time by teacher over tokens" in page.figures
     assert "law" in page.text
 
 
-def test_what_a_run_file_says_is_text_and_never_markup(tmp_path: Path) -> None:
+def test_values_of_the_run_file_are_escaped(tmp_path: Path) -> None:
     evil = '"><script>alert(1)</script><b a="'
-    happens = {5: ("teacher_lost", evil, evil)}
+    changes = {5: ("teacher_lost", evil, evil)}
     folder = write_run(
         tmp_path / "<i>run</i>",
         10,
         teachers=(evil,),
-        happens=happens,
+        changes=changes,
         run={"student": {"model": evil}},
         more=lambda _: {evil: _},
     )
@@ -212,14 +211,14 @@ def test_what_a_run_file_says_is_text_and_never_markup(tmp_path: Path) -> None:
     assert "alert(1)" in page.text
 
 
-def test_sources_are_told_as_a_person_would_write_them(tmp_path: Path) -> None:
+def test_sources_are_shown_without_python_syntax(tmp_path: Path) -> None:
     sources = [{"files": ["a.txt", "b/*.jsonl"], "weight": 0.5, "dataset": None}, {"dataset": "wiki"}]
     text = page_of(write_run(tmp_path, 10, run={"data": {"sources": sources}})).text
     assert "sources files a.txt, b/*.jsonl weight 0.5; dataset wiki" in text
     assert "{'" not in text
 
 
-def test_a_long_run_is_a_page_of_bounded_size_with_its_spike(tmp_path: Path) -> None:
+def test_the_page_of_a_long_run_is_small_and_keeps_its_spike(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path, 20_000, teachers=("a", "b"), more=lambda step: {"grad_norm": 500.0 if step == 7_777 else 1.0}
     )
@@ -236,7 +235,7 @@ def test_a_long_run_is_a_page_of_bounded_size_with_its_spike(tmp_path: Path) -> 
     assert min(tops) < 50 < 900 < sorted(tops)[1]
 
 
-def test_without_tokens_curves_run_along_steps(tmp_path: Path) -> None:
+def test_without_token_counts_the_x_axis_is_steps(tmp_path: Path) -> None:
     folder = write_run(tmp_path, 10)
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace('"tokens": 100, ', ""), encoding="utf-8")
@@ -247,28 +246,28 @@ def test_without_tokens_curves_run_along_steps(tmp_path: Path) -> None:
 # --- the command ---
 
 
-def test_the_command_writes_the_page_and_says_the_result(arms: Path, tmp_path: Path) -> None:
-    result = call("report", arms, "--out", tmp_path / "page.html")
+def test_the_command_writes_the_page_and_prints_the_result(runs: Path, tmp_path: Path) -> None:
+    result = call("report", runs, "--out", tmp_path / "page.html")
     assert result.exit_code == 0, result.output
     assert "bits per byte of held-out text" in result.stdout
     assert str(tmp_path / "page.html") in result.stdout
     assert_self_contained((tmp_path / "page.html").read_text(encoding="utf-8"))
 
 
-def test_the_command_prints_figures_for_machines(arms: Path) -> None:
-    result = call("report", arms, "--json")
+def test_the_command_prints_json(runs: Path) -> None:
+    result = call("report", runs, "--json")
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert printed["run"]["steps"] == printed["comparison"]["twin"]["steps"] == 6
-    assert printed["run"]["held_out"]["before"] == printed["comparison"]["twin"]["held_out"]["before"]
+    assert printed["run"]["steps"] == printed["comparison"]["baseline"]["steps"] == 6
+    assert printed["run"]["held_out"]["before"] == printed["comparison"]["baseline"]["held_out"]["before"]
     assert printed["run"]["teachers"]["t0"]["own_bpb"] > 0
-    assert Path(printed["page"]) == arms / "report.html"
+    assert Path(printed["page"]) == runs / "report.html"
     assert Path(printed["page"]).exists()
 
 
-def test_the_command_refuses_in_one_sentence(arms: Path, tmp_path: Path) -> None:
+def test_the_command_reports_errors_in_one_sentence(runs: Path, tmp_path: Path) -> None:
     assert_one_sentence(call("report", tmp_path), "holds no metrics.jsonl: give the folder of a run")
-    assert_one_sentence(call("report", arms, "--twin", "nobody"), "--twin nobody: there is no metrics.jsonl in it")
-    assert_one_sentence(call("report", arms, "--out", tmp_path / "no" / "p.html"), "cannot write")
+    assert_one_sentence(call("report", runs, "--baseline", "nobody"), "--baseline nobody: found no metrics.jsonl in it")
+    assert_one_sentence(call("report", runs, "--out", tmp_path / "no" / "p.html"), "cannot write")
     (tmp_path / "metrics.jsonl").write_text('{"event": "start", "time": 1, "step": 0}\n', encoding="utf-8")
     assert_one_sentence(call("report", tmp_path), "holds no step yet")

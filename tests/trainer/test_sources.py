@@ -1,39 +1,51 @@
-"""What documents are in text and .jsonl files: found in one pass, read again by where they stand."""
+"""Text and .jsonl files: scanned once, read again by position; and the registry of sources."""
 
+import csv
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import SourceConfig
-from trainer.data.sources import Broken, Documents, open_file
-from trainer.data.windows import STRETCH_BYTES
+from tests.tiny import tiny_vocabulary
 from trainer.errors import DataError
+from trainer.evaluation.config import EvalConfig
+from trainer.sources import SOURCES
+from trainer.sources.base import DocumentRef, Documents, InvalidRecord, open_documents
+from trainer.sources.columns import extract_content, parse_document
+from trainer.sources.config import DataConfig, SourceConfig
+from trainer.sources.corpus import load_corpus
+from trainer.sources.files import JsonLinesFile, TextFile
+from trainer.sources.windows import CHUNK_BYTES
 
 
-def opened(path: Path, **columns: Any) -> Documents:
-    return open_file(path, SourceConfig(files=[str(path)], **columns))
+def open_path(path: Path, **columns: Any) -> Documents:
+    return open_documents(path, SourceConfig(files=[str(path)], **columns))
 
 
-def written(folder: Path, content: bytes, name: str = "d.jsonl") -> Path:
+def write_file(folder: Path, content: bytes, name: str = "d.jsonl") -> Path:
     path = folder / name
     path.write_bytes(content)
     return path
 
 
-def found(documents: Documents) -> list[tuple[int, str]]:
-    """Line and text of each document, read a second time; broken lines as (-1, sentence)."""
+def records_of(documents: Documents) -> list[tuple[int, str]]:
+    """Return line number and text of each document, read by position; invalid lines as (-1, message)."""
     out = []
     for one in documents.scan():
-        if isinstance(one, Broken):
-            out.append((-1, one.sentence))
+        if isinstance(one, InvalidRecord):
+            out.append((-1, one.message))
             continue
-        content = b"".join(one.stretches)
-        assert documents.read(one.place, one.length, 0, len(content)) == content
-        assert documents.read(one.place, one.length, 1, len(content) - 1) == content[1:-1]
+        content = b"".join(one.chunks)
+        assert documents.read(one.offset, one.length, 0, len(content)) == content
+        assert documents.read(one.offset, one.length, 1, len(content) - 1) == content[1:-1]
         out.append((one.number, content.decode()))
     return out
 
@@ -42,111 +54,188 @@ def lines(*texts: str) -> list[bytes]:
     return [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
 
 
-def test_lines_are_documents_whatever_ends_them(tmp_path: Path) -> None:
+def test_each_line_is_a_document_for_every_line_end(tmp_path: Path) -> None:
     one, two, three, empty = lines("one", "two é日😀", "three", "")
     content = one + b"\r\n" + b"\n  \r\n" + two + b"\n" + empty + b"\n" + three
-    assert found(opened(written(tmp_path, content))) == [(1, "one"), (4, "two é日😀"), (6, "three")]
+    assert records_of(open_path(write_file(tmp_path, content))) == [(1, "one"), (4, "two é日😀"), (6, "three")]
 
 
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=6), ascii=st.booleans())
-def test_any_texts_come_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str], ascii: bool) -> None:
+def test_any_texts_are_read_back_unchanged(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], ascii: bool
+) -> None:
     content = "".join(json.dumps({"text": text}, ensure_ascii=ascii) + "\n" for text in ["first", *texts]).encode()
-    documents = opened(written(tmp_path_factory.mktemp("texts"), content))
-    assert found(documents) == [(n, text) for n, text in enumerate(["first", *texts], 1) if text]
+    documents = open_path(write_file(tmp_path_factory.mktemp("texts"), content))
+    assert records_of(documents) == [(n, text) for n, text in enumerate(["first", *texts], 1) if text]
 
 
-def test_line_separators_inside_a_document_do_not_end_its_line(tmp_path: Path) -> None:
+def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path) -> None:
     text = "one\u2028two\x0bthree"
-    assert found(opened(written(tmp_path, lines(text)[0]))) == [(1, text)]
+    assert records_of(open_path(write_file(tmp_path, lines(text)[0]))) == [(1, text)]
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "expected"),
     [
         (b"not json", "expected a JSON object, received 'not json'"),
         (b"[1]", "expected a JSON object, received list"),
         (b'"text"', "expected a JSON object, received str"),
         (b"[" * 100_000, "expected a JSON object, received"),
-        (b'{"body": "x"}', "'text' is absent, expected a string"),
+        (b'{"body": "x"}', "'text' is missing, expected a string"),
         (b'{"text": 3}', "'text' is int, expected a string"),
         (b'{"text": "ab\\ud83d"}', "character 2 is half of a surrogate pair"),
         (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 at 13"),
     ],
 )
-def test_broken_lines_are_named_and_the_others_read(tmp_path: Path, line: bytes, says: str) -> None:
+def test_invalid_lines_are_reported_and_the_others_read(tmp_path: Path, line: bytes, expected: str) -> None:
     before, after = lines("before", "after")
-    path = written(tmp_path, b"\n".join([before, line, after]) + b"\n")
-    seen = found(opened(path))
+    path = write_file(tmp_path, b"\n".join([before, line, after]) + b"\n")
+    seen = records_of(open_path(path))
     assert [text for number, text in seen if number > 0] == ["before", "after"]
-    (sentence,) = [text for number, text in seen if number < 0]
-    assert sentence.startswith(f"{path}, line 2: {says}")
+    (message,) = [text for number, text in seen if number < 0]
+    assert message.startswith(f"{path}, line 2: {expected}")
 
 
-def test_columns_name_domain_teacher_and_chat(tmp_path: Path) -> None:
+def test_columns_give_domain_teacher_and_chat(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "é"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
     rows = [{"chat": chat, "tools": [{"name": "f"}], "of": "d", "by": "t"}, {"chat": [], "of": "d", "by": "t"}]
-    path = written(tmp_path, "\n".join(json.dumps(row) for row in [*rows, {"chat": chat, "of": "d"}]).encode())
-    documents = opened(path, messages_column="chat", domain_column="of", teacher_column="by")
-    one, broken = documents.scan()
-    assert not isinstance(one, Broken)
+    path = write_file(tmp_path, "\n".join(json.dumps(row) for row in [*rows, {"chat": chat, "of": "d"}]).encode())
+    documents = open_path(path, messages_column="chat", domain_column="of", teacher_column="by")
+    one, invalid = documents.scan()
+    assert not isinstance(one, InvalidRecord)
     assert (one.domain, one.teacher) == ("d", "t")
-    assert json.loads(b"".join(one.stretches)) == [chat, [{"name": "f"}]]
-    assert broken == Broken(f"{path}, line 3: 'by' is absent, expected a string")
+    assert json.loads(b"".join(one.chunks)) == [chat, [{"name": "f"}]]
+    assert invalid == InvalidRecord(f"{path}, line 3: 'by' is missing, expected a string")
 
 
 def test_a_text_file_has_no_columns(tmp_path: Path) -> None:
-    path = written(tmp_path, b"text", "d.txt")
+    path = write_file(tmp_path, b"text", "d.txt")
     for column in ("messages_column", "domain_column", "teacher_column"):
         with pytest.raises(DataError, match="d.txt has no columns"):
-            opened(path, **{column: "x"})
+            open_path(path, **{column: "x"})
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\n", ""])
-def test_a_text_file_is_read_in_stretches_cut_between_characters(tmp_path: Path, end: str) -> None:
+def test_a_text_file_is_read_in_chunks_cut_between_characters(tmp_path: Path, end: str) -> None:
     text = "".join(f"{n} sacks of 日本語 and 😀{end}" for n in range(40_000))
-    documents = opened(written(tmp_path, text.encode(), "d.txt"))
+    documents = open_path(write_file(tmp_path, text.encode(), "d.txt"))
     (one,) = documents.scan()
-    assert not isinstance(one, Broken)
-    parts = list(one.stretches)
-    assert len(parts) > 4
-    assert max(map(len, parts)) <= STRETCH_BYTES
-    assert "".join(part.decode() for part in parts) == text
-    assert documents.read(0, 0, len(parts[0]), len(parts[0]) + 9) == text.encode()[len(parts[0]) :][:9]
+    assert not isinstance(one, InvalidRecord)
+    chunks = list(one.chunks)
+    assert len(chunks) > 4
+    assert max(map(len, chunks)) <= CHUNK_BYTES
+    assert "".join(chunk.decode() for chunk in chunks) == text
+    assert documents.read(0, 0, len(chunks[0]), len(chunks[0]) + 9) == text.encode()[len(chunks[0]) :][:9]
 
 
-def test_a_text_file_that_is_not_utf8_says_where(tmp_path: Path) -> None:
-    before = b"x" * (STRETCH_BYTES + 7)
-    (one,) = opened(written(tmp_path, before + b"caf\xe9 au lait", "latin.txt")).scan()
-    assert not isinstance(one, Broken)
+def test_a_text_file_that_is_not_utf8_is_an_error_with_the_offset(tmp_path: Path) -> None:
+    before = b"x" * (CHUNK_BYTES + 7)
+    (one,) = open_path(write_file(tmp_path, before + b"caf\xe9 au lait", "latin.txt")).scan()
+    assert not isinstance(one, InvalidRecord)
     with pytest.raises(DataError, match=rf"latin.txt is not UTF-8: byte 0xe9 at {len(before) + 3}"):
-        list(one.stretches)
+        list(one.chunks)
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="empty.txt is empty: give a text of at least one byte"):
-        opened(written(tmp_path, b"", "empty.txt"))
+def test_files_that_cannot_be_read_are_errors_with_their_paths(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="empty.txt is empty: expected a file of at least one byte"):
+        open_path(write_file(tmp_path, b"", "empty.txt"))
     with pytest.raises(DataError, match=f"cannot read {tmp_path}: Is a directory"):
-        opened(tmp_path)
+        open_path(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.txt"])
-def test_a_file_that_changes_is_an_error_and_never_another_text(tmp_path: Path, name: str) -> None:
+def test_a_changed_file_is_an_error(tmp_path: Path, name: str) -> None:
     content = lines("one" * 9)[0] + b"\n"
-    path = written(tmp_path, content, name)
-    documents = opened(path)
+    path = write_file(tmp_path, content, name)
+    documents = open_path(path)
     (one,) = documents.scan()
-    assert not isinstance(one, Broken)
-    list(one.stretches)
+    assert not isinstance(one, InvalidRecord)
+    list(one.chunks)
     path.write_bytes(content.replace(b"one", b"two"))
-    with pytest.raises(DataError, match=f"{name} has changed while the run goes on: expected {len(content)} bytes"):
-        documents.read(one.place, one.length, 0, 5)
+    with pytest.raises(DataError, match=f"{name} has changed during the run: expected {len(content)} bytes"):
+        documents.read(one.offset, one.length, 0, 5)
     path.unlink()
     with pytest.raises(DataError, match=f"cannot read .*{name}: No such file"):
-        documents.read(one.place, one.length, 0, 5)
+        documents.read(one.offset, one.length, 0, 5)
 
 
-def test_a_line_without_an_end_is_not_read_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.sources.LONGEST_LINE_BYTES", 1 << 20)
-    path = written(tmp_path, lines("one")[0] + b"\n" + b"x" * (1 << 21))
+def test_a_line_above_the_maximum_length_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.sources.files.MAX_LINE_BYTES", 1 << 20)
+    path = write_file(tmp_path, lines("one")[0] + b"\n" + b"x" * (1 << 21))
     with pytest.raises(DataError, match="d.jsonl, line 2 is longer than 1 MiB"):
-        list(opened(path).scan())
+        list(open_path(path).scan())
+
+
+# The registry
+
+
+class CsvSource:
+    """A format that a plugin could add: one document per row of a .csv file."""
+
+    def matches(self, path: Path, config: SourceConfig) -> bool:
+        return path.suffix == ".csv"
+
+    def open(self, path: Path, config: SourceConfig) -> Documents:
+        return CsvFile(path, config)
+
+
+class CsvFile:
+    def __init__(self, path: Path, config: SourceConfig) -> None:
+        self.name = path.name
+        self.identity = (str(path),)
+        self._config = config
+        with path.open(encoding="utf-8", newline="") as file:
+            self._rows = list(csv.DictReader(file))
+
+    def scan(self) -> Iterator[DocumentRef | InvalidRecord]:
+        for i, row in enumerate(self._rows):
+            record = parse_document(f"{self.name}, row {i + 1}", (i, 0, i + 1), partial(dict, row), self._config)
+            if record is not None:
+                yield record
+
+    def read(self, offset: int, length: int, begin: int, end: int) -> bytes:
+        return extract_content(self._rows[offset], self._config).content[begin:end]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_registered_source_exists_and_text_is_the_last(name: str) -> None:
+    source = resolve_name(SOURCES[name])()
+    path, config = {
+        "dataset": (Path("hub/name"), SourceConfig(dataset="hub/name")),
+        "parquet": (Path("d.parquet"), SourceConfig(files=["d.parquet"])),
+        "jsonl": (Path("d.jsonl"), SourceConfig(files=["d.jsonl"])),
+        "text": (Path("d"), SourceConfig(files=["d"])),
+    }[name]
+    assert source.matches(path, config)
+    assert next(other for other in SOURCES if resolve_name(SOURCES[other])().matches(path, config)) == name
+    assert [*SOURCES][-1] == "text"
+
+
+@pytest.mark.parametrize("name", ["d.txt", "d.md", "d", "d.JSONL", "d.json"])
+def test_a_file_of_an_unknown_suffix_is_a_text(tmp_path: Path, name: str) -> None:
+    assert isinstance(open_path(write_file(tmp_path, b"{}", name)), TextFile)
+    assert isinstance(open_path(write_file(tmp_path, b"{}", "d.jsonl")), JsonLinesFile)
+
+
+def test_one_registry_line_adds_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extended = {"csv": f"{__name__}:CsvSource", **SOURCES}
+    monkeypatch.setattr("trainer.sources.base.SOURCES", extended)
+    path = write_file(tmp_path, b"text,kind\nsix sacks,a\n,b\ntwo bells,a\n", "d.csv")
+    config = DataConfig(sources=[SourceConfig(files=[str(path)], domain_column="kind")])
+    corpus = load_corpus(config, EvalConfig(), tiny_vocabulary("byte_level"), seed=0)
+    assert [(s.name, s.text, s.domain) for s in corpus.train] == [
+        ("d.csv:1#0", "six sacks", "a"),
+        ("d.csv:3#0", "two bells", "a"),
+    ]
+
+
+def test_text_files_are_opened_without_the_libraries_of_tables(tmp_path: Path) -> None:
+    path = write_file(tmp_path, b"text", "d.txt")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom trainer.sources.config import SourceConfig\n"
+        "from trainer.sources.base import open_documents\n"
+        f"open_documents(Path({str(path)!r}), SourceConfig(files=[{str(path)!r}]))\n"
+        "print([name for name in ('pyarrow.parquet', 'datasets', 'torch') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Documents in rows: Parquet files, folders that `save_to_disk` wrote, and what is said where there is neither."""
+"""Tables as sources: Parquet files, datasets saved to disk, and the errors if they cannot be read."""
 
 import json
 import os
@@ -14,10 +14,12 @@ import pytest
 from tests.needs import need
 from tests.tiny import TEXT, tiny_vocabulary
 from tests.trainer.runs import losses, run_config
-from trainer.config import DataConfig, EvalConfig, RunConfig
-from trainer.data.samples import Corpus, load_corpus
+from trainer.config import RunConfig
 from trainer.errors import DataError
-from trainer.loop import train
+from trainer.evaluation.config import EvalConfig
+from trainer.sources.config import DataConfig
+from trainer.sources.corpus import Corpus, load_corpus
+from trainer.training.loop import train
 
 BYTE_LEVEL = tiny_vocabulary("byte_level")
 ROWS = [{"text": f"{n}. {TEXT}", "kind": "ab"[n % 2], "by": f"t{n % 2}", "size": n} for n in range(6)]
@@ -52,25 +54,25 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def said(corpus: Corpus) -> list[tuple[Any, ...]]:
+def contents(corpus: Corpus) -> list[tuple[Any, ...]]:
     return [(s.name.partition(":")[2], s.text, s.messages, s.tools, s.teacher) for s in corpus.train]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
-def test_rows_are_the_documents_that_lines_would_be(tmp_path: Path, kind: str) -> None:
+def test_rows_give_the_same_documents_as_lines(tmp_path: Path, kind: str) -> None:
     columns = {"domain_column": "kind", "teacher_column": "by"}
     lines = load({"files": [write_lines(tmp_path / "d.jsonl", ROWS)]} | columns)
     if kind == "parquet":
         rows = load({"files": [write_parquet(tmp_path / "d.parquet", ROWS)]} | columns)
     else:
         rows = load({"dataset": save(tmp_path / "d", ROWS)} | columns)
-    assert said(rows) == said(lines)
+    assert contents(rows) == contents(lines)
     assert [s.domain for s in rows.train] == [s.domain for s in lines.train]
     assert rows.fingerprint == lines.fingerprint
     assert rows.train[0].name == ("d.parquet:1#0" if kind == "parquet" else "d:1#0")
 
 
-def test_chats_in_rows_have_the_keys_that_they_were_given(tmp_path: Path) -> None:
+def test_chats_in_rows_keep_their_original_keys(tmp_path: Path) -> None:
     call = {"type": "function", "function": {"name": "weigh", "arguments": '{"sack": 3}'}}
     chats = [
         [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}],
@@ -83,22 +85,22 @@ def test_chats_in_rows_have_the_keys_that_they_were_given(tmp_path: Path) -> Non
         assert [list(s.tools) for s in corpus.train] == [[{"name": "weigh"}]] * 2
 
 
-def test_broken_rows_are_counted_and_named(tmp_path: Path) -> None:
+def test_invalid_rows_are_counted_and_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "d.parquet", [ROWS[0], {"text": None}, {"text": ""}, ROWS[1]])
-    corpus = load({"files": [path]}, max_broken=1)
+    corpus = load({"files": [path]}, max_invalid=1)
     assert corpus.sources[0].documents == 2
-    assert corpus.sources[0].first_broken == (f"{path}, row 2: 'text' is absent, expected a string",)
-    with pytest.raises(DataError, match=r"d.parquet, row 2: 'text' is absent.*leaves room for 0"):
+    assert corpus.sources[0].first_invalid == (f"{path}, row 2: 'text' is missing, expected a string",)
+    with pytest.raises(DataError, match=r"d.parquet, row 2: 'text' is missing.*data.max_invalid allows 0"):
         load({"files": [path]})
 
 
-def test_columns_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_columns_are_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "d.parquet", ROWS)
     with pytest.raises(DataError, match=r"d.parquet has no column 'body'; it has "):
         load({"files": [path], "text_column": "body"})
 
 
-def test_a_split_is_chosen_where_there_are_several(tmp_path: Path) -> None:
+def test_a_split_must_be_given_if_there_are_several(tmp_path: Path) -> None:
     folder = save(tmp_path / "d", ROWS, "train", "test")
     assert load({"dataset": folder, "split": "test"}).sources[0].documents == 6
     with pytest.raises(DataError, match="has the splits train, test: set split to one of them"):
@@ -106,12 +108,12 @@ def test_a_split_is_chosen_where_there_are_several(tmp_path: Path) -> None:
     assert load({"dataset": save(tmp_path / "one", ROWS, "only")}).sources[0].documents == 6
 
 
-def test_a_name_under_the_cache_is_found(tmp_path: Path) -> None:
+def test_a_dataset_name_is_resolved_under_the_cache(tmp_path: Path) -> None:
     save(tmp_path / "cache" / "data" / "harbour", ROWS)
     assert load({"dataset": "harbour"}).train[0].name == "harbour:1#0"
 
 
-def test_what_is_no_table_is_one_clear_sentence(tmp_path: Path) -> None:
+def test_a_file_or_folder_that_is_not_a_table_is_one_error_line(tmp_path: Path) -> None:
     (tmp_path / "d.parquet").write_bytes(b"PAR1 it is not")
     with pytest.raises(DataError, match="cannot read .*d.parquet: "):
         load({"files": [str(tmp_path / "d.parquet")]})
@@ -120,8 +122,8 @@ def test_what_is_no_table_is_one_clear_sentence(tmp_path: Path) -> None:
         load({"dataset": str(tmp_path / "folder")})
 
 
-def test_a_dataset_that_cannot_be_reached_is_one_clear_sentence(tmp_path: Path) -> None:
-    """In a process of its own, which is told to stay offline, as a machine without a network is."""
+def test_an_unreachable_dataset_is_one_error_line(tmp_path: Path) -> None:
+    """Run in a separate process, because HF_HUB_OFFLINE is read at import."""
     code = (
         "from tests.trainer.test_tables import load\n"
         "from trainer.errors import DataError\n"
@@ -136,16 +138,18 @@ def test_a_dataset_that_cannot_be_reached_is_one_clear_sentence(tmp_path: Path) 
     assert done.stdout.count("\n") == 1
 
 
-def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_the_datasets_library_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"install Tutelage.s extra data"):
+    with pytest.raises(DataError, match=r"need the package extra: tutelage\[data\]"):
         load({"files": [write_parquet(tmp_path / "d.parquet", ROWS)]})
 
 
-def test_a_run_goes_on_where_lines_have_become_rows(
+def test_a_run_resumes_after_its_lines_were_converted_to_rows(
     tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is trained on is contents: wherever they are kept, the run is the same."""
+    """The identity of the data depends on contents, not on the file format."""
     for name in ("straight", "halves"):
         lines = run_config(tiny_byte_level, Path(write_lines(tmp_path / "d.jsonl", ROWS)), tmp_path / name, [])
         train(lines, stop_at=None if name == "straight" else 3)

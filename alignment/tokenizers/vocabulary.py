@@ -1,0 +1,212 @@
+"""A tokenizer in terms of bytes: the bytes of every token id, and the tokens of a text or of a byte string.
+
+`Vocabulary` is built from the two files of every fast tokenizer, tokenizer.json and tokenizer_config.json. It contains
+the bytes of every id (`kinds`), the ids of the special tokens by role (`roles`), and tokenizes texts, rendered chats
+(`rendered`) and continuations of a text (`continuation`).
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from alignment.offsets import Tokens
+from alignment.placement import locate_tokens
+from alignment.tokenizers import tokenizer_kind
+from alignment.tokenizers.continuation import ContinuationWriter
+from alignment.tokenizers.kinds import TokenizerError, TokenizerKind, token_bytes_of
+from alignment.tokenizers.rendered import RenderedEncoder
+from alignment.tokenizers.roles import ROLES, expects_bos, roles_of
+from alignment.trie import Trie, build_trie
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The tokenizer of one model.
+
+    kind         how its tokens write bytes
+    fingerprint  sha256 of tokenizer.json; equal fingerprints mean equal ids
+    token_bytes  [V] bytes of each id; None for special tokens and unassigned ids, which have no text
+    roles        ids of the special tokens by role: bos, eos, end_of_turn, pad, unk, as far as the tokenizer has them
+    expects_bos  whether the model was trained with BOS in front of every text
+    """
+
+    name: str
+    kind: TokenizerKind
+    fingerprint: str
+    token_bytes: tuple[bytes | None, ...] = field(repr=False)
+    roles: Mapping[str, int]
+    expects_bos: bool
+    _tokenizer: Tokenizer = field(repr=False)
+    _continuing: Tokenizer = field(repr=False)  # the same without a leading space
+
+    @classmethod
+    def load(cls, folder: Path) -> "Vocabulary":
+        """Load a Hugging Face model directory. Raises TokenizerError if it has no fast tokenizer."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(f"{folder} has no tokenizer.json: give a directory with a fast tokenizer")
+        config = folder / "tokenizer_config.json"
+        return cls.parse(path.read_bytes(), config.read_bytes() if config.is_file() else b"{}", name=folder.name)
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], *, name: str) -> "Vocabulary":
+        """Build from the tokenizer files of a teacher, by file name."""
+        return cls.parse(files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=name)
+
+    @classmethod
+    def parse(cls, tokenizer_json: bytes, config_json: bytes = b"{}", *, name: str) -> "Vocabulary":
+        """Build from the contents of the two files. Raises TokenizerError if no registered kind can read them."""
+        try:
+            spec: dict[str, Any] = json.loads(tokenizer_json)
+            config: dict[str, Any] = json.loads(config_json)
+            text = tokenizer_json.decode()
+        except ValueError as error:
+            raise TokenizerError(f"the tokenizer of {name} cannot be read: {error}") from error
+        tokenizer = _load_tokenizer(text, name)
+        kind = tokenizer_kind(spec, name)
+        continuation = kind.as_continuation(spec)
+        unchanged = continuation == spec
+        roles = roles_of(spec, config)
+        return cls(
+            name=name,
+            kind=kind,
+            fingerprint=hashlib.sha256(tokenizer_json).hexdigest(),
+            token_bytes=token_bytes_of(spec, kind),
+            roles=roles,
+            expects_bos=expects_bos(spec, config, roles),
+            _tokenizer=tokenizer,
+            _continuing=tokenizer if unchanged else _load_tokenizer(json.dumps(continuation), name),
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_bytes)
+
+    def with_roles(self, token_by_role: Mapping[str, str]) -> "Vocabulary":
+        """Return the vocabulary with some roles set to other tokens.
+
+        Raises TokenizerError if a role does not exist or the tokenizer lacks the token.
+        """
+        roles = dict(self.roles)
+        for role, token in token_by_role.items():
+            token_id = self._tokenizer.token_to_id(token)
+            if role not in ROLES:
+                raise TokenizerError(f"{self.name}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
+            if token_id is None:
+                raise TokenizerError(
+                    f"{self.name}: role {role} is set to {token!r}, which is none of the tokenizer's tokens"
+                )
+            roles[role] = token_id
+        return replace(self, roles=roles)
+
+    def within(self, num_ids: int) -> "Vocabulary":
+        """Return the vocabulary for a model with `num_ids` ids, without the special tokens beyond them.
+
+        Gemma 3 has a special token for images that its text models lack. Raises TokenizerError if a text could need one
+        of the ids beyond.
+        """
+        needed = set(self.roles.values())
+        for i in range(num_ids, len(self)):
+            if self.token_bytes[i] is not None or i in needed:
+                raise TokenizerError(
+                    f"the tokenizer of {self.name} has token {i} ({self._tokenizer.id_to_token(i)!r}), but its "
+                    f"model has only the ids up to {num_ids - 1}"
+                )
+        return replace(self, token_bytes=self.token_bytes[:num_ids]) if num_ids < len(self) else self
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """[V] string of each id in the tokenizer; empty for unassigned ids."""
+        return tuple(self._tokenizer.id_to_token(i) or "" for i in range(len(self)))
+
+    @cached_property
+    def trie(self) -> Trie:
+        """Prefix tree of all tokens that have bytes, for the longest token at the start of a byte string."""
+        return build_trie(self.token_bytes)
+
+    @property
+    def space_mark(self) -> str:
+        """The string that stands for a leading space in a token: "Ġ" or "▁"."""
+        return self.kind.space_mark
+
+    @property
+    def prefix(self) -> list[int]:
+        """The ids in front of every text: BOS if the model expects it, else none."""
+        return [self.roles["bos"]] if self.expects_bos else []
+
+    def encode(self, text: str, *, close: bool = False) -> Tokens:
+        """Tokenize a text from its beginning, with byte ends and without BOS.
+
+        Text that looks like a special token is ordinary text. With `close`, EOS follows the text as a separate token
+        without bytes; its end is one byte after the text, for teacher and student alike.
+        """
+        tokens = self._located(text, self._tokenizer.encode(text, add_special_tokens=False))
+        if close and "eos" not in self.roles:
+            raise TokenizerError(f"{self.name} has no EOS token, which is needed at the end of a text")
+        return tokens.with_end_token(self.roles["eos"]) if close else tokens
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokenize each text like `encode`, on all cores."""
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [self._located(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Count the tokens of each text, on all cores and without their positions."""
+        return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, text: str) -> Tokens:
+        """Tokenize a rendered chat: the text of a special token is that token. No BOS is added.
+
+        Raises TokenizerError if the tokens do not cover the text, or if a token is beyond the ids of the model.
+        """
+        return self._rendered_encoder.encode(text)
+
+    def write(self, pieces: Sequence[bytes]) -> list[list[int]]:
+        """Tokenize each byte string as a continuation: no BOS, no space in front.
+
+        Strings are accepted as the normalizer changes them. The longest tokens are used, greedily, for bytes that are
+        not valid UTF-8 or that the tokenizer does not reproduce. A string that no tokens can write gives an empty list.
+        """
+        return self._continuation_writer.write(pieces)
+
+    def _located(self, text: str, encoding: Encoding) -> Tokens:
+        token_ids = encoding.ids  # each access creates a new list
+        pieces = [self.token_bytes[i] or b"" for i in token_ids]
+        unwritable = self._continuation_writer.unwritable
+        return locate_tokens(text, np.array(token_ids, dtype=np.int64), pieces, encoding.offsets, unwritable)
+
+    @cached_property
+    def _continuation_writer(self) -> ContinuationWriter:
+        return ContinuationWriter(self._tokenizer, self._continuing, self.token_bytes)
+
+    @cached_property
+    def _rendered_encoder(self) -> RenderedEncoder:
+        tokenizer = copy.deepcopy(self._tokenizer)
+        tokenizer.encode_special_tokens = False  # recognize special tokens in a text
+        return RenderedEncoder(
+            name=self.name,
+            tokenizer=tokenizer,
+            tokens=self.tokens,
+            token_bytes=self.token_bytes,
+            unknown_id=self.roles.get("unk"),
+            unwritable=self._continuation_writer.unwritable,
+        )
+
+
+def _load_tokenizer(tokenizer_json: str, name: str) -> Tokenizer:
+    """Load a tokenizer that takes special tokens in a text as text: "<eos>" is five characters, never the end."""
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise TokenizerError(f"the tokenizer of {name} cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer

@@ -1,1 +1,0 @@
-"""The trainer's side: any number of teachers, asked over HTTP or by handle; without torch, vllm or ray."""

@@ -1,0 +1,27 @@
+"""Detect the dialect of a replica."""
+
+import pkgutil
+
+from teachers.client.dialects import DIALECTS
+from teachers.client.dialects.base import Dialect, ReplicaAddress, ReplicaClient
+from teachers.protocol.errors import TeacherError
+
+
+async def detect_dialect(address: ReplicaAddress) -> Dialect:
+    """Return the first dialect in DIALECTS that accepts the replica.
+
+    Raises TeacherError if none does, and Unavailable if the server does not respond.
+    """
+    for target in DIALECTS.values():
+        dialect: Dialect = pkgutil.resolve_name(target)()
+        if await dialect.accepts(address):
+            return dialect
+    raise TeacherError(
+        f"teacher {address.teacher} at {address.url}: the address is not that of a teacher (known dialects: "
+        f"{', '.join(DIALECTS)}); start one with `tutelage serve MODEL` and use its address, http://HOST:PORT"
+    )
+
+
+async def connect_replica(address: ReplicaAddress) -> ReplicaClient:
+    """Return a client of the replica in its dialect; close it when done. Raises the errors of detect_dialect."""
+    return (await detect_dialect(address)).client(address)

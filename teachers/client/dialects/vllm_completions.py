@@ -1,0 +1,178 @@
+"""Score requests to `/v1/completions` of a plain vLLM server, and their responses as Rows.
+
+Format of vLLM 0.32: a response has one entry of `prompt_logprobs` per token of the prompt. The first entry is null.
+Each other entry has the K most probable tokens, with ranks 1 … K, and the actual token if it is not among them, so K or
+K + 1 tokens, keyed by id. −∞ is sent as −9999.0. The parser skips decoded tokens and generated text.
+"""
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from teachers.protocol.errors import InvalidRows, ProtocolError
+from teachers.protocol.kernels import MASS_TOLERANCE
+from teachers.protocol.messages import ScoreRequest, TeacherCard
+from teachers.protocol.rows import Rows, check_rows
+
+MINUS_INFINITY = -9999.0  # as vLLM writes −∞; no log-probability of a model is that low
+MAX_ENTRY_BYTES = 512  # of one candidate with its text; 72 for SmolLM2
+
+Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+
+
+class Entry(msgspec.Struct, gc=False):
+    """One candidate, without its text."""
+
+    logprob: float
+    rank: Id
+
+
+class Choice(msgspec.Struct):
+    """The completion of one prompt."""
+
+    index: int
+    prompt_logprobs: list[dict[Id, Entry] | None] | None = None
+
+
+class Completion(msgspec.Struct):
+    """The response."""
+
+    choices: list[Choice]
+
+
+_DECODER = msgspec.json.Decoder(Completion)
+_LOGPROB, _RANK = attrgetter("logprob"), attrgetter("rank")
+
+
+def completion_request(model: str, request: ScoreRequest, **extra_fields: Any) -> bytes:
+    """Return the body of a request for all sequences. It generates one token, the least number that vLLM accepts."""
+    body = {
+        "model": model,
+        "prompt": request.sequences,
+        "prompt_logprobs": request.top_k,
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "add_special_tokens": False,
+    }
+    return msgspec.json.encode(body | extra_fields)
+
+
+def response_limit_bytes(request: ScoreRequest) -> int:
+    """Return the largest size of a response that is accepted."""
+    return (sum(map(len, request.sequences)) * (request.top_k + 1) + 128) * MAX_ENTRY_BYTES
+
+
+def read_completion(data: bytes, request: ScoreRequest, card: TeacherCard) -> list[Rows]:
+    """Decode and check a whole response. Returns one Rows per sequence, in the order of the request.
+
+    Raises InvalidRows, and ProtocolError for any other fault.
+    """
+    try:
+        choices = _DECODER.decode(data).choices
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"expected a completion with prompt_logprobs, received something else: {error}") from error
+    by_index = {choice.index: choice for choice in choices}
+    if len(choices) != len(request.sequences) or set(by_index) != set(range(len(choices))):
+        received = sorted(choice.index for choice in choices)
+        raise ProtocolError(f"expected completions 0 … {len(request.sequences) - 1}, received {received}")
+    return [_rows(by_index[i], request, card) for i in range(len(choices))]
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Sequence and first position, for messages."""
+
+    index: int
+    start: int
+
+    def error(self, row: int, fault: str) -> InvalidRows:
+        return InvalidRows(f"sequence {self.index}, position {self.start + row}: {fault}")
+
+
+def _rows(choice: Choice, request: ScoreRequest, card: TeacherCard) -> Rows:
+    sequence, start, top_k = request.sequences[choice.index], request.starts[choice.index], request.top_k
+    positions = choice.prompt_logprobs
+    if positions is None or len(positions) != len(sequence):
+        received = "none" if positions is None else str(len(positions))
+        raise ProtocolError(
+            f"sequence {choice.index}: expected prompt_logprobs of {len(sequence)} tokens, received {received}"
+        )
+    first = _Position(choice.index, start)
+    ids, entries, actual = _flatten(positions[start:], sequence[start:], top_k, first)
+    shape = (len(actual), top_k)
+    columns = _columns(entries, shape, first)
+    values = np.fromiter(map(_LOGPROB, entries), np.float64, len(entries)).reshape(shape)
+    logprobs, sorted_ids = np.empty(shape), np.empty(shape, dtype=np.uint32)
+    np.put_along_axis(logprobs, columns, values, 1)
+    np.put_along_axis(sorted_ids, columns, np.array(ids, dtype=np.uint32).reshape(shape), 1)
+    infinite = (logprobs <= MINUS_INFINITY).any(axis=1) | (np.array(actual) <= MINUS_INFINITY)
+    if infinite.any():
+        raise first.error(int(np.argmax(infinite)), "a value that is not finite: −9999, as vLLM writes −∞")
+    tail = _tail(logprobs, card.vocab_size, first)
+    with np.errstate(over="ignore"):  # check_rows rejects a value that overflows to infinity
+        actual_logprobs = np.array(actual).astype(np.float32)
+    rows = Rows(start, sorted_ids, logprobs.astype(np.float32), actual_logprobs, tail)
+    return check_rows(rows, request, choice.index, card)
+
+
+def _flatten(
+    positions: list[dict[int, Entry] | None], tokens: list[int], top_k: int, first: _Position
+) -> tuple[list[int], list[Entry], list[float]]:
+    """Return ids and entries of the candidates, row after row, and the actual tokens' log-probabilities."""
+    ids: list[int] = []
+    entries: list[Entry] = []
+    actual: list[float] = []
+    for row, (position, token) in enumerate(zip(positions, tokens, strict=True)):
+        if position is None:
+            raise first.error(row, "no log-probabilities")
+        own = position.get(token)
+        if own is None:
+            raise first.error(row, f"no log-probability of the actual token {token}")
+        if len(position) == top_k + 1:  # the actual token is not among the top K
+            del position[token]
+        elif len(position) != top_k:
+            raise first.error(row, f"expected {top_k} candidates and the actual token, received {len(position)}")
+        ids.extend(position)
+        entries.extend(position.values())
+        actual.append(own.logprob)
+    return ids, entries, actual
+
+
+def _columns(entries: list[Entry], shape: tuple[int, int], first: _Position) -> NDArray[np.int64]:
+    """Return the column of each candidate in its row [S, K]: its rank − 1. Raises InvalidRows for a duplicate rank."""
+    columns = np.fromiter(map(_RANK, entries), np.int64, len(entries)).reshape(shape) - 1
+    in_range = (columns >= 0) & (columns < shape[1])
+    used = np.zeros(shape, dtype=np.bool_)
+    np.put_along_axis(used, np.where(in_range, columns, 0), True, axis=1)
+    wrong = ~(used & in_range).all(axis=1)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        missing = np.setdiff1d(np.arange(shape[1]), columns[row])[0] + 1
+        raise first.error(row, f"expected each rank from 1 to {shape[1]} once, and {missing} is missing")
+    return columns
+
+
+def _tail(logprobs: NDArray[np.float64], vocab_size: int, first: _Position) -> NDArray[np.float32]:
+    """Return the probability outside the candidates. Rejects values that are no log-probabilities, such as logits.
+
+    The whole vocabulary has mass 1. The candidates have at most that mass. They have at least that mass once every
+    unlisted token counts as much as the last candidate, which no unlisted token exceeds.
+    """
+    with np.errstate(over="ignore"):
+        probs = np.exp(logprobs)
+        mass = probs.sum(axis=1)
+        upper_bound = mass + probs[:, -1] * (vocab_size - probs.shape[1])
+    wrong = (mass > 1 + MASS_TOLERANCE) | (upper_bound < 1 - MASS_TOLERANCE)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise first.error(
+            row,
+            f"expected log-probabilities, but the {probs.shape[1]} candidates have mass {mass[row]:.3g} and all tokens "
+            f"together at most {upper_bound[row]:.3g}, not 1: start the server with --logprobs-mode raw_logprobs",
+        )
+    tail: NDArray[np.float64] = np.maximum(1.0 - mass, 0.0)
+    return tail.astype(np.float32)

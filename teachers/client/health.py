@@ -1,0 +1,275 @@
+"""The replicas of one teacher and their health.
+
+A replica that fails is quarantined. Trial requests are sent to it, with growing pauses, until one succeeds. A replica
+that turns out to be another teacher is banned. The teacher is lost only if no replica has responded for
+`unavailable_timeout_s`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from teachers.client.addresses import TeacherAddress, resolve_urls
+from teachers.client.limits import backoff_s
+from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, most_useful_error
+from teachers.protocol.errors import (
+    FingerprintMismatch,
+    Overloaded,
+    ProtocolError,
+    TeacherError,
+    TeacherLost,
+    Unauthorized,
+    Unavailable,
+)
+from teachers.protocol.messages import TeacherCard
+
+log = logging.getLogger("tutelage.pool")
+RESOLVE_EVERY_S = 10.0  # interval at which files and DNS names with replicas are read again
+
+
+@dataclass(frozen=True)
+class TeacherEvent:
+    """A teacher was lost, or joined again."""
+
+    kind: Literal["teacher_lost", "teacher_joined"]
+    teacher: str
+    detail: str
+
+
+class ReplicaHealth:
+    """The replicas of one teacher, for one event loop."""
+
+    def __init__(
+        self, address: TeacherAddress, make_client: ClientFactory, report: Callable[[TeacherEvent], None]
+    ) -> None:
+        self._address = address
+        self._make_client = make_client
+        self._report = report
+        self._trial_s = max(MIN_TRIAL_S, address.timeout_s)  # a trial may wait behind requests of other clients
+        self._replicas: dict[str, Replica] = {}
+        self._card: TeacherCard | None = None
+        self._changed = asyncio.Event()
+        self._unavailable_since: float | None = None  # time of the first failure after the last response
+        self._last_error = TeacherError(f"teacher {address.name}: no request was sent yet")
+        self._lost: TeacherError | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return list(self._replicas.values())
+
+    @property
+    def healthy(self) -> list[Replica]:
+        return [replica for replica in self._replicas.values() if replica.healthy]
+
+    @property
+    def card(self) -> TeacherCard:
+        """The card that all replicas have."""
+        assert self._card is not None, "connect first"
+        return self._card
+
+    async def connect(self) -> tuple[TeacherCard, dict[str, bytes]]:
+        """Return the card that every replica must have, and the tokenizer files.
+
+        Raises FingerprintMismatch if two replicas differ, and the most useful error if no replica responds.
+        """
+        for url in await resolve_urls(self._address):
+            self._replicas[url] = Replica(url, self._make_client, self._address.concurrency)
+        results = await asyncio.gather(*map(self._connect_replica, self.replicas), return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if self._card is None or not self.healthy or not all(isinstance(error, Unavailable) for error in errors):
+            raise most_useful_error(errors)
+        for replica, result in zip(self.replicas, results, strict=True):
+            if isinstance(result, Unavailable):
+                self.quarantine(replica, result)
+        if self._address.may_change:
+            self._start(self._follow_address())
+        return self._card, await (await self.healthy[0].client()).tokenizer_files(self._card)
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for replica in self.replicas:
+            await replica.aclose()
+
+    # --- choosing a replica ---
+
+    def pick(self, exclude: Collection[Replica] = (), extra: int = 0) -> Replica | None:
+        """Return the replica with the fewest tokens in flight that accepts one more request, or None.
+
+        `extra` raises every concurrency limit: a hedged request is sent before all waiting requests.
+        """
+        now = asyncio.get_running_loop().time()
+        available = [r for r in self._replicas.values() if r.can_accept(now, extra) and r not in exclude]
+        return min(available, key=lambda r: r.tokens_in_flight, default=None)
+
+    async def acquire(self, avoid: Collection[Replica] = ()) -> Replica:
+        """Wait for a replica that accepts a request; one in `avoid` only if no other is healthy.
+
+        Raises the error of a lost teacher.
+        """
+        while True:
+            if self._lost is not None:
+                raise copy(self._lost)  # a copy: callers add to the message
+            has_others = any(replica not in avoid for replica in self.healthy)
+            if replica := self.pick(exclude=avoid if has_others else ()):
+                return replica
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(self._remaining_s()):
+                    await self._changed.wait()
+            except TimeoutError:
+                if (self._remaining_s() or 0) <= 0:
+                    self._lose(self._last_error)
+
+    # --- results of requests ---
+
+    def notify(self) -> None:
+        """Wake waiting requests: a replica may accept one now."""
+        self._changed.set()
+
+    def on_success(self, replica: Replica) -> None:
+        """Record a response: replica and teacher are available."""
+        replica.failures = 0
+        self._unavailable_since = None
+
+    def pause(self, replica: Replica, error: Overloaded) -> None:
+        """Send nothing to an overloaded replica until its Retry-After has passed."""
+        loop = asyncio.get_running_loop()
+        pause_s = error.retry_after_s or backoff_s(1)
+        replica.paused_until = loop.time() + pause_s
+        loop.call_later(pause_s, self.notify)
+        self._record_failure(error)
+
+    def quarantine(self, replica: Replica, error: TeacherError) -> None:
+        """Send only trial requests to a failed replica, until one succeeds."""
+        self._record_failure(error)
+        if not replica.quarantined:
+            log.warning("%s; the replica is quarantined and trial requests are sent to it", error)
+            replica.healthy, replica.quarantined = False, True
+            replica.failures += 1
+            self._start(self._recover(replica))
+
+    def ban(self, replica: Replica, error: FingerprintMismatch) -> None:
+        """Quarantine a replica that is another teacher. The teacher is lost if all its replicas are banned."""
+        if not replica.banned:
+            log.error("%s; no more requests are sent to this replica", error)
+        replica.banned = True
+        self.quarantine(replica, error)
+        if all(r.banned for r in self._replicas.values()):
+            self._lose(error)
+
+    def probe(self, replica: Replica) -> None:
+        """Check whether the process of a slow replica responds; abort its requests if it does not."""
+        if not replica.probing and not replica.quarantined:
+            replica.probing = True
+            self._start(self._ping(replica))
+
+    # --- life cycle of a replica ---
+
+    async def _connect_replica(self, replica: Replica) -> None:
+        """Accept a replica that responds and has the same card as the others."""
+        client = await replica.client()
+        if self._card is None:
+            card = await client.card()
+            self._card = self._card or card  # another replica may have been faster
+        await client.check(self._card, self._trial_s)
+        replica.healthy = True
+
+    async def _recover(self, replica: Replica) -> None:
+        """Send trial requests until one succeeds or the replica is removed from the address."""
+        while self._replicas.get(replica.url) is replica:
+            await asyncio.sleep(backoff_s(replica.failures))
+            try:
+                await replica.send_trial(self.card, self._trial_s)
+            except FingerprintMismatch as error:
+                self.ban(replica, error)
+            except TeacherError as error:
+                self._on_failed_trial(error)
+            else:
+                self._restore(replica)
+                return
+            replica.failures += 1
+        await replica.drain()
+
+    def _restore(self, replica: Replica) -> None:
+        log.warning("teacher %s at %s is healthy again", self._address.name, replica.url)
+        replica.limiter.reset()
+        replica.healthy, replica.quarantined, replica.banned = True, False, False
+        if self._lost is not None and self._address.on_unavailable == "drop":
+            self._lost = self._unavailable_since = None
+            log.error("teacher %s joins again", self._address.name)
+            detail = f"{replica.url} is healthy again"
+            self._report(TeacherEvent("teacher_joined", self._address.name, detail))
+        self.notify()
+
+    async def _ping(self, replica: Replica) -> None:
+        try:
+            await replica.ping()
+        except Unavailable as error:
+            self.quarantine(replica, error)
+            replica.abort_requests()
+        except TeacherError:
+            pass  # any response shows that the process is alive
+        finally:
+            replica.probing = False
+
+    async def _follow_address(self) -> None:
+        """Add new replicas and remove those that the address does not contain any more."""
+        while True:
+            await asyncio.sleep(RESOLVE_EVERY_S)
+            try:
+                urls = await resolve_urls(self._address)
+            except TeacherError as error:
+                log.warning("%s; the replicas remain unchanged", error)
+                continue
+            for url in [url for url in self._replicas if url not in urls]:
+                log.warning("teacher %s at %s was removed", self._address.name, url)
+                removed = self._replicas.pop(url)
+                if not removed.quarantined:  # otherwise _recover closes it
+                    self._start(removed.drain())
+            for url in [url for url in urls if url not in self._replicas]:
+                log.warning("teacher %s at %s was added", self._address.name, url)
+                replica = self._replicas[url] = Replica(url, self._make_client, self._address.concurrency)
+                replica.quarantined = True
+                self._start(self._recover(replica))
+
+    # --- a lost teacher ---
+
+    def _record_failure(self, error: TeacherError) -> None:
+        self._last_error = error
+        if self._unavailable_since is None:
+            self._unavailable_since = asyncio.get_running_loop().time()
+            self.notify()  # waiting requests start their timeout
+
+    def _remaining_s(self) -> float | None:
+        """Seconds until the teacher is lost; None if it is available."""
+        if self._unavailable_since is None:
+            return None
+        return self._unavailable_since + self._address.unavailable_timeout_s - asyncio.get_running_loop().time()
+
+    def _on_failed_trial(self, error: TeacherError) -> None:
+        """Lose the teacher without waiting if on_unavailable is `stop` or its only replica responds with errors."""
+        self._record_failure(error)
+        only_replica_invalid = len(self._replicas) == 1 and isinstance(error, (ProtocolError, Unauthorized))
+        if not self.healthy and (self._address.on_unavailable == "stop" or only_replica_invalid):
+            self._lose(error)
+
+    def _lose(self, error: TeacherError) -> None:
+        if self._lost is None:
+            self._lost = TeacherLost(str(error)) if self._address.on_unavailable == "drop" else error
+            log.error("teacher %s is lost: %s", self._address.name, error)
+            self._report(TeacherEvent("teacher_lost", self._address.name, str(error)))
+            if self._address.on_unavailable == "drop":
+                for replica in self.healthy:  # overloaded all the time: only a trial can let the teacher join again
+                    self.quarantine(replica, error)
+            self.notify()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

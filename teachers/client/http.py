@@ -1,0 +1,210 @@
+"""HTTP client of one server. The only module that imports httpx, and the only place where its errors are mapped.
+
+A request is sent over the network or by a Sender, which transports the same request and response by other means.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+from pydantic import ValidationError
+
+from teachers.protocol.errors import (
+    NotFound,
+    Overloaded,
+    ProtocolError,
+    Rejected,
+    TeacherError,
+    Truncated,
+    Unauthorized,
+    Unavailable,
+)
+from teachers.protocol.messages import Problem
+
+KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request on a connection that is being closed fails
+MAX_ERROR_BYTES = 64 * 1024
+MAX_DETAIL_CHARS = 300
+
+Headers = dict[str, str]
+Response = tuple[int, Headers, bytes]  # status, headers, whole body
+Sender = Callable[[str, str, Headers, bytes], Awaitable[Response]]  # method, path, headers, body
+
+
+class Transport:
+    """Requests to one server, each with a total deadline in seconds. Close it when done.
+
+    Raises the errors of teachers.protocol.errors. Every message starts with the teacher's name and address.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        key: str | None = None,
+        ca_file: Path | None = None,
+        sender: Sender | None = None,
+    ) -> None:
+        self.url = url if sender else check_url(name, url)
+        self._label = f"teacher {name} at {self.url}"
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=None,
+            trust_env=False,
+            verify=_tls_context(self._label, ca_file),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEP_ALIVE_S),
+            transport=_SenderTransport(sender) if sender else None,
+        )
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def get(self, path: str, timeout_s: float) -> bytes:
+        """Return the body of a GET request."""
+        async with self._deadline(timeout_s), self._http.stream("GET", path) as response:
+            await _raise_for_status(response)
+            return await response.aread()
+
+    async def post(
+        self, path: str, body: bytes, timeout_s: float, *, expect: str, limit_bytes: int, headers: dict[str, str] = {}
+    ) -> bytes:
+        """Send a JSON body and return the response, which must have media type `expect` and at most `limit_bytes`."""
+        headers = {"content-type": "application/json", **headers}
+        async with self._deadline(timeout_s):
+            async with self._http.stream("POST", path, content=body, headers=headers) as response:
+                await _raise_for_status(response)
+                if (media_type := response.headers.get("content-type", "").partition(";")[0]) != expect:
+                    raise ProtocolError(f"expected {expect}, received {media_type or 'no media type'}")
+                return await _read_body(response, limit_bytes)
+
+    def named_errors(self) -> "_NamedErrors":
+        """Return a context manager that puts teacher and address in front of every TeacherError."""
+        return _NamedErrors(self._label)
+
+    @asynccontextmanager
+    async def _deadline(self, timeout_s: float) -> AsyncIterator[None]:
+        """Limit the total time and map the errors of httpx."""
+        with self.named_errors():
+            try:
+                async with asyncio.timeout(timeout_s):
+                    yield
+            except TimeoutError as error:
+                raise Unavailable(f"no complete response within {timeout_s:g} s") from error
+            except httpx.RemoteProtocolError as error:
+                raise Truncated("the connection was closed before the response was complete") from error
+            except httpx.TransportError as error:
+                raise Unavailable(f"no response ({type(error).__name__})") from error
+            except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+                raise ProtocolError(f"invalid HTTP response: {error}") from error
+
+
+class _SenderTransport(httpx.AsyncBaseTransport):
+    """Send requests with a Sender instead of the network."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        body = await request.aread()
+        status, headers, data = await self._sender(request.method, request.url.path, dict(request.headers), body)
+        return httpx.Response(status, headers=headers, content=data)
+
+
+async def send_to_app(app: Any, method: str, path: str, headers: Headers, body: bytes) -> Response:
+    """Send a request to an ASGI application in this process. Cancelling cancels its work."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as http:
+        response = await http.request(method, path, headers=headers, content=body)
+    return response.status_code, dict(response.headers), response.content
+
+
+def check_url(name: str, url: str) -> str:
+    """Return the URL without trailing slashes. Raises TeacherError if it is not an HTTP address."""
+    try:
+        parsed = httpx.URL(url.rstrip("/"))
+    except httpx.InvalidURL as error:
+        raise TeacherError(f"teacher {name}: {url!r} is not an address ({error})") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host or not 0 < (parsed.port or 80) < 65536:
+        raise TeacherError(f"teacher {name}: {url!r} is not an address: expected http://HOST:PORT")
+    return str(parsed).rstrip("/")
+
+
+def _tls_context(label: str, ca_file: Path | None) -> ssl.SSLContext | bool:
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=str(ca_file.expanduser()))
+    except OSError as error:
+        raise TeacherError(f"{label}: cannot read certificates from {ca_file}: {error}") from error
+
+
+class _NamedErrors:
+    """Put the teacher's name in front of an error's message, unless it is there already."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, TeacherError) and not str(error).startswith("teacher "):
+            error.args = (f"{self._label}: {error}",)
+
+
+async def _raise_for_status(response: httpx.Response) -> None:
+    if response.status_code == 200:
+        return
+    detail = _error_detail(response.status_code, await _read_body(response, MAX_ERROR_BYTES))
+    match response.status_code:
+        case 401 | 403:
+            has_key = "authorization" in response.request.headers
+            raise Unauthorized(f"{'the server rejects the key' if has_key else 'the server requires a key'} ({detail})")
+        case 404:
+            raise NotFound(f"{response.request.url.path}: {detail}")
+        case 429 | 503:
+            raise Overloaded(detail, _retry_after_s(response))
+        case status if status >= 500:
+            raise Unavailable(detail)
+        case status if status >= 400:
+            raise Rejected(detail)
+        case status:
+            raise ProtocolError(f"expected status 200, received {status}")
+
+
+def _error_detail(status: int, data: bytes) -> str:
+    """Return the detail of an error response in this project's format or vLLM's; else only the status."""
+    with suppress(ValidationError):
+        return Problem.model_validate_json(data).detail
+    with suppress(msgspec.DecodeError):
+        message = msgspec.json.decode(data, type=_VllmProblem).error.message
+        return f"HTTP {status}, {' '.join(message.split())[:MAX_DETAIL_CHARS]}"
+    return f"HTTP {status}"
+
+
+class _VllmError(msgspec.Struct):
+    message: str
+
+
+class _VllmProblem(msgspec.Struct):
+    error: _VllmError
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    return float(value) if value.isdecimal() else None
+
+
+async def _read_body(response: httpx.Response, limit_bytes: int) -> bytes:
+    data = bytearray()
+    async for chunk in response.aiter_bytes():
+        data += chunk
+        if len(data) > limit_bytes:
+            raise ProtocolError(f"expected at most {limit_bytes} bytes, received more")
+    return bytes(data)

@@ -1,0 +1,72 @@
+"""Errors of a teacher, as seen by a client.
+
+TeacherError                     names the teacher and what to do
+├── Unavailable                  no response now; the same request may be sent again
+│   ├── Overloaded               429 or 503; carries the server's Retry-After
+│   ├── EngineDead               the model's process or device failed for good
+│   ├── TeacherLost              no replica is left, and the run continues without this teacher
+│   └── Truncated                the stream ended before the last sequence
+├── Rejected                     the teacher refused the request; sending it again changes nothing
+│   ├── Unauthorized             401: no key, or a wrong one
+│   └── NotFound                 404: the server has no such route
+└── ProtocolError                the response is invalid
+    ├── VersionMismatch          another protocol version
+    ├── FingerprintMismatch      other weights or another tokenizer than the card states
+    └── InvalidRows              a value that no model can return: NaN, positive log-probability, unknown id
+"""
+
+
+class TeacherError(Exception):
+    """Base class of all errors of a teacher."""
+
+
+class Unavailable(TeacherError):
+    """The teacher does not respond now. The pool retries the request."""
+
+
+class Overloaded(Unavailable):
+    """The teacher refused the request because it is busy; `retry_after_s` is its Retry-After in seconds."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineDead(Unavailable):
+    """The engine failed for good and needs a new process. Engines raise it; their server then exits."""
+
+
+class TeacherLost(Unavailable):
+    """The teacher is left out until a replica responds again. Only the pool raises it."""
+
+
+class Truncated(Unavailable):
+    """The response ended early. It is never decoded as a shorter response."""
+
+
+class Rejected(TeacherError):
+    """The request is invalid for this teacher."""
+
+
+class Unauthorized(Rejected):
+    """The bearer key is missing or wrong."""
+
+
+class NotFound(Rejected):
+    """The server has no such route: it is not a teacher, or it uses another dialect."""
+
+
+class ProtocolError(TeacherError):
+    """The response is invalid."""
+
+
+class VersionMismatch(ProtocolError):
+    """Server and client use different protocol versions."""
+
+
+class FingerprintMismatch(ProtocolError):
+    """The server runs another model or tokenizer than its card states."""
+
+
+class InvalidRows(ProtocolError):
+    """The rows contain a value that no model can return."""

@@ -1,0 +1,103 @@
+"""Tokenization of samples: supervised tokens, BOS rendered by a template, and samples above a model's limit."""
+
+from typing import Literal
+
+import pytest
+
+from tests.templates import CHATML, GEMMA, chat, chat_template, chat_vocabulary
+from tests.tiny import TEXT
+from trainer.chats.jinja_template import ChatError
+from trainer.errors import DataError, UserError
+from trainer.records import Sample
+from trainer.sources.config import DataConfig, SourceConfig
+from trainer.tokenization import SampleTokenizer, shorten, shorten_or_raise, tokenize_samples
+
+VOCABULARY = chat_vocabulary("byte_level")
+TOKENIZER = SampleTokenizer(VOCABULARY, VOCABULARY.prefix, chat_template(CHATML))
+TURNS = ("How many?", "Fifty-one.", "Sure?", "Yes.")
+
+
+def sample_of(*contents: str) -> Sample:
+    return Sample(0, "c.jsonl:1", messages=tuple(chat(*contents)))
+
+
+def data(
+    too_long: Literal["refuse", "shorten"],
+    invalid_chats: Literal["refuse", "skip"] = "refuse",
+    window_tokens: int = 512,
+) -> DataConfig:
+    sources = [SourceConfig(files=["c.jsonl"], messages_column="messages")]
+    return DataConfig(sources=sources, too_long=too_long, invalid_chats=invalid_chats, window_tokens=window_tokens)
+
+
+def test_every_token_of_a_text_is_supervised_and_counts_its_bytes() -> None:
+    tokenized = TOKENIZER.tokenize(Sample(0, "s", TEXT, closes=True))
+    assert tokenized.supervised_T.all()
+    assert tokenized.num_bytes_T.sum() == len(TEXT.encode())
+    assert (tokenized.num_bytes_T[-1], tokenized.rendered, tokenized.hidden_bos) == (0, None, 0)
+
+
+def test_the_supervised_tokens_of_a_chat_count_the_bytes_of_the_assistant_messages() -> None:
+    tokenized = TOKENIZER.tokenize(sample_of(*TURNS))
+    assert tokenized.num_bytes_T.sum() == len("Fifty-one.Yes.")
+    assert not tokenized.num_bytes_T[~tokenized.supervised_T].any()
+    assert tokenized.supervised_T.sum() > (tokenized.num_bytes_T > 0).sum()  # the ends of turn have no bytes
+
+
+def test_a_bos_rendered_by_the_template_is_omitted_if_the_model_adds_it() -> None:
+    vocabulary = chat_vocabulary("sentencepiece")
+    rendering_bos, plain = (
+        SampleTokenizer(vocabulary, vocabulary.prefix, chat_template(text, "sentencepiece")).tokenize(sample_of(*TURNS))
+        for text in (GEMMA, CHATML)
+    )
+    assert vocabulary.prefix
+    assert (rendering_bos.hidden_bos, plain.hidden_bos) == (1, 0)
+    for tokenized in (rendering_bos, plain):
+        assert tokenized.tokens.ids[0] != vocabulary.prefix[0]
+        assert len(tokenized) == len(tokenized.supervised_T) == len(tokenized.num_bytes_T)
+
+
+def test_a_chat_without_a_loaded_template_is_an_error() -> None:
+    with pytest.raises(DataError, match="sample c.jsonl:1: no chat template was loaded for byte_level"):
+        SampleTokenizer(VOCABULARY, []).tokenize(sample_of(*TURNS))
+
+
+def test_chats_above_the_window_lose_their_last_turns_and_invalid_chats_are_skipped() -> None:
+    samples = [sample_of(*TURNS), sample_of("only a user message"), sample_of(*TURNS[:2])]
+    short = TOKENIZER.tokenize(samples[2])
+    config = data("shorten", "skip", window_tokens=len(short))
+    first, second = tokenize_samples(samples, TOKENIZER, config)
+    assert first.tokens.text == second.tokens.text == short.tokens.text
+    with pytest.raises(ChatError, match="no assistant message to train on"):
+        list(tokenize_samples(samples, TOKENIZER, data("shorten", window_tokens=len(short))))
+
+
+@pytest.mark.parametrize("too_long", ["refuse", "shorten"])
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_the_advice_for_a_sample_above_the_limit_is_never_a_setting_that_is_in_effect(
+    kind: str, too_long: Literal["refuse", "shorten"]
+) -> None:
+    """The sample cannot be shortened: a text with a limit of 0 tokens, or a chat of one turn."""
+    sample = Sample(0, "c.jsonl:1", TEXT) if kind == "text" else sample_of(*TURNS[:2])
+    tokenized = TOKENIZER.tokenize(sample)
+    with pytest.raises(UserError) as caught:
+        shorten_or_raise(sample, tokenized, 0, "teacher t0", data(too_long))
+    message = str(caught.value)
+    assert message.startswith(f"sample c.jsonl:1: teacher t0 takes 0 tokens, the sample has {len(tokenized)}")
+    assert ('data.too_long = "shorten"' in message) == (too_long == "refuse")
+    assert ("data.window_tokens" in message) == (kind == "text")
+    assert ("the first assistant message alone is too long" in message) == (kind == "chat" and too_long == "shorten")
+
+
+def test_a_chat_is_shortened_to_its_second_to_last_supervised_message() -> None:
+    sample = sample_of("a", "b", "c", "d", "e", "f")
+    tokens = TOKENIZER.tokenize(sample).tokens
+    shortened = shorten(sample, tokens, len(tokens) - 1)
+    assert shortened is not None
+    assert [m["content"] for m in shortened.messages] == ["a", "b", "c", "d"]
+    messages = [dict(m) for m in sample.messages]
+    messages[3]["train"] = False
+    shortened = shorten(Sample(0, "s", messages=tuple(messages)), tokens, len(tokens) - 1)
+    assert shortened is not None
+    assert [m["content"] for m in shortened.messages] == ["a", "b"]
+    assert shorten(sample_of("a", "b"), tokens, 3) is None

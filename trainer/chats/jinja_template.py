@@ -1,0 +1,107 @@
+"""The chat template of a model: found in its tokenizer files and rendered by transformers.
+
+A template is a program, and the template of a teacher is received over the network. It is rendered by the Jinja
+sandbox of transformers only.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trainer.errors import UserError
+
+TODAY = date(2026, 1, 1)  # the date that templates insert: the same for all models and for every run
+DEFAULT, TOOL_USE = "default", "tool_use"
+# Errors of a template's code: Jinja's own, and those of the Python operations that it calls.
+_CODE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+Message = dict[str, Any]
+
+
+class ChatError(UserError):
+    """A chat that a model's template does not render faithfully, or a model without a chat template."""
+
+
+class TemplateError(ChatError):
+    """An error raised by the code of the chat template."""
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """The source code of a model's chat templates, and their variables.
+
+    sources    template code by name: "default", and "tool_use" if the model has a second template for tools
+    variables  special tokens as text by the names that templates use: bos_token, eos_token, …
+    today      date that `strftime_now` formats
+    """
+
+    sources: Mapping[str, str]
+    variables: Mapping[str, str]
+    today: date
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], name: str, override: str | None, today: date) -> "JinjaTemplate":
+        """Read the template from tokenizer files by file name, or use the code in `override` instead.
+
+        name  model, for error messages
+        Raises ChatError if a file cannot be read or there is no template.
+        """
+        config = _json_object(files, "tokenizer_config.json", name)
+        try:
+            sources = {DEFAULT: override} if override is not None else _template_sources(files, config)
+        except (UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ChatError(f"{name}: cannot read the chat template ({type(error).__name__}: {error})") from error
+        if DEFAULT not in sources:
+            raise ChatError(
+                f"{name} has no chat template (found: {', '.join(sources) or 'none'}): set chat_template in the run "
+                "file, or use a model that was trained on chats"
+            )
+        variables = _special_tokens(_json_object(files, "special_tokens_map.json", name)) | _special_tokens(config)
+        return cls(sources, variables, today)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Message]) -> str:
+        """Render a chat as text. Raises TemplateError with the message of the template."""
+        source = self.sources.get(TOOL_USE) if tools else None
+        variables: dict[str, Any] = {**self.variables, "strftime_now": self.today.strftime}
+        try:
+            texts = render_jinja_template(
+                [list(messages)],
+                tools=list(tools) or None,
+                chat_template=source or self.sources[DEFAULT],
+                **variables,
+            )[0]
+        except _CODE_ERRORS as error:
+            raise TemplateError(f"the chat template raised {type(error).__name__}: {error}") from error
+        return str(texts[0])
+
+
+def _json_object(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
+    """Parse one of the files; a missing file is an empty object."""
+    try:
+        value = json.loads(files.get(file, b"{}"))
+    except ValueError as error:
+        raise ChatError(f"{file} of {name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ChatError(f"{file} of {name}: expected a JSON object, received {type(value).__name__}")
+    return value
+
+
+def _template_sources(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return templates by name, from chat_template.jinja or else from tokenizer_config.json."""
+    if "chat_template.jinja" in files:
+        return {DEFAULT: files["chat_template.jinja"].decode()}
+    template = config.get("chat_template")
+    if isinstance(template, str):
+        return {DEFAULT: template}
+    return {str(entry["name"]): str(entry["template"]) for entry in template or ()}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+    contents = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}
+    return {key: content for key, content in contents.items() if isinstance(content, str)}

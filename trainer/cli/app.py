@@ -1,0 +1,66 @@
+"""The Typer application, the options that commands share, and how errors are printed.
+
+Command modules import what they need inside the command function, so that `tutelage --help` loads no torch.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Idle OpenMP threads sleep instead of spinning, because student and teachers may share the cores of a machine. With one
+# other busy process, a teacher then scores twice as many tokens (docs/log.md). OpenMP reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+app = typer.Typer(
+    help="Online multi-teacher knowledge distillation of language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+RunFile = Annotated[Path, typer.Argument(help="Run file (TOML).", metavar="RUN.toml")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Override a key of the run file: key=value.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@contextmanager
+def one_sentence_errors(as_json: bool = False) -> Iterator[None]:
+    """Print an error that the user can fix as one sentence on standard error and exit with 1.
+
+    Other exceptions are faults of this program and keep their traceback.
+    """
+    from alignment import AlignmentError, TokenizerError
+    from teachers.protocol.errors import TeacherError
+    from trainer.errors import UserError
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        yield
+    except (UserError, TeacherError, AlignmentError, TokenizerError) as error:
+        message = " ".join(str(error).split())
+        typer.echo(json.dumps({"error": message}) if as_json else f"error: {message}", err=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(130) from error
+
+
+def silence_libraries() -> None:
+    """Hide the progress bars and warnings of libraries, but not their errors."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on standard output; numbers that are not finite become null."""
+    from trainer.telemetry.json_text import to_json
+
+    typer.echo(to_json(value))

@@ -1,0 +1,142 @@
+"""Terminal output: progress lines during a run and tables of results, on standard error."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.evaluation.preview import Preview
+from trainer.telemetry.jsonl import EventRecord, Listener
+
+console = Console(stderr=True)  # standard output is reserved for --json
+REFRESH_S = 2.0
+RECENT_STEPS = 50  # number of steps from which the time left is estimated
+
+
+def progress_listener(title: str) -> Listener:
+    """Return a listener that prints the events of a run as lines."""
+    return _Progress(title).show
+
+
+class _Progress:
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._num_steps = 0
+        self._printed_at = 0.0
+        self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._wait_s = 0.0
+        self._teacher_wait_s: dict[str, float] = {}
+
+    def show(self, record: EventRecord) -> None:
+        match record["event"]:
+            case "start":
+                self._num_steps = record["steps"]
+                console.rule(self._title)
+                console.print(f"{record['samples']} samples, steps {record['step']} to {record['steps']}")
+                for line in _start_remarks(record):
+                    console.print(line, soft_wrap=True, markup=False)
+            case "step":
+                self._add_times(record)
+                if time.monotonic() - self._printed_at > REFRESH_S or record["step"] == self._num_steps:
+                    self._printed_at = time.monotonic()
+                    console.print(self._step_line(record), highlight=False, soft_wrap=True)
+            case "eval":
+                bpb = _number(record["held_out_bpb"])
+                console.print(f"[bold]held-out text after step {record['step']}: {bpb} bits per byte")
+            case "end" if record["model"]:
+                console.print(f"student exported to {record['model']}")
+            case "end":
+                console.print(f"checkpoint saved after step {record['step']}: continue with --resume")
+
+    def _add_times(self, record: EventRecord) -> None:
+        self._recent_s.append(record["step_s"] + record["wait_s"])
+        self._wait_s += record["wait_s"]
+        for name, teacher in record.get("teachers", {}).items():
+            self._teacher_wait_s[name] = self._teacher_wait_s.get(name, 0.0) + teacher["wait_s"]
+
+    def _step_line(self, record: EventRecord) -> str:
+        parts = [
+            f"step {record['step']:>4}/{self._num_steps}",
+            f"loss {_number(record['loss'])}",
+            f"{record['tokens_per_s']:5.0f} tokens/s",
+            f"waited {self._wait_s:.1f} s{self._slowest_teacher()}",
+            *(f"{name} {teacher['weight']:.0%}" for name, teacher in record.get("teachers", {}).items()),
+        ]
+        num_left = self._num_steps - record["step"]
+        if num_left > 0:
+            parts.append(f"{duration(num_left * median(self._recent_s))} left")
+        return "  ".join(parts)
+
+    def _slowest_teacher(self) -> str:
+        name, seconds = max(self._teacher_wait_s.items(), key=lambda item: item[1], default=("", 0.0))
+        return f" ({seconds:.1f} s for {name})" if seconds > 0 else ""
+
+
+def duration(seconds: float) -> str:
+    """Format a duration in its largest unit, for example "40 s", "3 min", "2.5 h" or "4.0 days"."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    if seconds < 59.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86_400:.1f} days"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _start_remarks(start: EventRecord) -> Iterator[str]:
+    """Yield a line for each source with invalid records and for each setting that differs from the previous start."""
+    for source in start.get("sources", ()):
+        if source["invalid"]:
+            examples = "; ".join(source["first_invalid"])
+            yield f"{source['name']}: {source['invalid']} invalid records are skipped ({examples})"
+    for key, (old, new) in start.get("changed", {}).items():
+        yield f"changed since the previous start: {key} {old} → {new}"
+
+
+def show_preview(preview: Preview) -> None:
+    """Print the bits per byte of the student, the teachers and the fusion methods as one table."""
+    table = Table(title=f"Bits per byte on {preview.num_bytes:,} held-out bytes")
+    for column in ("", "own", "aligned", "listed mass"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("student", f"{preview.student_bpb:.4f}", "", "")
+    for teacher in preview.teachers:
+        table.add_row(
+            f"teacher {teacher.name}",
+            "" if teacher.own_bpb is None else f"{teacher.own_bpb:.4f}",
+            f"{teacher.aligned_bpb:.4f}",
+            f"{teacher.mean_mass:.3f}",
+        )
+    for method, bpb in preview.fused_bpb.items():
+        table.add_row(f"fused by {method}", "", f"{bpb:.4f}", "")
+    if preview.fused_bpb:
+        table.caption = (
+            "min_ce and avg_ce compute the teacher weights from the measured text: their values are too low, "
+            "most of all with scope token."
+        )
+    console.print(table)
+
+
+def show_evaluation(held_out: Mapping[str, Any], tasks: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the results of `tutelage eval`: a table for held-out text and a table for lm-eval tasks."""
+    if held_out:
+        domains = map(list, held_out.get("held_out_domains", {}).items())
+        show_table("Held-out text", ["", "bits per byte"], [["all domains", held_out["held_out_bpb"]], *domains])
+    if tasks:
+        rows = [[task, metric, value] for task, metrics in tasks.items() for metric, value in metrics.items()]
+        show_table("Tasks", ["", "metric", "value"], rows)
+
+
+def show_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """Print a table whose first column is text and whose other columns are numbers."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)

@@ -1,0 +1,26 @@
+"""`tutelage doctor RUN.toml`: check a run file before training."""
+
+from dataclasses import asdict
+
+import typer
+
+from trainer.cli.app import Json, Overrides, RunFile, app, one_sentence_errors, print_json
+
+
+@app.command()
+def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
+    """Check settings, student, data and every teacher of a run file before training."""
+    with one_sentence_errors(as_json):
+        from trainer.run_file import load_config
+
+        config = load_config(run, sets)
+        from trainer.cli.run_checks import examine
+
+        findings = examine(config)
+        if as_json:
+            print_json({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
+        else:
+            for finding in findings:
+                typer.echo(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.subject}: {finding.detail}")
+        if not all(finding.ok for finding in findings):
+            raise typer.Exit(1)

@@ -1,1 +1,0 @@
-"""The commands of `tutelage` that do not train: is this run worth it, will it start, what happens to a text."""

@@ -1,0 +1,80 @@
+"""Settings of the teachers: addresses, limits of requests, and how their knowledge enters the loss."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from teachers.server.ray_options import RayServeOptions
+from trainer.config_section import Positive, Roles, Seconds, Section, Weight, one_of
+from trainer.signals import SIGNALS, signal_class
+
+MAX_TEACHERS = 16
+
+
+class TeacherConfig(Section):
+    """[[teachers]] A teacher model, served by one or more replicas. A run without teachers is plain training."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """Name in metrics and errors."""
+    urls: list[str] = []
+    """Base URL of each replica. dns+http://NAME:PORT stands for one replica per address that the DNS name currently
+    has."""
+    urls_file: str | None = None
+    """File with more URLs, one per line. It is read again while the run is in progress."""
+    key_env: str | None = None
+    """Environment variable that holds the bearer key."""
+    key_file: str | None = None
+    """File that holds the bearer key."""
+    ca_file: str | None = None
+    """Certificates to trust for https, in addition to the system's."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json. For a stock vLLM server only, which does not serve its tokenizer's files."""
+    top_k: Positive = 64
+    """Number of candidates requested at every position."""
+    signal: Annotated[str, one_of(SIGNALS)] = "byte_chain"
+    """How the teacher's knowledge enters the loss. `byte_chain`: its distributions are translated to the student's
+    tokens by byte-chain alignment and fused with those of the other teachers. `em`, `min_ed`: fused too, aligned as in
+    FuseLLM, for comparison. `alm`, `uld`: a separate term of the loss that matches the likelihoods of common spans
+    (ALM), or sorted probabilities (ULD)."""
+    weight: Weight = 1.0
+    """Weight in the fusion, or of the separate term of the loss, relative to the other teachers."""
+    final_weight: Weight | None = None
+    """Weight at the end of the run, where fusion.schedule changes weights. Default: `weight`."""
+    roles: Roles = {}
+    """Special tokens by role (bos, eos, end_of_turn, pad, unk), given as token strings, where the tokenizer's own
+    configuration is wrong."""
+    chat_template: str | None = None
+    """File with a chat template that replaces the model's own."""
+    timeout_s: Seconds = 120.0
+    """Total time limit of one request."""
+    unavailable_timeout_s: Seconds = 600.0
+    """Time without a response from any replica after which the teacher counts as lost."""
+    on_unavailable: Literal["wait", "drop", "stop"] = "wait"
+    """What happens if no replica responds: `wait` ends the run after unavailable_timeout_s, `drop` continues without
+    the teacher until it is back, `stop` ends the run as soon as no replica is left."""
+    concurrency: Positive = 32
+    """Maximum number of concurrent requests of each process to each replica. The run adapts the number to the
+    measured throughput."""
+    serve: RayServeOptions | None = None
+    """[teachers.serve] How `tutelage serve-ray` runs the teacher on Ray Serve. Its URL is then http://HOST:PORT/NAME."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TeacherConfig":
+        if not self.urls and self.urls_file is None:
+            raise ValueError("urls: expected at least one address, or a urls_file that lists them")
+        return self
+
+    @property
+    def end_weight(self) -> float:
+        """Weight at the end of the run."""
+        return self.weight if self.final_weight is None else self.final_weight
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the signal yields a target over the student's tokens, which is fused with the other teachers'."""
+        return signal_class(self.signal).fused
+
+    @property
+    def supports_chats(self) -> bool:
+        """Whether the signal aligns chats, not only texts."""
+        return signal_class(self.signal).supports_chats

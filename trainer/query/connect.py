@@ -1,0 +1,144 @@
+"""Connect to the teachers of a run: card, tokenizer and signal of each. A run connects once."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alignment import TokenizerError, Vocabulary
+from teachers.client.addresses import TeacherAddress
+from teachers.client.health import TeacherEvent
+from teachers.client.pool import TeacherPool
+from teachers.keys import key_from_environment, key_from_file
+from teachers.protocol.errors import Rejected, TeacherError
+from teachers.protocol.messages import TeacherCard
+from trainer.paths import resolve_tokenizer_dir, tables_dir
+from trainer.query.config import TeacherConfig
+from trainer.signals import signal_class
+from trainer.signals.base import TeacherSignal
+from trainer.sources.config import DataConfig
+from trainer.tokenization import SampleTokenizer, load_chat_template
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class ConnectedTeacher:
+    """A teacher whose card and tokenizer are known and checked."""
+
+    config: TeacherConfig
+    card: TeacherCard
+    tokenizer: SampleTokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherConnection:
+    """The connected teachers of a run, in the order of the run file, and the signal of each."""
+
+    pool: TeacherPool
+    teachers: tuple[ConnectedTeacher, ...]
+    signals: tuple[TeacherSignal, ...]
+
+    @property
+    def cards(self) -> dict[str, TeacherCard]:
+        """Cards by name."""
+        return {teacher.config.name: teacher.card for teacher in self.teachers}
+
+
+@asynccontextmanager
+async def connect_teachers(
+    configs: Sequence[TeacherConfig],
+    student: Vocabulary,
+    data: DataConfig,
+    *,
+    on_event: Callable[[TeacherEvent], None] = lambda _: None,
+) -> AsyncIterator[TeacherConnection]:
+    """Connect to all teachers concurrently, check each, and load or build its signal.
+
+    on_event is called when a teacher is lost or joins again. Raises TeacherError, TokenizerError or ChatError naming
+    the teacher.
+    """
+    async with TeacherPool([teacher_address(config) for config in configs], on_event) as pool:
+        teachers = await gather(connect_teacher(pool, config, data) for config in configs)
+        signals = [await asyncio.to_thread(_signal, teacher, student) for teacher in teachers]
+        try:
+            yield TeacherConnection(pool, tuple(teachers), tuple(signals))
+        finally:
+            for signal in signals:
+                signal.close()
+
+
+async def connect_teacher(pool: TeacherPool, config: TeacherConfig, data: DataConfig) -> ConnectedTeacher:
+    """Request one teacher's card and tokenizer files, and check them against the run file and its data.
+
+    Raises TeacherError, TokenizerError or ChatError naming the teacher.
+    """
+    card, files = await pool.connect(config.name)
+    vocabulary = checked_vocabulary(config, card, files)
+    if data.close_documents and "eos" not in vocabulary.roles:
+        raise TokenizerError(
+            f"teacher {config.name}: its tokenizer has no EOS for the ends of documents (data.close_documents); "
+            "set eos in the roles of this teacher"
+        )
+    template = load_chat_template(files, vocabulary, config.roles, config.chat_template) if data.has_chats else None
+    return ConnectedTeacher(config, card, SampleTokenizer(vocabulary, card.prefix, template))
+
+
+def checked_vocabulary(config: TeacherConfig, card: TeacherCard, files: Mapping[str, bytes]) -> Vocabulary:
+    """Return the teacher's vocabulary.
+
+    Raises TeacherError or TokenizerError, naming the teacher, if top_k exceeds the teacher's limit, if the tokenizer
+    has ids that the model does not have, or if the BOS of card and tokenizer differ.
+    """
+    if config.top_k > card.max_top_k:
+        raise Rejected(f"teacher {config.name}: top_k is {config.top_k}, the teacher returns at most {card.max_top_k}")
+    vocabulary = Vocabulary.from_files(files, name=config.name).with_roles(config.roles).within(card.vocab_size)
+    bos = vocabulary.roles.get("bos")
+    if card.prefix and bos is not None and card.prefix != [bos]:
+        raise TeacherError(
+            f"teacher {config.name}: the server puts token {card.prefix[0]} in front of every text, the tokenizer's "
+            f"BOS is {bos}; if that is wrong, set bos in the roles of this teacher"
+        )
+    return vocabulary
+
+
+def teacher_address(config: TeacherConfig) -> TeacherAddress:
+    """Return the address and the connection settings of a teacher. Raises TeacherError if its key cannot be read."""
+    return TeacherAddress(
+        name=config.name,
+        urls=tuple(config.urls),
+        urls_file=Path(config.urls_file) if config.urls_file else None,
+        key=_key(config),
+        ca_file=Path(config.ca_file) if config.ca_file else None,
+        tokenizer=resolve_tokenizer_dir(config.tokenizer) if config.tokenizer else None,
+        timeout_s=config.timeout_s,
+        unavailable_timeout_s=config.unavailable_timeout_s,
+        on_unavailable=config.on_unavailable,
+        concurrency=config.concurrency,
+    )
+
+
+def _key(config: TeacherConfig) -> str | None:
+    if config.key_file is not None:
+        return key_from_file(Path(config.key_file))
+    return key_from_environment(config.key_env) if config.key_env is not None else None
+
+
+def _signal(teacher: ConnectedTeacher, student: Vocabulary) -> TeacherSignal:
+    signal = signal_class(teacher.config.signal)
+    return signal(teacher.tokenizer.vocabulary, student, teacher.card.vocab_size, tables_dir())
+
+
+async def gather(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines concurrently and return their results in order.
+
+    The first error cancels the other coroutines and is raised without an exception group.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

@@ -1,0 +1,150 @@
+"""Score a sample: tokenize it for every model, request all teachers at once, and prepare their rows.
+
+All models receive the same text. A sample that exceeds the limit of one model is rejected, or shortened for all models.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from alignment import AlignmentError, Target
+from alignment.report import AlignmentReport
+from teachers.protocol.errors import TeacherError, TeacherLost
+from teachers.protocol.rows import Rows
+from trainer.chats.jinja_template import ChatError
+from trainer.query.background import in_thread
+from trainer.query.connect import ConnectedTeacher, TeacherConnection, gather
+from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
+from trainer.signals.base import TeacherSignal
+from trainer.sources.config import DataConfig
+from trainer.telemetry.collector import Collector, ResponseTime
+from trainer.tokenization import SampleTokenizer, shorten_or_raise
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizations:
+    """A sample within the limits of all models, as the student and every teacher tokenize it."""
+
+    sample: Sample
+    student: TokenizedSample
+    teachers: tuple[TokenizedSample, ...]
+
+
+class SampleScorer:
+    """Scores samples for one student. Its coroutines run in the event loop of the connection."""
+
+    def __init__(self, connection: TeacherConnection, student: SampleTokenizer, data: DataConfig) -> None:
+        self._connection = connection
+        self._student = student
+        self._data = data
+
+    async def score(self, sample: Sample, collector: Collector) -> ScoredSample | None:
+        """Tokenize a sample and request every teacher. Return None for a chat that is skipped."""
+        tokenizations = await self.tokenize(sample, collector)
+        return None if tokenizations is None else await self.request(tokenizations, collector)
+
+    async def tokenize(self, sample: Sample, collector: Collector) -> Tokenizations | None:
+        """Tokenize a sample for every model, shortened to the limits of all. Return None for a skipped chat."""
+        try:
+            tokenizations, seconds = await in_thread(self._tokenize, sample)
+        except ChatError:
+            if self._data.invalid_chats != "skip":
+                raise
+            collector.skipped += 1
+            return None
+        collector.record("tokenize", seconds)
+        collector.shortened += tokenizations.sample is not sample
+        rendered = tokenizations.student.rendered
+        collector.folded_system += rendered is not None and rendered.folded_system
+        return tokenizations
+
+    async def request(self, tokenizations: Tokenizations, collector: Collector) -> ScoredSample:
+        """Request all teachers concurrently. The first error cancels the other requests.
+
+        Raises TeacherLost if no teacher is available.
+        """
+        connection, sample = self._connection, tokenizations.sample
+        requests = zip(connection.teachers, connection.signals, tokenizations.teachers, strict=True)
+        scores = await gather(
+            self._request_one(teacher, signal, (tokenizations, own), collector) for teacher, signal, own in requests
+        )
+        if scores and all(one.unavailable for one in scores):
+            raise TeacherLost(f"every teacher is unavailable (sample {sample.name}): at least one is required")
+        return ScoredSample(sample, tokenizations.student, tuple(scores))
+
+    def _tokenize(self, original: Sample) -> Tokenizations:
+        sample = original
+        while True:
+            student = self._student.tokenize(sample)
+            teachers = tuple(teacher.tokenizer.tokenize(sample) for teacher in self._connection.teachers)
+            too_long = self._first_too_long(sample, student, teachers)
+            if too_long is None:
+                return Tokenizations(sample, student, teachers)
+            sample = shorten_or_raise(sample, *too_long, self._data)
+
+    def _first_too_long(
+        self, sample: Sample, student: TokenizedSample, teachers: tuple[TokenizedSample, ...]
+    ) -> tuple[TokenizedSample, int, str] | None:
+        """Return the first tokenization that exceeds its model's limit, the limit, and the name of the model."""
+        for teacher, tokenized in zip(self._connection.teachers, teachers, strict=True):
+            limit = teacher.card.max_tokens - len(teacher.card.prefix)
+            if len(tokenized) > limit:
+                return tokenized, limit, f"teacher {teacher.config.name}"
+        limit = self._data.window_tokens + sample.closes
+        return (student, limit, "the student's window") if len(student) > limit else None
+
+    async def _request_one(
+        self,
+        teacher: ConnectedTeacher,
+        signal: TeacherSignal,
+        tokenized: tuple[Tokenizations, TokenizedSample],
+        collector: Collector,
+    ) -> TeacherScores:
+        (tokenizations, own), name = tokenized, teacher.config.name
+        sample, telemetry = tokenizations.sample, collector.teacher(name)
+        sequence = [*teacher.card.prefix, *own.tokens.ids.tolist()]
+        if len(sequence) < 2:  # a single token without BOS in front: there is no position to predict
+            return _no_scores(own, tokenizations.student, telemetry=collector, name=name)
+        start, requested_at = _first_position(teacher, own), time.monotonic()
+        try:
+            rows = await self._connection.pool.score(name, sequence, start, teacher.config.top_k, sample.name)
+        except TeacherLost:  # logged by the pool
+            telemetry.unavailable += 1
+            return _no_scores(own, tokenizations.student, telemetry=collector, name=name, unavailable=True)
+        except TeacherError as error:
+            error.args = (f"{error} (sample {sample.name})",)
+            raise
+        collector.respond(ResponseTime(name, requested_at, time.monotonic()))
+        first_row = rows.start - len(teacher.card.prefix)
+        try:
+            prepared, seconds = await in_thread(signal.prepare, rows, first_row, own, tokenizations.student)
+        except AlignmentError as error:
+            raise AlignmentError(f"teacher {name}, sample {sample.name}: {error}") from error
+        collector.record("align", seconds)
+        telemetry.report += prepared.report
+        return TeacherScores(own, first_row, _copy(rows), prepared.nats_per_token, prepared.target, prepared.auxiliary)
+
+
+def _copy(rows: Rows) -> np.ndarray:
+    """Return the actual tokens' log-probabilities without keeping the response's buffer alive."""
+    return rows.actual.copy()
+
+
+def _first_position(teacher: ConnectedTeacher, tokenized: TokenizedSample) -> int:
+    """Return the first position of the teacher's sequence to score, at least 1.
+
+    For a text it is the position of its first token, for a chat that of the first supervised token.
+    """
+    first = 0 if tokenized.rendered is None else int(tokenized.supervised_T.argmax())
+    return max(len(teacher.card.prefix) + first, 1)
+
+
+def _no_scores(
+    own: TokenizedSample, student: TokenizedSample, *, telemetry: Collector, name: str, unavailable: bool = False
+) -> TeacherScores:
+    """Return scores that have no valid position."""
+    telemetry.teacher(name).report += AlignmentReport(positions=len(student))
+    no_rows = np.zeros(0, dtype=np.float32)
+    return TeacherScores(own, 0, no_rows, math.inf, Target.empty(len(student)), unavailable=unavailable)

@@ -1,0 +1,1 @@
+"""Report of a run from its metrics file: history, summary, charts and one HTML page."""

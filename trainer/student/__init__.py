@@ -1,0 +1,1 @@
+"""The student: loading, forward pass, sharding, adapters and export."""

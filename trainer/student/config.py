@@ -1,0 +1,48 @@
+"""Settings of the student model."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.config_section import Fraction, Positive, Roles, Section
+
+
+class LoraConfig(Section):
+    """[student.lora] Train low-rank adapters; the export merges them into the weights."""
+
+    rank: Positive = 16
+    """Rank of every adapter."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Adapters are scaled by alpha / rank."""
+    dropout: Fraction = 0.0
+    """Fraction of an adapter's inputs that is dropped in training."""
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter, as in peft; `all-linear` leaves out the LM head."""
+
+
+class StudentConfig(Section):
+    """[student] The model that is trained."""
+
+    model: str
+    """A Hugging Face model directory, or the name of one under $TUTELAGE_CACHE/models."""
+    device: str = "cpu"
+    """Device to train on: cpu, cuda, cuda:1, … With several processes, `cuda` gives each process its own GPU."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`bf16` computes matrix products in bf16 over float32 weights (frozen matrices that bf16 represents exactly are
+    stored in bf16); with several processes, norms and sums within a layer are computed in bf16 too. `fp32` computes
+    everything in float32. `auto` is bf16 on GPUs and on CPUs with bf16 instructions, fp32 otherwise. A resumed run
+    keeps the precision that `auto` chose at its first start."""
+    activation_checkpointing: bool = False
+    """Store only each layer's input and recompute the layer in the backward pass: less memory, about a third more
+    time."""
+    compile: bool = False
+    """Compile each layer with torch.compile."""
+    train_layers: Positive | None = None
+    """Train only this many of the uppermost layers and the final norm. All parameters are trained if it is not set."""
+    lora: LoraConfig | None = None
+    """[student.lora] Train adapters instead of the weights."""
+    roles: Roles = {}
+    """Special tokens by role (bos, eos, end_of_turn, pad, unk), given as token strings, where the tokenizer's own
+    configuration is wrong."""
+    chat_template: str | None = None
+    """File with a chat template that replaces the model's own."""

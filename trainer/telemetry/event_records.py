@@ -1,0 +1,113 @@
+"""Records nested in the events of metrics.jsonl. The docstring under each field is its entry in docs/metrics.md."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """A frozen record whose fields are described by the docstrings below them. Unknown fields are rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelIdentity(Record):
+    """Name and revision of a model."""
+
+    model: str
+    """Model name on the Hugging Face Hub, or the name of the model's folder."""
+    revision: str | None
+    """Revision on the Hub; null for a folder."""
+
+
+class TeacherIdentity(Record):
+    """The part of a teacher's card that identifies its model."""
+
+    model: str
+    """Model name."""
+    revision: str | None
+    """Revision of the weights; null if the source has none."""
+    fingerprint: str
+    """Digest of weights, tokenizer and dtype."""
+    engine: str
+    """Inference engine and its version."""
+    dtype: str
+    """Type in which the weights are computed."""
+    vocab_size: int
+    """Number of token ids that the model scores."""
+    tokenizer_sha256: str
+    """SHA-256 of tokenizer.json."""
+
+
+class SourceStatistics(Record):
+    """Size of one data source."""
+
+    name: str
+    """Name of the source."""
+    documents: int
+    """Documents in the source."""
+    windows: int
+    """Windows into which the documents are cut."""
+    tokens: int | None
+    """Tokens of the student's tokenizer; null for chats."""
+    num_bytes: int
+    """Bytes of text, or of chats as JSON."""
+    epoch_samples: int
+    """Samples of the source in one epoch of training."""
+    invalid: int
+    """Lines or rows that cannot be parsed."""
+    first_invalid: list[str]
+    """Descriptions of the first lines or rows that cannot be parsed."""
+
+
+class PoolStep(Record):
+    """Load balancer of one teacher, as seen by rank 0. Counters run since the start of the process."""
+
+    requests: int
+    """Requests that succeeded."""
+    tokens: int
+    """Token positions that these requests scored."""
+    retries: int
+    """Requests that were sent again after a failure."""
+    hedged: int
+    """Requests that were also sent to a second replica because the first one was slow."""
+    rejected: int
+    """Responses that failed validation."""
+    replicas: int
+    """Known replicas."""
+    healthy: int
+    """Replicas that are healthy now."""
+    concurrency: int
+    """Requests that the healthy replicas may process at once."""
+
+
+class TeacherStep(Record):
+    """One teacher in one step."""
+
+    weight: float
+    """Mean weight of the teacher in what the student learns from teachers, over the samples of the batch (0 to 1)."""
+    missing: int
+    """Positions at which this teacher has no distribution to fuse."""
+    unavailable: int
+    """Samples without scores of this teacher because it was unavailable."""
+    mass: float | None
+    """Mean listed mass: probability of the listed tokens (0 to 1)."""
+    own_bpb: float | None
+    """Bits per byte of the training text on the teacher's own tokens."""
+    aligned_bpb: float | None
+    """Bits per byte of the training text after alignment to the student's tokens."""
+    wait_s: float
+    """Seconds of the step's `wait_s` in which only the scores of this teacher were missing."""
+    tokens_per_s: float
+    """Recent throughput of the teacher, summed over ranks, in tokens per second."""
+    pool: PoolStep
+    """Load balancer of the teacher."""
+    loss: float = 0.0
+    """Loss of a teacher that is not fused, without its weight, in nats per token."""
+
+
+class Agreement(Record):
+    """Agreement of the student with a target, over the positions at which the target lists a token."""
+
+    top1: float | None
+    """Fraction of positions at which the most likely tokens are equal; null without positions."""
+    kl: float | None
+    """KL(target ‖ student) over the listed tokens and the tail, in nats per token; null without positions."""

@@ -1,0 +1,26 @@
+"""JSON text that every parser accepts: numbers that are not finite become null."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Serialize nested mappings, sequences and scalars as valid JSON. See `json_value` for what is converted."""
+    return json.dumps(json_value(value), allow_nan=False, indent=indent)
+
+
+def json_value(value: Any) -> Any:
+    """Return `value` as JSON would return it: keys are strings, sequences are lists, paths are strings.
+
+    Numbers that are not finite become None, because JSON has no NaN and no infinity.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,116 @@
+"""The metrics file of a run, metrics.jsonl: one JSON object per line, written before any listener receives the event.
+
+trainer/telemetry/events.py defines the events.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import MetricsError
+from trainer.telemetry.events import Event
+from trainer.telemetry.json_text import json_value
+
+METRICS_FILE = "metrics.jsonl"
+EventRecord = Mapping[str, Any]
+"""A line of the metrics file: the keys `event` and `time` (Unix seconds), then the fields of the event."""
+Listener = Callable[[EventRecord], None]
+
+
+class Metrics:
+    """Writer of a metrics file. Appends each event and then passes its record to the listeners.
+
+    Use it as a context manager. Without a path nothing is written and no listener is called: only rank 0 writes. An
+    incomplete last line of an earlier run is removed. Raises MetricsError if the file cannot be written.
+    """
+
+    def __init__(self, path: Path | None, *listeners: Listener | None) -> None:
+        self._path = path
+        self._listeners = [listener for listener in listeners if listener is not None]
+        self._file: RawIOBase | None = None
+        if path is None:
+            return
+        try:
+            self._file = path.open("ab+", buffering=0)
+            self._file.seek(0)
+            self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        except OSError as error:
+            raise MetricsError(f"cannot write {path}: {error.strerror}") from error
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, event: Event) -> None:
+        """Append one line: the kind of the event, the time in Unix seconds and the fields that are set."""
+        if self._file is None:
+            return
+        record = json_value({"event": event.kind, "time": round(time.time(), 3), **event.fields()})
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            num_written = self._file.write(line)
+        except OSError as error:
+            raise MetricsError(
+                f"cannot write {self._path}: {error.strerror}; correct the cause, then continue with --resume"
+            ) from error
+        if num_written != len(line):
+            raise MetricsError(
+                f"cannot write {self._path}: the disk is full; free disk space, then continue with --resume"
+            )
+        for listener in self._listeners:
+            listener(record)
+
+
+def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metrics file in the order in which they were written.
+
+    An incomplete last line is skipped. Raises MetricsError if the file cannot be read or a line is not a JSON object
+    with the key `event`.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return  # the line is being written, or its process was killed
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise MetricsError(f"{path}, line {number} is not JSON: {error}") from error
+                if not isinstance(record, dict) or "event" not in record:
+                    raise MetricsError(f"{path}, line {number}: expected an object with an event, received {record!r}")
+                yield record
+    except OSError as error:
+        raise MetricsError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return all records of a metrics file. Raises MetricsError as `iter_metrics` does."""
+    return list(iter_metrics(path))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) for every value of nested mappings, for example ("teachers/gemma/weight", 0.5).
+
+    Mappings in a list have their index as the key.
+    """
+    for name, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def numbers(record: EventRecord) -> dict[str, float]:
+    """Return the numbers of a record by path, without `time` and `step`. Null becomes NaN."""
+    values = {name: value for name, value in record.items() if name not in ("event", "time", "step")}
+    with_nan = {path: math.nan if value is None else value for path, value in flatten(values)}
+    return {path: float(v) for path, v in with_nan.items() if isinstance(v, int | float) and not isinstance(v, bool)}

@@ -1,0 +1,118 @@
+"""The training loop: next batch, step, log, evaluate, save."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from trainer.config import RunConfig
+from trainer.distributed import Ranks, process_group
+from trainer.query.stream import ExampleStream
+from trainer.records import Batch, Sample
+from trainer.sources.corpus import Corpus
+from trainer.sources.sample_order import batch_indices
+from trainer.telemetry.collector import Collector
+from trainer.telemetry.events import TEACHER_EVENTS, EndEvent
+from trainer.telemetry.jsonl import Listener, Metrics
+from trainer.training.plan import plan_step
+from trainer.training.run import begin
+from trainer.training.sigterm import on_sigterm
+from trainer.training.step import train_step
+from trainer.training.step_metrics import step_event
+
+StreamItem = tuple[Batch, Collector]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Result of a run, or of one start of it.
+
+    steps       number of steps that the run has done
+    held_out    held-out bits per byte as (step, bpb)
+    model       folder of the exported student; None if the run has not ended
+    terminated  the run was saved before its end because the process received SIGTERM
+    """
+
+    steps: int
+    held_out: tuple[tuple[int, float], ...]
+    model: Path | None
+    terminated: bool = False
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, stop_at: int | None = None, listener: Listener | None = None
+) -> RunResult:
+    """Train to the end, or save and return after step `stop_at` or on SIGTERM.
+
+    All processes must call this with the same config. Raises UserError, TeacherError, TokenizerError or AlignmentError.
+    """
+    with process_group(config.student.device, config.unavailable_timeout_s) as ranks:
+        return _train(config, ranks, resume, stop_at, listener)
+
+
+def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, listener: Listener | None) -> RunResult:
+    run = begin(config, ranks, resume)
+    evaluator, done, fusion_state = run.evaluator, run.done, run.fuser.state
+    end = min(run.num_steps, stop_at or run.num_steps)
+    samples = _batches(config, run.corpus, ranks, range(done, end))
+    with ExampleStream(config, run.tokenizer, samples, fuser=run.fuser, first_step=done) as stream:
+        items = iter(stream)
+        first = list(islice(items, 1))  # nothing is written before every teacher has been checked
+        run.check_teachers(evaluator.snapshot_teachers(stream))
+        with on_sigterm(stream.stop), run.opened(listener, stream.connect_s) as metrics:
+            evaluator.evaluate(metrics, done, fusion_state)
+            logged = _log_teacher_events(chain(first, items), stream, metrics)
+            while not evaluator.early_stopped and not ranks.any((item := next(logged, None)) is None):
+                assert item is not None
+                batch, telemetry = item
+                began = time.monotonic()
+                plan = plan_step(config, done, run.num_steps, ranks.size)
+                result = train_step(run.student, run.optimizer, batch.examples, plan, ranks)
+                done, fusion_state, step_s = done + 1, batch.fusion_state, time.monotonic() - began
+                metrics.write(step_event(done, ranks.all_gather(telemetry), plan, result, step_s))
+                if done == end or _is_due(done, config.eval.every_steps):
+                    evaluator.evaluate(metrics, done, fusion_state)
+                if _is_due(done, config.output.checkpoint_every_steps):
+                    run.save(metrics, done, fusion_state)
+                run.finish_save(metrics)
+            run.save_last(metrics, done, fusion_state)
+            ended = done == run.num_steps or evaluator.early_stopped
+            model = evaluator.finish(metrics, done) if ended else None
+            metrics.write(EndEvent(step=done, model=str(model) if model else None, reason=evaluator.reason(done)))
+    terminated = done < end and not evaluator.early_stopped
+    return RunResult(done, tuple(evaluator.held_out), model, terminated)
+
+
+def _batches(config: RunConfig, corpus: Corpus, ranks: Ranks, steps: range) -> Iterator[list[Sample]]:
+    """Yield this process's shard of every batch.
+
+    Indices are sorted before they are sharded, so that in later epochs most samples are on the process that has cached
+    their scores.
+    """
+    for step in steps:
+        indices = sorted(batch_indices(corpus.order, config.train.batch_samples, step))
+        yield [corpus.train[i] for i in ranks.shard(indices)]
+
+
+def _log_teacher_events(items: Iterator[StreamItem], stream: ExampleStream, metrics: Metrics) -> Iterator[StreamItem]:
+    """Yield the items, and write teacher events to the metrics file before each item and before an error.
+
+    With several processes the events of rank 0 are written.
+    """
+
+    def write() -> None:
+        for event in stream.events():
+            metrics.write(TEACHER_EVENTS[event.kind](teacher=event.teacher, detail=event.detail))
+
+    try:
+        for item in items:
+            write()
+            yield item
+    except Exception:
+        write()
+        raise
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,80 @@
+"""Checks at the start of a run, before anything is written. `train` and `doctor` call the same functions."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from alignment import Vocabulary
+from trainer.config import RunConfig
+from trainer.errors import ConfigError, DataError
+from trainer.fusion.run_fuser import check_routes
+from trainer.paths import resolve_model_dir
+from trainer.sources.corpus import Corpus, load_corpus
+from trainer.student.checks import check_device, check_folder
+from trainer.telemetry.tracking import check_trackers
+
+
+@dataclass(frozen=True, eq=False)
+class StudentFiles:
+    """The student's model directory and its vocabulary, read without loading weights."""
+
+    folder: Path
+    vocabulary: Vocabulary
+
+
+def check_settings(config: RunConfig, num_processes: int = 1) -> None:
+    """Check what the run file alone determines: device, packages, output folder and batch size.
+
+    Raises ConfigError or TrackingError.
+    """
+    check_device(config.student.device)
+    if config.student.lora is not None and find_spec("peft") is None:
+        raise ConfigError("student.lora: peft is not installed: install the extra `lora`")
+    check_trackers(config.tracking)
+    out = Path(config.output.dir).expanduser()
+    if out.is_file():
+        raise ConfigError(f"output.dir: {out} is a file")
+    if config.train.batch_samples < num_processes:
+        raise ConfigError(
+            f"train.batch_samples is {config.train.batch_samples}, fewer than the {num_processes} processes"
+        )
+
+
+def check_student(config: RunConfig) -> StudentFiles:
+    """Check the student's files, its tokenizer, and the window length with BOS and EOS against the model's limit.
+
+    Raises ConfigError or TokenizerError.
+    """
+    folder = resolve_model_dir(config.student.model)
+    limits = check_folder(folder, config.student)
+    vocabulary = Vocabulary.load(folder).with_roles(config.student.roles).within(limits.num_ids)
+    longest = config.data.window_tokens + len(vocabulary.prefix) + config.data.close_documents
+    if longest > limits.max_tokens:
+        parts = [part for part, used in (("BOS", vocabulary.prefix), ("EOS", config.data.close_documents)) if used]
+        counted = f" ({longest} with {' and '.join(parts)})" if parts else ""
+        raise ConfigError(
+            f"data.window_tokens is {config.data.window_tokens}{counted}, the student takes {limits.max_tokens} tokens"
+        )
+    return StudentFiles(folder, vocabulary)
+
+
+def check_data(config: RunConfig, vocabulary: Vocabulary) -> tuple[Corpus, int]:
+    """Index the data, and return the corpus and the number of steps.
+
+    Raises DataError or ConfigError for invalid records, samples without a valid teacher, or too few samples.
+    """
+    corpus = load_corpus(config.data, config.eval, vocabulary, config.train.seed)
+    check_routes(corpus.train, config)
+    return corpus, total_steps(config, corpus)
+
+
+def total_steps(config: RunConfig, corpus: Corpus) -> int:
+    """Return the number of whole batches in all epochs, at most train.steps. Raises DataError if it is 0."""
+    in_epochs = config.train.epochs * corpus.order.epoch_samples // config.train.batch_samples
+    steps = min(in_epochs, config.train.steps or in_epochs)
+    if steps == 0:
+        raise DataError(
+            f"{corpus.order.epoch_samples} samples in {config.train.epochs} epochs do not fill one batch of "
+            f"{config.train.batch_samples}: lower train.batch_samples or add text"
+        )
+    return steps

@@ -1,0 +1,140 @@
+"""One optimizer step: passes over microbatches, with losses divided once by the global number of tokens."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from trainer.distributed import Ranks
+from trainer.errors import DataError, NonFiniteLoss
+from trainer.losses.head import head_loss
+from trainer.losses.labels import labels_from
+from trainer.records import DistillationExample
+from trainer.signals.auxiliary import with_auxiliary
+from trainer.student.model import Student
+from trainer.training.plan import StepPlan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the batch's supervised tokens in nats, and the gradient norm before clipping.
+
+    divergence is None if it has weight 0 and is not computed. auxiliary has the unweighted loss of each teacher whose
+    signal is not fused, by name.
+    """
+
+    loss: float
+    cross_entropy: float
+    divergence: float | None
+    num_tokens: int
+    grad_norm: float
+    lr: float
+    auxiliary: Mapping[str, float] = field(default_factory=dict)
+
+
+def train_step(
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[DistillationExample],
+    plan: StepPlan,
+    ranks: Ranks = Ranks(),
+) -> StepResult:
+    """Update the student once. `examples` are this process's shard of the batch.
+
+    Raises DataError if no process has a supervised token, and NonFiniteLoss, naming the samples, if a loss or the
+    gradient norm is NaN or infinite. After an error the weights are unchanged.
+    """
+    names = ", ".join(example.sample.name for example in examples) or "(none: all were skipped)"
+    num_tokens = _num_tokens(student, examples, ranks)
+    if num_tokens == 0:
+        raise DataError(
+            f"no supervised token in the samples {names}: nothing was updated; fix the data or raise "
+            "train.batch_samples"
+        )
+    torch.manual_seed(int(np.random.SeedSequence([*plan.seed, ranks.rank]).generate_state(1)[0]))  # dropout
+    sums = torch.zeros(2 + len(plan.auxiliary), dtype=torch.float64)
+    num_microbatches = plan.gradient_accumulation_steps
+    for i in range(num_microbatches):
+        begin, end = len(examples) * i // num_microbatches, len(examples) * (i + 1) // num_microbatches
+        sums += _backward(student, examples[begin:end], num_tokens, plan)
+    norm = _clip(student, plan.clip_norm)
+    if not bool(torch.isfinite(norm)):
+        raise NonFiniteLoss(f"the gradient norm is {float(norm)} for the samples {names}; nothing was updated")
+    for group in optimizer.param_groups:
+        group["lr"] = plan.lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    means = [value / num_tokens for value in ranks.all_reduce_sum(sums.tolist())]
+    return _result(means, plan, num_tokens, float(norm))
+
+
+def _num_tokens(student: Student, examples: Sequence[DistillationExample], ranks: Ranks) -> int:
+    """Return the number of supervised tokens of all processes."""
+    tokens = sum(int(example.supervised(student.first_position).sum()) for example in examples)
+    return int(ranks.all_reduce_sum([tokens])[0])
+
+
+def _clip(student: Student, max_norm: float) -> torch.Tensor:
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _result(means: Sequence[float], plan: StepPlan, num_tokens: int, grad_norm: float) -> StepResult:
+    cross_entropy, divergence, *auxiliary = means
+    objective = plan.objective
+    distillation_loss = objective.target_weight * divergence
+    distillation_loss += (1 - objective.ce_weight) * sum(
+        loss.weight * value for loss, value in zip(plan.auxiliary, auxiliary, strict=True)
+    )
+    return StepResult(
+        loss=objective.ce_weight * cross_entropy + distillation_loss,
+        cross_entropy=cross_entropy,
+        divergence=divergence if objective.target_weight > 0 else None,
+        num_tokens=num_tokens,
+        grad_norm=grad_norm,
+        lr=plan.lr,
+        auxiliary={loss.name: value for loss, value in zip(plan.auxiliary, auxiliary, strict=True)},
+    )
+
+
+def _backward(
+    student: Student, examples: Sequence[DistillationExample], num_tokens: int, plan: StepPlan
+) -> torch.Tensor:
+    """Compute gradients of one microbatch. Return the sums of cross-entropy, divergence and auxiliary losses."""
+    first_position = student.first_position
+    pairs = [example.labels(first_position) for example in examples]
+    labels = labels_from([ids for ids, _ in pairs], [target for _, target in pairs])
+    labels = with_auxiliary(labels, examples, plan.auxiliary, first_position).to(student.device)
+    total, ce_T, divergence_T, auxiliary_NT = student.compute(
+        [example.tokenized.tokens for example in examples],
+        [example.supervised(first_position) for example in examples],
+        partial(head_loss, labels=labels, objective=plan.objective),
+    )
+    (total / num_tokens).backward()
+    columns_T = (ce_T, divergence_T, *auxiliary_NT)
+    sums = torch.stack([column.double().sum() for column in columns_T]).cpu()
+    if not bool(torch.isfinite(sums).all()):
+        raise _non_finite(columns_T, examples, first_position, plan)
+    return sums
+
+
+def _non_finite(
+    columns_T: Sequence[torch.Tensor], examples: Sequence[DistillationExample], first_position: int, plan: StepPlan
+) -> NonFiniteLoss:
+    """Return an error that names the sample, the position and the loss.
+
+    Cross-entropy is searched first, because it shows whether the student itself has failed.
+    """
+    positions = [np.flatnonzero(example.supervised(first_position)) + first_position for example in examples]
+    owners = ["", "", *(f" of teacher {loss.name}" for loss in plan.auxiliary)]
+    messages = (
+        f"the loss{owner} of sample {example.sample.name} at token {int(at[int(bad[0])])} is {float(part[bad[0]])} "
+        f"(teachers: {', '.join(plan.teachers) or 'none'}); nothing was updated"
+        for owner, column_T in zip(owners, columns_T, strict=True)
+        for example, at, part in zip(examples, positions, column_T.split([len(p) for p in positions]), strict=True)
+        if len(bad := torch.isfinite(part).logical_not().nonzero())
+    )
+    return NonFiniteLoss(next(messages))

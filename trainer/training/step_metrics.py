@@ -1,0 +1,82 @@
+"""The event of one step: its result and the telemetry of all processes."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from trainer.telemetry.collector import Collector, TeacherTelemetry
+from trainer.telemetry.event_records import PoolStep, TeacherStep
+from trainer.telemetry.events import StepEvent
+from trainer.training.plan import StepPlan
+from trainer.training.step import StepResult
+
+
+def step_event(
+    step: int, collectors: Sequence[Collector], plan: StepPlan, result: StepResult, step_s: float
+) -> StepEvent:
+    """Return the event of one step. `collectors` are those of all processes, by rank.
+
+    step_s is measured by this process. The other times and the queue are those of the process that waited longest.
+    Tokens per second of a teacher are the sum of all processes; the other values of its pool are those of rank 0.
+    """
+    slowest = max(collectors, key=lambda collector: collector.wait_s)
+    values = {
+        "step": step,
+        "ce_weight": plan.objective.ce_weight,
+        "loss": result.loss,
+        "cross_entropy": result.cross_entropy,
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "tokens": result.num_tokens,
+        "tokens_per_s": result.num_tokens / (step_s + slowest.wait_s),
+        "step_s": step_s,
+        "wait_s": slowest.wait_s,
+        "queued_batches": slowest.queued_batches,
+        "queued_tokens": slowest.queued_tokens,
+        "tokenize_s": slowest.seconds.get("tokenize", 0.0),
+        "align_s": slowest.seconds.get("align", 0.0),
+        "fuse_s": slowest.seconds.get("fuse", 0.0),
+        "shortened": sum(collector.shortened for collector in collectors),
+        "skipped": sum(collector.skipped for collector in collectors),
+        "folded_system": sum(collector.folded_system for collector in collectors),
+    }
+    if not plan.teachers:
+        return StepEvent.model_validate(values)
+    positions = sum(collector.positions for collector in collectors)
+    valid = sum(collector.valid for collector in collectors)
+    targets = {
+        "divergence": result.divergence if valid else None,
+        "coverage": valid / positions if positions else None,
+        "mass": sum(collector.mass for collector in collectors) / valid if valid else None,
+        "tail": sum(collector.tail for collector in collectors) / valid if valid else None,
+        "fallbacks": sum(collector.fallbacks for collector in collectors),
+        "teachers": {name: _teacher_step(name, collectors, slowest, result.auxiliary) for name in plan.teachers},
+    }
+    return StepEvent.model_validate(values | targets)
+
+
+def _teacher_step(
+    name: str, collectors: Sequence[Collector], slowest: Collector, auxiliary: Mapping[str, float]
+) -> TeacherStep:
+    """Return the values of one teacher. Only a teacher whose signal is not fused has a loss."""
+    of_ranks = [collector.teacher(name) for collector in collectors]
+    total = TeacherTelemetry()
+    for telemetry in of_ranks:
+        total.add(telemetry)
+    pool = {key: value for key, value in of_ranks[0].pool.items() if key != "tokens_per_s"}
+    return TeacherStep(
+        weight=total.weight / sum(collector.examples for collector in collectors),
+        missing=total.missing,
+        unavailable=total.unavailable,
+        mass=_finite(total.report.mean_mass),
+        own_bpb=_finite(total.report.teacher_bpb),
+        aligned_bpb=_finite(total.report.aligned_bpb),
+        wait_s=slowest.teacher(name).wait_s,
+        tokens_per_s=sum(telemetry.pool.get("tokens_per_s", 0.0) for telemetry in of_ranks),
+        pool=PoolStep.model_validate(pool),
+        **({"loss": auxiliary[name]} if name in auxiliary else {}),
+    )
+
+
+def _finite(value: float) -> float | None:
+    """Return None for NaN, the mean of no values, and for infinity."""
+    return value if math.isfinite(value) else None
