@@ -163,7 +163,7 @@ def test_a_continuation_is_accepted_in_its_normalized_form(kind: str) -> None:
 def test_roles_can_be_set_to_tokens() -> None:
     vocabulary = vocabulary_of("byte_level")
     assert vocabulary.with_roles({"eos": "<|bos|>"}).roles["eos"] == vocabulary.roles["bos"]
-    for roles, message in (({"end": "<|eos|>"}, "no role 'end'"), ({"eos": "<nope>"}, "'<nope>', which is none")):
+    for roles, message in (({"end": "<|eos|>"}, "unknown role 'end'"), ({"eos": "<nope>"}, "'<nope>', which is none")):
         with pytest.raises(ValueError, match=message):
             vocabulary.with_roles(roles)
 

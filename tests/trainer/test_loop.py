@@ -304,6 +304,7 @@ def test_deterministic_runs_have_identical_losses(
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(tmp_path: Path, tiny_byte_level: Path) -> None:
     """A process with a limit on the size of files fails like one on a full disk."""
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])

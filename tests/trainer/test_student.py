@@ -68,6 +68,7 @@ def test_adapters_are_trained_and_merged_for_export(tmp_path: Path, tiny_byte_le
     assert measured.bpb == pytest.approx(after, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.compile emits its own warnings
 def test_compiled_layers_give_the_same_losses(
     tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch, device: str
@@ -197,6 +198,7 @@ def save_deep_model(folder: Path, layers: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.compile emits its own warnings
 def test_layers_stay_compiled_for_batches_of_every_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uses dynamo without a backend: dynamo decides about recompilation and its limit."""

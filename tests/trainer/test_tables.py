@@ -122,6 +122,7 @@ def test_a_file_or_folder_that_is_not_a_table_is_one_error_line(tmp_path: Path) 
         load({"dataset": str(tmp_path / "folder")})
 
 
+@pytest.mark.slow
 def test_an_unreachable_dataset_is_one_error_line(tmp_path: Path) -> None:
     """Run in a separate process, because HF_HUB_OFFLINE is read at import."""
     code = (
