@@ -60,7 +60,7 @@ class ScoredRows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ByteChainAlignment:
-    """A target with the data to compare it with the teacher.
+    """A target, and the intermediate results that `tutelage align` compares with the teacher's rows.
 
     target   the result of `align`
     cuts     all common boundaries

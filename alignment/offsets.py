@@ -41,7 +41,7 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One tokenization of one text.
+    """The tokens of one text, by one tokenizer, with their byte positions.
 
     text       the UTF-8 bytes
     ids        [T] int64 token ids, without BOS

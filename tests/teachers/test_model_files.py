@@ -85,7 +85,7 @@ def test_weights_with_their_config_elsewhere_have_the_same_hash(tmp_path: Path) 
 
 
 def test_the_bos_id_of_the_tokenizer_precedes_the_models(tmp_path: Path, tiny_sentencepiece: Path) -> None:
-    """DeepSeek-R1-Distill-Qwen's config.json has its EOS there."""
+    """The config.json of DeepSeek-R1-Distill-Qwen states the id of EOS as its bos_token_id."""
     folder = shutil.copytree(tiny_sentencepiece, tmp_path / "model")
     vocabulary = Vocabulary.load(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

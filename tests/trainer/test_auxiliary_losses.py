@@ -1,5 +1,6 @@
 """Signals alm and uld: the span loss compared with autograd, its minima, and whole runs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from tests.trainer.test_losses import FREE, dense, some_head, some_hidden, some_
 from tests.trainer.test_ranks import assert_equal_runs, torchrun
 from trainer.config import RunConfig
 from trainer.errors import DataError
-from trainer.evaluation.preview import preview
+from trainer.evaluation.preview import Measurement, preview
 from trainer.losses import DIVERGENCES
 from trainer.losses.divergences import divergence
 from trainer.losses.head import head_loss
 from trainer.losses.labels import labels_from
 from trainer.losses.objective import Objective
 from trainer.losses.span_loss import SpanLabels
-from trainer.records import DistillationExample, Sample
+from trainer.records import DistillationExample, Sample, ScoredSample
 from trainer.signals.alm import AlmSignal, SpanLikelihoods
 from trainer.signals.auxiliary import AuxiliaryLoss
 from trainer.signals.uld import SortedProbs, UldSignal
@@ -344,3 +345,35 @@ def test_a_preview_contains_only_fused_teachers(
     assert not result.fused_bpb
     with pytest.raises(DataError, match="no teacher to preview: add .* with a signal that is fused"):
         preview(with_signals(config, "alm", "uld"))
+
+
+def test_a_preview_gives_fused_teachers_of_weight_0_their_final_weight(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    """The first teacher is not fused, so it cannot supply the weight."""
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [*urls, *urls[:1]])
+        raw = with_signals(config, "alm", "byte_chain", "byte_chain").model_dump()
+        for teacher in raw["teachers"][1:]:
+            teacher |= {"weight": 0.0, "final_weight": 1.0}
+        result = preview(type(config).model_validate(raw))
+    assert [teacher.name for teacher in result.teachers] == ["t1", "t2"]
+    assert result.fused_bpb["mean"] > 0
+
+
+def test_a_preview_measures_held_out_text_batch_by_batch(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    add = Measurement.add
+
+    def record(self: Measurement, batch: Sequence[ScoredSample]) -> None:
+        sizes.append(len(batch))
+        add(self, batch)
+
+    monkeypatch.setattr(Measurement, "add", record)
+    with served_models(tiny_byte_level) as urls:
+        sections: dict[str, Any] = {"train": {"batch_samples": 2, "prefetch_tokens": 1}}
+        preview(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, **sections))
+    assert len(sizes) > 1
+    assert max(sizes) == 2

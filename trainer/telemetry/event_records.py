@@ -26,7 +26,7 @@ class TeacherIdentity(Record):
     revision: str | None
     """Revision of the weights; null if the source has none."""
     fingerprint: str
-    """Digest of weights, tokenizer and dtype."""
+    """SHA-256 over the weights, the tokenizer and the dtype; equal for replicas of one teacher."""
     engine: str
     """Inference engine and its version."""
     dtype: str
