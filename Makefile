@@ -16,7 +16,7 @@ check: $(VENV)/.dev  ## lint, formatting, types and import rules
 	$(BIN)/lint-imports --no-logo
 
 test-fast: check  ## without vLLM, Ray, real models and other slow tests
-	$(BIN)/python -m pytest -m 'not gpu and not slow' --numprocesses=2
+	$(BIN)/python -m pytest -m 'not gpu and not slow' --hypothesis-profile=fast --numprocesses=2
 
 test: check  ## everything that CI runs
 	$(BIN)/tutelage demo --prepare

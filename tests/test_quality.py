@@ -66,6 +66,7 @@ def test_figures_with_more_seeds_are_kept() -> None:
     assert merged(new, stored) == stored | {"base-scarce_mean_end": 3.0}
 
 
+@pytest.mark.slow
 def test_texts_share_no_long_paragraph_and_are_reproducible() -> None:
     texts = list(docstrings("networkx", set()))
     assert len(texts) > 300

@@ -25,6 +25,8 @@ from teachers.server.limits import Limits
 from tests.faulty import Fault, FaultyTeacher, faulty_teachers, rows_of
 from tests.serve import FormulaEngine, free_port, serving
 
+pytestmark = pytest.mark.slow
+
 NUM_REQUESTS, TOP_K = 150, 16
 SEQUENCES = [[1 + n % 200, 2 + n // 200, *range(3, 12 + n % 23)] for n in range(NUM_REQUESTS)]
 

@@ -97,6 +97,7 @@ def test_a_restarted_replica_receives_requests_again(tiny_byte_level: Path) -> N
         assert asyncio.run(run(url)) >= 10
 
 
+@pytest.mark.slow
 def test_the_unavailable_timeout_excludes_queueing_behind_other_requests(tiny_byte_level: Path) -> None:
     engine = FormulaEngine(tiny_byte_level, delay_s=0.5)
 

@@ -199,6 +199,7 @@ print(len(corpus.train), peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path: Path) -> None:
     """Most of the file is an unused column, since tokenizing 200 MB of text would take a minute."""
     small, large = Path(write_lines(tmp_path / "small.jsonl")), tmp_path / "large.jsonl"

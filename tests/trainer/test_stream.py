@@ -109,6 +109,7 @@ def names(items: Iterable[tuple[Batch, Collector]]) -> list[str]:
     return [example.sample.name for batch, _ in items for example in batch.examples]
 
 
+@pytest.mark.slow
 def test_prefetching_during_a_slow_step_reaches_and_respects_the_token_limit(
     tmp_path: Path, tiny_byte_level: Path
 ) -> None:
@@ -306,6 +307,7 @@ def test_a_panic_on_the_query_thread_is_raised_from_the_iteration(
                 list(s)
 
 
+@pytest.mark.slow
 def test_a_batch_has_the_waiting_time_per_teacher_and_the_queue_length(
     tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
 ) -> None:
@@ -345,6 +347,7 @@ class SlowConnection(FormulaEngine):
         return super().tokenizer_files
 
 
+@pytest.mark.slow
 def test_metrics_contain_the_times_of_every_step(
     tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,8 @@ from trainer.telemetry.trackers import TRACKERS, tracker_class
 from trainer.telemetry.trackers.base import LogEntry, TrackedRun
 from trainer.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
