@@ -255,6 +255,14 @@ def test_doctor_detects_a_teacher_that_is_served_without_the_bos_it_needs(
     assert "serve the teacher with --bos yes" in result.stdout
 
 
+def test_doctor_detects_a_card_that_expects_bos_but_names_none(tmp_path: Path, tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level, expects_bos=True, bos_id=None)) as url:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url])
+        result = call("doctor", run_file(tmp_path, config))
+    assert result.exit_code == 1
+    assert "its card expects BOS but names no BOS token: serve the teacher with --bos no" in result.stdout
+
+
 # --- invalid input: one sentence, exit code 1, no files written ---
 
 

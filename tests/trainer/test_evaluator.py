@@ -14,7 +14,7 @@ from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from tests.trainer.test_fusion_run import write_columns
 from tests.trainer.test_ranks import torchrun
 from trainer.config import RunConfig
-from trainer.errors import NonFiniteLoss
+from trainer.errors import DataError, NonFiniteLoss
 from trainer.evaluation.bits_per_byte import Evaluation, evaluate, evaluate_folder, figures
 from trainer.evaluation.evaluator import evaluations_since_best
 from trainer.records import Sample
@@ -93,6 +93,11 @@ def test_the_bits_per_byte_of_a_domain_without_bytes_are_none() -> None:
     values = figures({"some": Evaluation(10.0, 5, 20), "none": Evaluation(1.0, 1, 0)})
     assert values["held_out_domains"]["none"] is None
     assert values["held_out_domains"]["some"] == pytest.approx(10 / math.log(2) / 20)
+
+
+def test_held_out_text_without_a_predicted_token_is_an_error() -> None:
+    with pytest.raises(DataError, match="no held-out sample has a token that the student predicts"):
+        figures({"all": Evaluation(0.0, 0, 0)})
 
 
 # --- early stopping ---

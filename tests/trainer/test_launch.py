@@ -14,10 +14,11 @@ import psutil
 import pytest
 
 from tests.serve import free_port
+from tests.trainer.made_runs import EventFile
 from tests.trainer.runs import losses, run_config, write_corpus
 from tests.trainer.test_cli import run_file
 from trainer.errors import UserError
-from trainer.training.launch import train_on_ray
+from trainer.training.launch import read_result, train_on_ray
 from trainer.training.loop import train
 
 pytestmark = pytest.mark.slow
@@ -88,3 +89,18 @@ def test_a_relative_output_folder_of_a_job_is_rejected(
     config = run_config(tiny_byte_level, write_corpus(tmp_path), Path("runs/one"), [])
     with pytest.raises(UserError, match="output.dir is runs/one, which is in .* copy .*: set an absolute path"):
         train_on_ray(config, workers=2, max_failures=0, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("step", "reason", "stop_at", "terminated"),
+    [(8, None, None, False), (4, None, None, True), (4, None, 4, False), (4, "no improvement", None, False)],
+)
+def test_a_run_that_ends_before_its_last_planned_step_was_terminated(
+    tmp_path: Path, step: int, reason: str | None, stop_at: int | None, terminated: bool
+) -> None:
+    with EventFile(tmp_path / "metrics.jsonl") as file:
+        file.write("start", step=0, steps=8)
+        file.write("eval", step=0, held_out_bpb=1.0)
+        file.write("end", step=step, model=None, reason=reason)
+    result = read_result(tmp_path, stop_at)
+    assert (result.steps, result.held_out, result.terminated) == (step, ((0, 1.0),), terminated)

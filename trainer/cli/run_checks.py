@@ -149,13 +149,15 @@ def _check_lengths(teacher: ConnectedTeacher, samples: Sequence[Sample], data: D
 
 async def _check_bos(pool: TeacherPool, teacher: ConnectedTeacher) -> Finding:
     """Score a sentence with and without BOS, if the teacher has BOS, and compare the losses."""
-    card, ids = teacher.card, teacher.tokenizer.vocabulary.encode(PROBE).ids.tolist()
-    with_bos = None if card.bos_id is None else await _nats(pool, teacher, [card.bos_id, *ids], 2)
+    card, subject = teacher.card, f"teacher {teacher.config.name}"
+    if card.expects_bos and card.bos_id is None:
+        return Finding(subject, False, "its card expects BOS but names no BOS token: serve the teacher with --bos no")
+    ids = teacher.tokenizer.vocabulary.encode(PROBE).ids.tolist()
     without = await _nats(pool, teacher, ids, 1)
+    with_bos = without if card.bos_id is None else await _nats(pool, teacher, [card.bos_id, *ids], 2)
     used, other = (with_bos, without) if card.expects_bos else (without, with_bos)
-    result = f"probe sentence {used or 0:.2f} nats per token {'with' if card.expects_bos else 'without'} BOS"
-    subject = f"teacher {teacher.config.name}"
-    if used is None or (other is not None and used > other * BOS_RATIO):
+    result = f"probe sentence {used:.2f} nats per token {'with' if card.expects_bos else 'without'} BOS"
+    if used > other * BOS_RATIO:
         flag = "no" if card.expects_bos else "yes"
         return Finding(subject, False, f"{result}, {other:.2f} otherwise: serve the teacher with --bos {flag}")
     return Finding(subject, True, result)

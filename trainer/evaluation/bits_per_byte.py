@@ -128,7 +128,8 @@ def evaluate_domains(
 def figures(domains: Mapping[str, Evaluation]) -> dict[str, Any]:
     """Return the values of an eval event: over all domains, and per domain if there are several.
 
-    The value of a domain without a predicted byte is None. Raises NonFiniteLoss if the student has diverged.
+    The value of a domain without a predicted byte is None. Raises DataError if no domain has one, and NonFiniteLoss if
+    the student has diverged.
     """
     for name, evaluation in domains.items():
         if not math.isfinite(evaluation.nats):
@@ -137,6 +138,8 @@ def figures(domains: Mapping[str, Evaluation]) -> dict[str, Any]:
                 "optim.lr and continue from the last checkpoint with --resume"
             )
     total = sum(domains.values(), Evaluation())
+    if not total.num_bytes:
+        raise DataError("no held-out sample has a token that the student predicts: hold out longer documents")
     values: dict[str, Any] = {"held_out_bpb": total.bpb, "held_out_nats_per_token": total.nats / total.num_tokens}
     if len(domains) > 1:
         values["held_out_domains"] = {name: one.bpb if one.num_bytes else None for name, one in domains.items()}

@@ -72,7 +72,7 @@ def train_on_ray(
         trainer.fit()
     except TrainingFailedError as error:
         raise UserError(f"the run ended early: {error}; --resume continues it") from error
-    return _result(out)
+    return read_result(out, stop_at)
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
@@ -82,9 +82,11 @@ def _train_worker(settings: dict[str, Any]) -> None:
     train(RunConfig.model_validate_json(settings["config"]), resume=True, stop_at=settings["stop_at"])
 
 
-def _result(out: Path) -> RunResult:
+def read_result(out: Path, stop_at: int | None) -> RunResult:
     """Read the result from the metrics file. Its held-out values include those before a resumption."""
     events = read_metrics(out / METRICS_FILE)
     held_out = {event["step"]: event["held_out_bpb"] for event in events if event["event"] == "eval"}
-    last = [event for event in events if event["event"] == "end"][-1]
-    return RunResult(last["step"], tuple(held_out.items()), Path(last["model"]) if last["model"] else None)
+    start, end = ([event for event in events if event["event"] == kind][-1] for kind in ("start", "end"))
+    planned = start["steps"] if stop_at is None else min(start["steps"], stop_at)
+    terminated = end["step"] < planned and end["reason"] is None
+    return RunResult(end["step"], tuple(held_out.items()), Path(end["model"]) if end["model"] else None, terminated)
