@@ -1,6 +1,6 @@
-"""A real teacher process against everything that its document allows, and against what no document has foreseen.
+"""A real teacher process receives everything that its OpenAPI document allows, and malformed bodies and connections.
 
-No response is a 500, nothing hangs, nothing grows, and afterwards a question has the response that it had before.
+No response is a 500, nothing hangs, memory does not grow, and the same request has the same response before and after.
 """
 
 import json
@@ -92,7 +92,7 @@ def same_answer_afterwards(teacher: str, expected: bytes) -> Iterator[None]:
     assert httpx.post(f"{teacher}/v1/score", json=REQUEST, headers=BEARER, timeout=TIMEOUT_S).content == expected
 
 
-# --- what the document message ---
+# --- the OpenAPI document ---
 
 
 @pytest.mark.parametrize("mode", GenerationMode)

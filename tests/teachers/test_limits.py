@@ -1,4 +1,4 @@
-"""How much a replica is asked at once, and which questions are policy."""
+"""Concurrency limit of a replica, and the policies of hedging and backoff."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""One teacher of several processes: what happens to them costs time, never an response, and never changes one."""
+"""One teacher with several replicas: a fault of a replica costs time, and it loses or changes no response."""
 
 import asyncio
 import logging

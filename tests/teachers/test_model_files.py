@@ -1,4 +1,4 @@
-"""What a model directory says of itself."""
+"""Facts that the files of a model directory state about the model."""
 
 import hashlib
 import json

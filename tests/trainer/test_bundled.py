@@ -1,4 +1,4 @@
-"""Models from wheels: what happens when a wheel, a hash or the disk is not as it should be."""
+"""Models from wheels: errors of a wrong wheel, a wrong hash, and a full disk."""
 
 import json
 import shutil
