@@ -209,7 +209,7 @@ def test_doctor_reports_all_problems_at_once(tmp_path: Path, tiny_byte_level: Pa
     [
         ("student.train_layers=9", "the model has 2 layers"),
         ("data.window_tokens=600", "the student takes 512 tokens"),
-        ("train.batch_samples=64", "do not fill one batch"),
+        ("optim.warmup_steps=7", "more than the 6 steps of the run"),
         ("data.sources.0.files=['/nowhere']", "/nowhere is neither a file"),
         ("student.device=cuda", "student.device is cuda, but torch finds no GPU here"),
         ("output.dir='CORPUS'", "is a file"),

@@ -221,7 +221,7 @@ def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path: Path) -> None:
 def test_epochs_draw_from_each_source_according_to_its_weight(tmp_path: Path) -> None:
     sources = [{"files": [write_lines(tmp_path / name, 4)]} for name in ("a.jsonl", "b.jsonl")]
     corpus = load(sources[0] | {"weight": 0.5}, sources[1] | {"weight": 2}, max_windows_per_document=1)
-    names = [[corpus.train[i].name for i in batch_indices(corpus.order, 10, epoch)] for epoch in (0, 1)]
+    names = [[corpus.train[i].name for i in batch_indices(corpus.order, 10, epoch, epochs=2)] for epoch in (0, 1)]
     assert all(epoch.count(f"b.jsonl:{n}#0") == 2 for epoch in names for n in range(1, 5))
     halves = [{name for name in epoch if name.startswith("a")} for epoch in names]
     assert [len(half) for half in halves] == [2, 2]

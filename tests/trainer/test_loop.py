@@ -1,6 +1,7 @@
 """Whole training runs of a tiny student with tiny served teachers."""
 
 import asyncio
+import math
 import re
 import resource
 import subprocess
@@ -22,7 +23,7 @@ from tests.tiny import TEXT, save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from trainer.config import RunConfig
 from trainer.distributed import Ranks
-from trainer.errors import CheckpointError, DataError, NonFiniteLoss
+from trainer.errors import CheckpointError, ConfigError, DataError, NonFiniteLoss
 from trainer.evaluation.bits_per_byte import Evaluation, evaluate
 from trainer.fusion.run_fuser import Fuser
 from trainer.query.connect import connect_teachers
@@ -33,7 +34,9 @@ from trainer.student.model import Student
 from trainer.telemetry.collector import Collector
 from trainer.telemetry.jsonl import read_metrics
 from trainer.tokenization import SampleTokenizer
+from trainer.training.config import OptimConfig
 from trainer.training.loop import train
+from trainer.training.optimizer import learning_rate
 from trainer.training.plan import plan_step
 from trainer.training.run import begin
 from trainer.training.step import StepResult, train_step
@@ -108,7 +111,7 @@ def test_a_run_of_two_sources_resumes_in_the_middle_of_an_epoch(tmp_path: Path, 
     start = read_metrics(tmp_path / "uninterrupted" / "metrics.jsonl")[0]
     assert [source["name"] for source in start["sources"]] == ["corpus.jsonl", "more.txt"]
     epoch_samples = sum(source["epoch_samples"] for source in start["sources"])
-    assert 2 * epoch_samples // 5 == steps
+    assert math.ceil(2 * epoch_samples / 5) == steps
     assert epoch_samples > 3 * 5
     with pytest.raises(CheckpointError, match=r"data.sources.weight = \[0.5, 1.0\], this run has \[0.25, 1.0\]"):
         train(two_sources(tmp_path, tiny_byte_level, "resumed", weight=0.25), resume=True)
@@ -361,11 +364,29 @@ def test_an_error_for_a_too_long_window_names_teacher_and_sample(tmp_path: Path,
             train(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
 
 
-def test_too_little_text_for_a_batch_is_an_error(tmp_path: Path, tiny_byte_level: Path) -> None:
-    config = run_config(
-        tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], train={"batch_samples": 64, "epochs": 1}
-    )
-    with pytest.raises(DataError, match="12 samples in 1 epochs do not fill one batch of 64"):
+def test_every_sample_is_trained_on_and_the_last_batch_may_be_smaller(tmp_path: Path, tiny_byte_level: Path) -> None:
+    num_tokens = []
+    for batch_samples, num_steps in ((64, 1), (5, 3), (4, 3)):  # of 12 samples
+        out = tmp_path / str(batch_samples)
+        sections = {"train": {"batch_samples": batch_samples, "epochs": 1}}
+        assert train(run_config(tiny_byte_level, write_corpus(tmp_path), out, [], **sections)).steps == num_steps
+        steps = [event for event in read_metrics(out / "metrics.jsonl") if event["event"] == "step"]
+        num_tokens.append(sum(event["tokens"] for event in steps))
+    assert num_tokens[0] == num_tokens[1] == num_tokens[2]
+
+
+def test_the_learning_rate_has_its_peak_after_the_warm_up_and_its_final_value_at_the_last_step() -> None:
+    for warmup_steps, first in ((0, 1.0), (1, 1.0), (4, 0.25)):
+        config = OptimConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=warmup_steps)
+        rates = [learning_rate(step, 10, config) for step in range(10)]
+        assert (rates[0], rates[-1]) == pytest.approx((first, 0.1))
+        assert rates[max(warmup_steps - 1, 0)] == max(rates) == 1.0
+    assert learning_rate(0, 1, OptimConfig(lr=1.0)) == 1.0
+
+
+def test_a_warm_up_longer_than_the_run_is_an_error(tmp_path: Path, tiny_byte_level: Path) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], optim={"warmup_steps": 7})
+    with pytest.raises(ConfigError, match="optim.warmup_steps is 7, more than the 6 steps of the run"):
         train(config)
 
 

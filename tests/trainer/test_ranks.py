@@ -78,6 +78,15 @@ def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path, tiny_byte_le
     assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "uninterrupted"), abs=1e-5)
 
 
+def test_a_last_batch_with_fewer_samples_than_ranks_is_trained_on(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    sections = {"train": {"batch_samples": 11, "epochs": 1}}
+    config = {n: run_config(tiny_byte_level, corpus, tmp_path / n, [], **sections) for n in ("one", "two")}
+    assert train(config["one"]).steps == 2  # 11 samples, then 1
+    torchrun(config["two"], 2)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
 def test_two_ranks_train_adapters_and_export_them_merged(tmp_path: Path, tiny_byte_level: Path) -> None:
     corpus = write_corpus(tmp_path)
     sections: dict[str, Any] = {"student": {"lora": {"rank": 4}}, "optim": {"lr": 1e-2}}

@@ -38,9 +38,13 @@ def weighted_order(counts: Sequence[int], weights: Sequence[float], seed: int) -
     return SampleOrder(tuple(counts), tuple(draws), seed)
 
 
-def batch_indices(order: SampleOrder, batch_samples: int, step: int) -> list[int]:
-    """Return the sample indices of one step. A batch may contain the end of an epoch and the beginning of the next."""
-    begin, end, size = step * batch_samples, (step + 1) * batch_samples, order.epoch_samples
+def batch_indices(order: SampleOrder, batch_samples: int, step: int, epochs: int) -> list[int]:
+    """Return the sample indices of one step of a run over some epochs.
+
+    A batch may contain the end of an epoch and the beginning of the next. The last batch may be smaller.
+    """
+    size = order.epoch_samples
+    begin, end = step * batch_samples, min((step + 1) * batch_samples, epochs * size)
     indices: list[int] = []
     for epoch in range(begin // size, (end - 1) // size + 1):
         part = slice(max(begin - epoch * size, 0), end - epoch * size)

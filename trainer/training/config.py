@@ -15,9 +15,9 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     min_lr_ratio: Fraction = 0.1
-    """Final learning rate, relative to the peak."""
+    """Learning rate of the last step, relative to the peak."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; at most the number of steps of the run."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay, applied to matrices only."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -34,7 +34,7 @@ class TrainConfig(Section):
     steps: Positive | None = None
     """Stop after this many steps even if epochs remain. The learning rate decays until the last step."""
     batch_samples: Positive = 8
-    """Samples per step, over all processes."""
+    """Samples per step, over all processes. The last step of the run has the samples that remain."""
     gradient_accumulation_steps: Positive = 1
     """Microbatches per step of each process; must divide batch_samples."""
     seed: Annotated[int, Field(ge=0)] = 0

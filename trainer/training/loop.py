@@ -91,7 +91,7 @@ def _batches(config: RunConfig, corpus: Corpus, ranks: Ranks, steps: range) -> I
     their scores.
     """
     for step in steps:
-        indices = sorted(batch_indices(corpus.order, config.train.batch_samples, step))
+        indices = sorted(batch_indices(corpus.order, config.train.batch_samples, step, config.train.epochs))
         yield [corpus.train[i] for i in ranks.shard(indices)]
 
 

@@ -31,9 +31,13 @@ def make_optimizer(student: Student, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then cosine from lr to lr · min_lr_ratio."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then cosine from lr to lr · min_lr_ratio.
+
+    The last step of the warm-up has the peak, and the last step of the run has the final value.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    peak_step = max(config.warmup_steps - 1, 0)
+    progress = (step - peak_step) / max(1, num_steps - 1 - peak_step)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)

@@ -69,12 +69,15 @@ def check_data(config: RunConfig, vocabulary: Vocabulary) -> tuple[Corpus, int]:
 
 
 def total_steps(config: RunConfig, corpus: Corpus) -> int:
-    """Return the number of whole batches in all epochs, at most train.steps. Raises DataError if it is 0."""
-    in_epochs = config.train.epochs * corpus.order.epoch_samples // config.train.batch_samples
+    """Return the number of batches in all epochs, at most train.steps. The last batch may be smaller than the others.
+
+    Raises DataError if there is no sample, and ConfigError if the warm-up is longer than the run.
+    """
+    samples = config.train.epochs * corpus.order.epoch_samples
+    if samples == 0:
+        raise DataError("an epoch has no sample: raise the weights of data.sources or add text")
+    in_epochs = -(-samples // config.train.batch_samples)
     steps = min(in_epochs, config.train.steps or in_epochs)
-    if steps == 0:
-        raise DataError(
-            f"{corpus.order.epoch_samples} samples in {config.train.epochs} epochs do not fill one batch of "
-            f"{config.train.batch_samples}: lower train.batch_samples or add text"
-        )
+    if config.optim.warmup_steps > steps:
+        raise ConfigError(f"optim.warmup_steps is {config.optim.warmup_steps}, more than the {steps} steps of the run")
     return steps
