@@ -46,8 +46,11 @@ def wire_bytes() -> bytes:
 
 
 def platform() -> str:
-    """Return what the last bits of a float32 run depend on: torch and the instructions of the CPU."""
-    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    """Return what the last bits of a float32 run depend on: torch, the model of the CPU, and the number of threads."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
+    cpu = " ".join(values.get(key, "?") for key in ("model name", "cpu family", "model", "stepping"))
+    return f"torch {torch.__version__.partition('+')[0]}, {cpu}, {torch.get_num_threads()} threads"
 
 
 def golden_run(folder: Path, name: str, urls: list[str], student: Path) -> dict[str, list[float]]:
