@@ -100,6 +100,11 @@ class Pickled:
         return os.mkdir, (str(self.path),)
 
 
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest.json cannot be read (No such file": lambda c: (c / MANIFEST).unlink(),
     "manifest.json is damaged": lambda c: (c / MANIFEST).write_text("[" * 200_000),
@@ -107,7 +112,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "state.json is damaged (": lambda c: (c / "state.json").write_text("{}"),
     "shard-00001.safetensors is damaged (5000 bytes": lambda c: os.truncate(c / "shard-00001.safetensors", 5000),
     "shard-00001.safetensors cannot be read": lambda c: (c / "shard-00001.safetensors").unlink(),
-    "state.json is not a regular file": lambda c: ((c / "state.json").unlink(), os.mkfifo(c / "state.json")),
+    "state.json is not a regular file": lambda c: replace_by_fifo(c / "state.json"),
 }
 
 

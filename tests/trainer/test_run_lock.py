@@ -65,7 +65,7 @@ def test_a_lease_of_another_machine_is_refused_while_it_is_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without flock, as on a shared disk that does not pass it on. The clock of the other machine is hours ahead."""
-    monkeypatch.setattr(module.fcntl, "flock", lambda *_: None)
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)
     path = tmp_path / LOCK_FILE
     path.write_text(json.dumps(asdict(ELSEWHERE)))
     ended = threading.Event()
@@ -113,7 +113,7 @@ def test_the_lease_decides_on_a_file_system_without_flock(tmp_path: Path, monkey
         raise OSError(38, "Function not implemented")
 
     process = hold(tmp_path)
-    monkeypatch.setattr(module.fcntl, "flock", fail)
+    monkeypatch.setattr("fcntl.flock", fail)
     monkeypatch.setattr(module, "STALE_S", 15.0)  # longer than RENEW_S of the other process
     try:
         with pytest.raises(CheckpointError, match=f"is in use by process {process.pid} on "):

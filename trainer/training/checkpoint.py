@@ -151,7 +151,7 @@ def load_checkpoint(
     Raises CheckpointError if the checkpoint does not fit the model or cannot be read.
     """
     model, optim = get_state_dict(student.model, optimizer, options=_OPTIONS)
-    state = {"model": model, "optimizer": optim["state"]}
+    state: dict[str, Any] = {"model": model, "optimizer": optim["state"]}
     try:
         _ignore_single_process_warning()
         load(state, storage_reader=CheckpointReader(checkpoint.path, checkpoint.digests), no_dist=ranks.size == 1)

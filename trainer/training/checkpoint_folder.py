@@ -132,7 +132,7 @@ def _candidates(folder: Path) -> list[Path]:
     check_no_link(folder)
     try:
         paths = [path for path in folder.iterdir() if step_of(path) is not None]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
     except OSError as error:
         raise CheckpointError(f"cannot read {folder} ({error.strerror})") from error

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class CheckpointWriter(HuggingFaceStorageWriter):
         written: Future[list[WriteResult]] = Future()
         results = []
         if plan.items:
-            tensors = {item.index.fqn: planner.resolve_data(item).detach() for item in plan.items}
+            tensors = {item.index.fqn: _tensor(planner.resolve_data(item)) for item in plan.items}
             offsets = {item.index.fqn: list(item.tensor_data.chunk.offsets) for item in plan.items if item.tensor_data}
             name = f"shard-{plan.storage_data['shard_index']:05d}{SUFFIX}"
             file = _WrittenFile(name, write_tensors(self._folder / name, tensors, offsets))
@@ -111,8 +112,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], offsets: Mapp
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for data in [len(encoded).to_bytes(8, "little") + encoded, *(tensors[name] for name in order)]:
-            content = memoryview(data if isinstance(data, bytes) else _as_bytes(data))
+        head = len(encoded).to_bytes(8, "little") + encoded
+        for content in chain([memoryview(head)], (_as_bytes(tensors[name]) for name in order)):
             for start in range(0, len(content), CHUNK_BYTES):
                 digest.update(content[start : start + CHUNK_BYTES])
                 file.write(content[start : start + CHUNK_BYTES])
@@ -122,9 +123,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], offsets: Mapp
     return FileDigest(size, digest.hexdigest())
 
 
-def _as_bytes(tensor: torch.Tensor) -> Any:
-    """Return the elements as an array of bytes; numpy has no bfloat16."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _tensor(data: Any) -> torch.Tensor:
+    assert isinstance(data, torch.Tensor)  # a checkpoint's state has no other values
+    return data.detach()
+
+
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of the elements; numpy has no bfloat16."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _num_bytes(tensor: torch.Tensor) -> int:
