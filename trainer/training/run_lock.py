@@ -32,6 +32,7 @@ LOCK_FILE = ".lock"
 RENEW_S = 10.0  # interval of renewals
 STALE_S = 60.0  # a lease that was not renewed for this long belongs to a process that has ended
 POLL_S = 0.5
+RELEASE_S = 3.0  # a process that was killed, for example by Ray before it restarts it, may take this long to end
 MAX_LEASE_BYTES = 4096
 _NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}  # network file systems without lock service
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -147,11 +148,12 @@ def acquire(folder: Path) -> RunLock:
     """Take the lock on an existing folder. Raises CheckpointError or ConfigError, see `run_lock`."""
     path = folder / LOCK_FILE
     lease = _own_lease()
+    deadline = time.monotonic() + RELEASE_S
     try:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
             try:
-                has_flock = _flock(descriptor, path)
+                has_flock = _flock(descriptor, path, deadline)
                 if _is_file_of(descriptor, path):
                     _await_stale(path, lease if has_flock else None)
                     _write_lease(descriptor, path, lease)
@@ -176,19 +178,22 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _flock(descriptor: int, path: Path) -> bool:
-    """Lock the file. Return False if the file system has no flock. Raises CheckpointError if the file is locked."""
+def _flock(descriptor: int, path: Path, deadline: float) -> bool:
+    """Lock the file. Return False if the file system has no flock. Raises CheckpointError if it stays locked."""
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise ConfigError(f"output.dir: {path} is not a regular file: remove it")
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _in_use(path) from None
-    except OSError as error:
-        if error.errno in _NO_FLOCK:
-            return False
-        raise
-    return True
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise _in_use(path) from None
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno in _NO_FLOCK:
+                return False
+            raise
 
 
 def _is_file_of(descriptor: int, path: Path) -> bool:
