@@ -174,7 +174,10 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
 
 
 def _check_folder_is_new(out: Path, ranks: Ranks, resume: bool) -> None:
-    has_content = out.exists() and any(path.name != LOCK_FILE for path in out.iterdir())
+    try:
+        has_content = out.exists() and any(path.name != LOCK_FILE for path in out.iterdir())
+    except OSError as error:
+        raise ConfigError(f"output.dir: cannot read {out}: {error.strerror}") from error
     if ranks.broadcast(has_content) and not resume:
         raise CheckpointError(f"{out} already contains a run: continue it with --resume or choose another output.dir")
 
