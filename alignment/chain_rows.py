@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.compiled import compiled
 from alignment.kernels import NONE, TABLE, add_to_row, advance, carry, list_branches
+from kernel_cache import compiled
 
 
 @compiled

@@ -24,11 +24,11 @@ from rapidfuzz.process import cdist
 
 from alignment.array_cache import cache_key, load_arrays, save_arrays
 from alignment.byte_chain import ScoredRows, check_rows
-from alignment.compiled import compiled
 from alignment.kernels import NONE
 from alignment.offsets import Tokens
 from alignment.target import Target, target_from_entries
 from alignment.tokenizers.vocabulary import Vocabulary
+from kernel_cache import compiled
 
 DIAGONAL, TEACHER, STUDENT = 0, 1, 2
 METHODS = ("em", "min_ed")

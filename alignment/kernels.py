@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.compiled import compiled
 from alignment.offsets import INSIDE
 from alignment.trie import NOTHING, longest_token
+from kernel_cache import compiled
 
 NONE = -1  # no student token, no continuation
 SHARED, POOL, BEGIN, LENGTH = range(4)  # columns of a branch

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.compiled import compiled
 from alignment.target import Target
+from kernel_cache import compiled
 from trainer.fusion import FUSION_METHODS
 from trainer.fusion.base import SCOPES, FusionRule, fusion_method
 from trainer.fusion.fuse import fuse

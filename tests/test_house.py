@@ -20,7 +20,7 @@ from trainer.component_reference import component_reference
 from trainer.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("alignment", "teachers", "trainer")
+PACKAGES = ("alignment", "kernel_cache", "teachers", "trainer")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 ALL_FILES = sorted([*FILES, *(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))])
 

@@ -10,7 +10,8 @@ Legend: S rows, K candidates.
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from kernel_cache import compiled
 
 HALF_ULP = 2.0**-11  # relative rounding error of a float16; p·|log p|·HALF_ULP is its effect on the mass of a row
 FLOAT_ULP = 2.0**-24  # relative rounding error of a float32
@@ -36,14 +37,6 @@ FAULTS = (  # a response with several faults is rejected for the first one in th
 )
 
 
-def _compiled(function: Any) -> Any:
-    """Compile with numba's njit, without the GIL, and cache the result on disk if possible."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither this directory nor the user's cache directory is writable
-        return njit(nogil=True)(function)
-
-
 def half_table() -> Any:
     """Return log-probability (float32) and probability (float64) of each of the 65,536 float16 bit patterns."""
     values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
@@ -52,7 +45,7 @@ def half_table() -> Any:
         return logprobs, np.exp(np.minimum(logprobs, 0.0).astype(np.float64))
 
 
-@_compiled
+@compiled
 def decode_rows(halves: Any, ids: Any, exact: Any, text: Any, table: Any) -> Any:
     """Decode float16 rows, check them and restore their mass.
 
@@ -85,7 +78,7 @@ def decode_rows(halves: Any, ids: Any, exact: Any, text: Any, table: Any) -> Any
     return out, worst, worst_row
 
 
-@_compiled
+@compiled
 def check_float_rows(logprobs: Any, ids: Any, exact: Any, text: Any) -> Any:
     """Check float32 rows [S, K] without changing them. Returns the worst fault and its row; see decode_rows."""
     actual, tail = exact
@@ -102,7 +95,7 @@ def check_float_rows(logprobs: Any, ids: Any, exact: Any, text: Any) -> Any:
     return worst, worst_row
 
 
-@_compiled
+@compiled
 def _check_row(ids: Any, logprobs: Any, probs: Any, row: Any, text: Any, seen: Any) -> Any:
     """Check one row.
 
@@ -155,7 +148,7 @@ def _check_row(ids: Any, logprobs: Any, probs: Any, row: Any, text: Any, seen: A
     return fault, listed, other_mass
 
 
-@_compiled
+@compiled
 def _new_hash_table(top_k: int) -> Any:
     """Return an empty hash table of a power of two slots, at most a quarter of which K ids fill."""
     size = 16
@@ -164,7 +157,7 @@ def _new_hash_table(top_k: int) -> Any:
     return np.zeros(size, dtype=np.uint64)
 
 
-@_compiled
+@compiled
 def _has_duplicate(ids: Any, row_number: int, seen: Any) -> bool:
     """Return whether an id occurs twice in the row.
 
@@ -185,7 +178,7 @@ def _has_duplicate(ids: Any, row_number: int, seen: Any) -> bool:
     return False
 
 
-@_compiled
+@compiled
 def _rescale(logprobs: Any, row: Any, listed: int, other_mass: float) -> None:
     """Scale all candidates but the actual token, in place, so that the row sums to 1.
 

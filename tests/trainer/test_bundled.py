@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from trainer.cli import bundled_models as bundled
 from trainer.cli.bundled_models import BUNDLES, BundleError, prepare_model, prepare_text
+from trainer.manifest import check_folder
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +64,58 @@ def test_an_existing_model_is_not_built_again(cache: Path, monkeypatch: pytest.M
     folder.mkdir(parents=True)
     monkeypatch.setattr(bundled, "_download", None)
     assert prepare_model(BUNDLES[0], quiet) == folder
+
+
+def test_a_damaged_model_is_prepared_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_bytes(b"content of " + name.encode())
+
+    monkeypatch.setattr(bundled, "_download", lambda *_: [])
+    monkeypatch.setattr(bundled, "_assemble", lambda *_: None)
+    monkeypatch.setattr(bundled, "_convert", convert)
+    (cache / "models" / f".partial-{BUNDLES[0].name}-killed").mkdir(parents=True)
+    told: list[str] = []
+    folder = prepare_model(BUNDLES[0], told.append)
+    (folder / "model.safetensors").write_bytes(b"content of model.safetensorr")
+    assert prepare_model(BUNDLES[0], told.append) == folder
+    assert (folder / "model.safetensors").read_bytes() == b"content of model.safetensors"
+    assert told[2] == f"{BUNDLES[0].name} is damaged on the disk and is prepared again"
+    assert prepare_model(BUNDLES[0], told.append) == folder
+    assert len(told) == 5
+    assert partial_models(cache) == [BUNDLES[0].name]
+
+
+PREPARE = """
+import sys, time
+from pathlib import Path
+from trainer.cli import bundled_models as bundled
+def convert(gguf, folder):
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.bin").write_bytes(bytes(1000))
+        time.sleep(0.02)
+bundled._download, bundled._assemble, bundled._convert = lambda *_: [], lambda *_: None, convert
+bundled.prepare(print)
+"""
+
+
+def test_several_processes_may_prepare_at_once(cache: Path) -> None:
+    processes = [subprocess.Popen([sys.executable, "-c", PREPARE], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    told = "".join(process.communicate(timeout=60)[0] for process in processes)
+    assert all(process.returncode == 0 for process in processes)
+    assert told.count("converting") == len(BUNDLES)
+    for bundle in BUNDLES:
+        assert len(check_folder(cache / "models" / bundle.name)) == 20
+    assert (cache / "data" / bundled.TEXT).read_bytes() == prepare_text().read_bytes()
+
+
+def test_a_damaged_text_is_written_again() -> None:
+    path = prepare_text()
+    intact = path.read_bytes()
+    path.write_bytes(intact.replace(b"Python", b"Jython", 1))
+    assert prepare_text().read_bytes() == intact
 
 
 def test_the_text_repeats_no_long_paragraph() -> None:

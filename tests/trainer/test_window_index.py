@@ -1,6 +1,7 @@
 """The window index in the cache: built once, rebuilt if incomplete, and checked against the files."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,39 @@ def test_an_incomplete_index_is_rebuilt(tmp_path: Path, monkeypatch: pytest.Monk
         assert list(load(source).train) == expected
 
 
-def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["windows", "documents", "summary.json", "manifest.json"])
+def test_one_flipped_bit_anywhere_leads_to_another_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(window_index, "windows_dir", lambda: tmp_path / "windows")
     source = {"files": [write_lines(tmp_path / "d.jsonl")]}
+    corpus = load(source)
+    expected = list(corpus.train)
+    (folder,) = [p for p in (tmp_path / "windows").iterdir() if p.is_dir()]
+    intact = (folder / name).read_bytes()
+    for place in {0, len(intact) - 1} | {i * len(intact) // 19 for i in range(19)}:
+        damaged = bytearray(intact)
+        damaged[place] ^= 1 << place % 8
+        (folder / name).write_bytes(damaged)
+        caplog.clear()
+        again = load(source)
+        assert list(again.train) == expected
+        assert again.fingerprint == corpus.fingerprint
+        assert f"is built again: {name} is damaged" in caplog.text
+        assert (folder / name).read_bytes() == intact
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"files": [write_lines(tmp_path / "d.jsonl")]}
+    expected = list(load(source).train)
     monkeypatch.setattr(window_index, "windows_dir", lambda: tmp_path / "d.jsonl" / "windows")
-    with pytest.raises(
-        DataError,
-        match=r"cannot write the window index to .* \(Not a directory\): free disk space, or set",
-    ):
+    assert list(load(source).train) == expected
+    assert "cannot be kept in " in caplog.text
+    assert "(Not a directory): it is built for this start only; free disk space, or set" in caplog.text
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(DataError, match=r"cannot write the window index to the cache or to a temporary directory \(No"):
         load(source)
 
 

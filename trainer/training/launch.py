@@ -11,6 +11,7 @@ from trainer.distributed import collective_timeout
 from trainer.errors import UserError
 from trainer.telemetry.jsonl import METRICS_FILE, read_metrics
 from trainer.training.loop import RunResult, train
+from trainer.training.run_lock import LOCK_FILE, run_lock
 
 log = logging.getLogger("tutelage.launch")
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # environment variable of processes that `ray job submit` starts
@@ -40,8 +41,9 @@ def train_on_ray(
             "path on a disk that all nodes share"
         )
     out = out.absolute()
-    if out.exists() and any(path.name != RAY_FOLDER for path in out.iterdir()) and not resume:
-        raise UserError(f"{out} already contains a run: continue it with --resume or choose another output.dir")
+    with run_lock(out):  # the workers lock it for the whole run; here a run in progress is one clear error
+        if any(path.name not in (RAY_FOLDER, LOCK_FILE) for path in out.iterdir()) and not resume:
+            raise UserError(f"{out} already contains a run: continue it with --resume or choose another output.dir")
     if max_failures and not config.output.checkpoint_every_steps:
         log.warning("output.checkpoint_every_steps is not set: after a failure the run restarts at step 0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers keep the working directory, for relative paths

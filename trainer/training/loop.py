@@ -16,7 +16,8 @@ from trainer.telemetry.collector import Collector
 from trainer.telemetry.events import TEACHER_EVENTS, EndEvent
 from trainer.telemetry.jsonl import Listener, Metrics
 from trainer.training.plan import plan_step
-from trainer.training.run import begin
+from trainer.training.run import Run, begin
+from trainer.training.run_lock import run_lock
 from trainer.training.sigterm import on_sigterm
 from trainer.training.step import train_step
 from trainer.training.step_metrics import step_event
@@ -47,12 +48,13 @@ def train(
 
     All processes must call this with the same config. Raises UserError, TeacherError, TokenizerError or AlignmentError.
     """
-    with process_group(config.student.device, config.unavailable_timeout_s) as ranks:
-        return _train(config, ranks, resume, stop_at, listener)
+    folder = Path(config.output.dir).expanduser()
+    with process_group(config.student.device, config.unavailable_timeout_s) as ranks, run_lock(folder, ranks) as lock:
+        return _train(begin(config, ranks, resume, lock), stop_at, listener)
 
 
-def _train(config: RunConfig, ranks: Ranks, resume: bool, stop_at: int | None, listener: Listener | None) -> RunResult:
-    run = begin(config, ranks, resume)
+def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResult:
+    config, ranks = run.config, run.ranks
     evaluator, done, fusion_state = run.evaluator, run.done, run.fuser.state
     end = min(run.num_steps, stop_at or run.num_steps)
     samples = _batches(config, run.corpus, ranks, range(done, end))

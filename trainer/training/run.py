@@ -23,23 +23,20 @@ from trainer.telemetry.events import CheckpointEvent, StartEvent
 from trainer.telemetry.jsonl import METRICS_FILE, Listener, Metrics
 from trainer.telemetry.tracking import open_trackers
 from trainer.tokenization import SampleTokenizer
-from trainer.training.checkpoint import (
-    CheckpointMetadata,
-    Checkpoints,
-    latest_checkpoint,
-    load_checkpoint,
-    load_metadata,
-)
+from trainer.training.checkpoint import Checkpoints, load_checkpoint
+from trainer.training.checkpoint_folder import CheckpointMetadata, newest_intact
 from trainer.training.identity import (
     Identity,
     base_weights_sha256,
     changed_settings,
+    check_identity,
     check_same_settings,
     check_same_teachers,
     process_settings,
     run_identity,
 )
 from trainer.training.optimizer import make_optimizer
+from trainer.training.run_lock import LOCK_FILE, NoLock, RunLock
 from trainer.training.start_checks import check_data, check_settings, check_student
 
 log = logging.getLogger("tutelage.run")
@@ -52,6 +49,7 @@ class Run:
     precision  bf16 or fp32, as resolved at the run's first start
     num_steps  number of steps of the whole run
     done       number of steps before this start
+    lock       the lock on the run's folder, checked before anything is written
     saved      steps with a checkpoint since this start
     """
 
@@ -68,6 +66,7 @@ class Run:
     precision: str
     num_steps: int
     done: int
+    lock: RunLock
     saved: list[int] = field(default_factory=list)
 
     @property
@@ -89,7 +88,7 @@ class Run:
         with ExitStack() as stack:
             listeners = stack.enter_context(open_trackers(self.config, self.done)) if self.ranks.first else []
             path = self.folder / METRICS_FILE if self.ranks.first else None
-            metrics = stack.enter_context(Metrics(path, listener, *listeners))
+            metrics = stack.enter_context(Metrics(path, listener, *listeners, before_write=self.lock.check))
             stack.enter_context(self.checkpoints)
             run = self.config.model_dump(mode="json")
             metrics.write(StartEvent(step=self.done, connect_s=connect_s, run=run, **self._facts()))
@@ -110,8 +109,8 @@ class Run:
     def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
         """Start to write a checkpoint, after the previous one is complete. Training continues while it is written."""
         self._report(metrics, self.checkpoints.finish())
-        metadata = CheckpointMetadata(self.identity, self.precision, fusion_state)
-        self.checkpoints.save(step, self.student, self.optimizer, metadata)
+        metadata = CheckpointMetadata(step, self.identity, self.precision, fusion_state)
+        self.checkpoints.save(self.student, self.optimizer, metadata)
         self.saved.append(step)
 
     def finish_save(self, metrics: Metrics) -> None:
@@ -129,17 +128,20 @@ class Run:
             metrics.write(CheckpointEvent(step=written))
 
 
-def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
-    """Load and check everything except the teachers. Errors are raised before anything is written."""
+def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock()) -> Run:
+    """Load and check everything except the teachers. Errors are raised before anything is written.
+
+    `lock` is held by the caller; without one the result must not write.
+    """
     out = Path(config.output.dir).expanduser()
-    last = ranks.broadcast(latest_checkpoint(out / "checkpoints")) if resume else None
+    last = newest_intact(out / "checkpoints", ranks) if resume else None
     check_settings(config, ranks.size)
     _check_folder_is_new(out, ranks, resume)
     if resume and last is None and ranks.first:
         log.warning("%s has no checkpoint: the run begins at step 0", out)
     _seed(config)
     check_student(config)
-    metadata = load_metadata(last) if last else None
+    metadata = last.metadata if last else None
     precision = ranks.broadcast(_precision(config, metadata))  # CPUs may differ in what `auto` resolves to
     student = load_student(config.student.model_copy(update={"precision": precision}), ranks)
     with ranks.local_rank_zero_first():
@@ -148,7 +150,9 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
     optimizer = make_optimizer(student, config.optim)
     identity = run_identity(config, base_weights_sha256(student.folder, ranks), corpus)
     check_same_settings(ranks.all_gather(process_settings(config, identity)))
-    done = load_checkpoint(last, student, optimizer, identity, ranks) if last else 0
+    if last:
+        check_identity(last.metadata.identity, identity, last.path)
+    done = load_checkpoint(last, student, optimizer, ranks) if last else 0
     fusion_state = metadata.fusion_state if metadata else None
     fuser = Fuser(config, len(student.vocabulary), num_steps, fusion_state, all_gather=ranks.all_gather_fusion)
     return Run(
@@ -160,16 +164,21 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool) -> Run:
         evaluator=Evaluator(config, student, tokenizer, corpus, ranks=ranks, done=done, num_steps=num_steps),
         optimizer=optimizer,
         fuser=fuser,
-        checkpoints=Checkpoints(out / "checkpoints", config.output.keep_checkpoints, ranks),
+        checkpoints=Checkpoints(out / "checkpoints", config.output.keep_checkpoints, ranks, done=done, lock=lock),
         identity=identity,
         precision=precision,
         num_steps=num_steps,
         done=done,
+        lock=lock,
     )
 
 
 def _check_folder_is_new(out: Path, ranks: Ranks, resume: bool) -> None:
-    if ranks.broadcast(out.exists() and any(out.iterdir())) and not resume:
+    try:
+        has_content = out.exists() and any(path.name != LOCK_FILE for path in out.iterdir())
+    except OSError as error:
+        raise ConfigError(f"output.dir: cannot read {out}: {error.strerror}") from error
+    if ranks.broadcast(has_content) and not resume:
         raise CheckpointError(f"{out} already contains a run: continue it with --resume or choose another output.dir")
 
 

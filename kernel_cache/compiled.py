@@ -1,0 +1,100 @@
+"""Compile functions with numba, and cache the machine code in files whose digest is compared before they are loaded.
+
+numba's own cache unpickles an index and machine code as they are on the disk: a changed bit is a crash or another
+result. Here every signature of a function has one file, which begins with a SHA-256 digest. What does not verify is
+compiled again. The digest covers the version of numba and the time of the source file too. There is no index that two
+processes could overwrite with the entries of only one of them. The digest detects damage. It does not detect a person
+who may write to the cache.
+"""
+
+import hashlib
+import logging
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.dispatcher import Dispatcher
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".kernel"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function at its first call, without the interpreter lock; cached on disk if a cache can be written."""
+    dispatcher = njit(nogil=True)(function)
+    if isinstance(dispatcher, Dispatcher):  # not with NUMBA_DISABLE_JIT
+        with suppress(RuntimeError):  # neither the folder of the source file nor the user's cache can be written
+            dispatcher._cache = _VerifiedCache(function)
+    return dispatcher
+
+
+class _VerifiedCache(FunctionCache):  # type: ignore[misc]  # numba has no types
+    """Cache of one function. A cache that cannot be written is done without."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = _VerifiedFiles(
+            cache_path=locator.get_cache_path(),
+            filename_base=self._impl.filename_base,
+            source_stamp=locator.get_source_stamp(),
+        )
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            log.warning("%s cannot be written (%s): its kernels are not cached", self.cache_path, error)
+
+
+class _VerifiedFiles(IndexDataCacheFile):  # type: ignore[misc]  # numba has no types
+    """The files of one function: digest, then the pickled key and the result of the compilation."""
+
+    def flush(self) -> None:
+        for path in Path(self._cache_path).glob(f"{self._base}.*{SUFFIX}"):
+            path.unlink(missing_ok=True)
+
+    def save(self, key: Any, data: Any) -> None:
+        content = self._dump((key, data))
+        with self._open_for_write(self._path(key)) as file:
+            file.write(self._digest(content) + content)
+
+    def load(self, key: Any) -> Any:
+        """Return the result of a compilation, or None if it is missing, out of date, unreadable or damaged."""
+        path = self._path(key)
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            log.warning("%s cannot be read (%s): it is compiled again", path, error)
+            return None
+        content = data[_DIGEST_BYTES:]
+        if data[:_DIGEST_BYTES] != self._digest(content):
+            log.info("%s is out of date or damaged: it is compiled again", path)
+            return None
+        try:
+            saved_key, result = pickle.loads(content)
+        except (ImportError, AttributeError):  # a type of the signature has another name now
+            return None
+        return result if saved_key == key else None
+
+    def _digest(self, content: bytes) -> bytes:
+        digest = hashlib.sha256(repr((self._version, self._source_stamp)).encode())
+        digest.update(content)
+        return digest.digest()
+
+    def _path(self, key: Any) -> str:
+        signature_and_target = key[:2]  # the third value depends on the source: a new version replaces the file
+        name = hashlib.sha256(repr(signature_and_target).encode()).hexdigest()[:16]
+        return f"{self._cache_path}/{self._base}.{name}{SUFFIX}"
+
+    @property
+    def _base(self) -> str:
+        return str(self._index_name).removesuffix(".nbi")

@@ -1,0 +1,105 @@
+"""The manifest of a folder: size and SHA-256 digest of every file, so that a changed bit is noticed before it is used.
+
+The manifest is written after all other files. It contains the digest of its own list of files, and only its exact text
+is accepted, so that it protects itself too. It detects damage. It does not detect a person who writes a manifest that
+fits.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 20
+
+
+class DamagedError(Exception):
+    """A folder is not what its manifest says; the message is the reason, without the name of the folder."""
+
+
+class FileDigest(NamedTuple):
+    """Size in bytes and SHA-256 digest of one file."""
+
+    size: int
+    sha256: str
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Read a regular file and return its digest. Raises DamagedError for links and other kinds of files."""
+    digest, size = hashlib.sha256(), 0
+    with open_regular(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileDigest(size, digest.hexdigest())
+
+
+def open_regular(path: Path) -> Any:
+    """Open a file for reading as bytes. Raises DamagedError if it is not a regular file; links are not followed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would wait for a writer
+    except OSError as error:
+        raise DamagedError(f"{path.name} cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedError(f"{path.name} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def write_manifest(folder: Path, digests: Mapping[str, FileDigest]) -> None:
+    """Write the manifest of files whose digests are known."""
+    write_synced(folder / MANIFEST, _encode(digests))
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> dict[str, FileDigest]:
+    """Return the digests by name of file. Raises DamagedError if the manifest is missing, damaged or malformed."""
+    with open_regular(folder / MANIFEST) as file:
+        data: bytes = file.read(MAX_MANIFEST_BYTES)
+    try:
+        files = json.loads(data)["files"]
+        digests = {str(name): FileDigest(int(size), str(sha256)) for name, (size, sha256) in files.items()}
+        is_exact = _encode(digests) == data
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise DamagedError(f"{MANIFEST} is damaged") from error
+    if not is_exact or any(Path(name).name != name for name in digests):
+        raise DamagedError(f"{MANIFEST} is damaged")
+    return digests
+
+
+def check_files(folder: Path, digests: Mapping[str, FileDigest], names: Iterable[str]) -> None:
+    """Raise DamagedError for the first of the named files that is missing, cannot be read or has another digest."""
+    for name in names:
+        try:
+            found = digest_file(folder / name)
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read ({error.strerror})") from error
+        if found != digests[name]:
+            expected = digests[name]
+            size = f"{found.size} bytes instead of {expected.size}" if found.size != expected.size else "wrong digest"
+            raise DamagedError(f"{name} is damaged ({size})")
+
+
+def check_folder(folder: Path) -> dict[str, FileDigest]:
+    """Check every file of a folder and return the digests. Raises DamagedError."""
+    digests = read_manifest(folder)
+    check_files(folder, digests, digests)
+    return digests
+
+
+def _encode(digests: Mapping[str, FileDigest]) -> bytes:
+    files = {name: list(digests[name]) for name in sorted(digests)}
+    own = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return (json.dumps({"files": files, "sha256": own}, indent=1) + "\n").encode()
