@@ -17,12 +17,13 @@ from teachers.client.limits import backoff_s
 from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, may_recover, most_useful_error
 from teachers.protocol.errors import (
     FingerprintMismatch,
+    InvalidRows,
     Overloaded,
-    ProtocolError,
     TeacherError,
     TeacherLost,
     Unauthorized,
     Unavailable,
+    VersionMismatch,
 )
 from teachers.protocol.messages import TeacherCard
 
@@ -262,9 +263,13 @@ class ReplicaHealth:
         return self._unavailable_since + self._address.unavailable_timeout_s - asyncio.get_running_loop().time()
 
     def _on_failed_trial(self, error: TeacherError) -> None:
-        """Lose the teacher without waiting if on_unavailable is `stop` or its only replica responds with errors."""
+        """Lose the teacher without waiting if on_unavailable is `stop` or its only replica has a lasting fault.
+
+        A malformed response may be the fault of a moment or of a proxy, invalid rows are that of the model.
+        """
         self._record_failure(error)
-        only_replica_invalid = len(self._replicas) == 1 and isinstance(error, (ProtocolError, Unauthorized))
+        is_lasting = isinstance(error, (InvalidRows, VersionMismatch, Unauthorized))
+        only_replica_invalid = len(self._replicas) == 1 and is_lasting
         if not self.healthy and (self._address.on_unavailable == "stop" or only_replica_invalid):
             self._lose(error)
 

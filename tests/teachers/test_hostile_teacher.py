@@ -340,6 +340,22 @@ def test_a_trial_that_fails_unexpectedly_is_logged_and_repeated(
 
 
 @pytest.mark.slow
+def test_the_only_replica_is_used_again_after_a_malformed_trial(tiny_byte_level: Path) -> None:
+    def attack(path: str, number: int, headers: Headers, data: bytes) -> tuple[int, Headers, bytes]:
+        if path == "/v1/score" and number == 1:
+            return 200, headers, data[: len(data) // 2]
+        return rubbish(path, number, headers, data) if number == 2 else (200, headers, data)
+
+    async def run(url: str) -> int:
+        async with TeacherPool([TeacherAddress("t", (url,))]) as pool:
+            await pool.connect("t")
+            return len(await asyncio.wait_for(pool.score("t", [1, 2, 3], 1, 4), 20))
+
+    with attacking(FormulaEngine(tiny_byte_level), attack) as url:
+        assert asyncio.run(run(url)) == 2
+
+
+@pytest.mark.slow
 def test_a_huge_retry_after_does_not_lose_a_teacher(tiny_byte_level: Path) -> None:
     def attack(path: str, number: int, headers: Headers, data: bytes) -> tuple[int, Headers, bytes]:
         if path == "/v1/score" and number == 1:
