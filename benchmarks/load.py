@@ -149,7 +149,7 @@ class Figures:
 
 
 async def probe(http: Transport) -> Probe:
-    text = (await http.get("/metrics", 30.0)).decode()
+    text = (await http.get("/metrics", 30.0, 1 << 20)).decode()
     values = {s.name: s.value for family in text_string_to_metric_families(text) for s in family.samples}
     return Probe(
         time.monotonic(),

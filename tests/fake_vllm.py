@@ -44,8 +44,8 @@ class FakeVllmServer:
             return "too long"
         rows = await asyncio.gather(*(self.engine.score(prompt, 1, top_k) for prompt in body["prompt"]))
         pairs = enumerate(zip(body["prompt"], rows, strict=True))
-        choices = [choice(i, prompt_logprobs(prompt, r, self.vocab_size)) for i, (prompt, r) in pairs]
-        return completion(self.alter(choices))
+        choices = [choice(i, prompt, prompt_logprobs(prompt, r, self.vocab_size)) for i, (prompt, r) in pairs]
+        return completion(self.alter(choices), self.model["id"])
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -99,19 +99,21 @@ def entry(logprob: np.float32, rank: int) -> dict[str, Any]:
     return {"logprob": max(float(logprob), -9999.0), "rank": rank, "decoded_token": 'a"\\é東'}
 
 
-def choice(index: int, positions: list[dict[str, Any] | None]) -> dict[str, Any]:
-    nulls = dict.fromkeys(("logprobs", "stop_reason", "token_ids", "prompt_token_ids", "routed_experts"))
-    return {"index": index, "text": "!", "finish_reason": "length", "prompt_logprobs": positions, **nulls}
+def choice(index: int, prompt: list[int], positions: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Return the choice of a request with return_token_ids."""
+    nulls = dict.fromkeys(("logprobs", "stop_reason", "routed_experts"))
+    ids = {"token_ids": [0], "prompt_token_ids": prompt}
+    return {"index": index, "text": "!", "finish_reason": "length", "prompt_logprobs": positions, **ids, **nulls}
 
 
-def completion(choices: list[dict[str, Any]]) -> dict[str, Any]:
+def completion(choices: list[dict[str, Any]], model: Any = "org/model") -> dict[str, Any]:
     usage = {"prompt_tokens": 2, "total_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": None}
     nulls = dict.fromkeys(("service_tier", "kv_transfer_params", "ec_transfer_params", "metrics"))
     return {
         "id": "cmpl-1",
         "object": "text_completion",
         "created": 1,
-        "model": "org/model",
+        "model": model,
         "choices": choices,
         "system_fingerprint": "vllm-0.32.0-ce573d38",
         "usage": usage | {"completion_tokens_details": None},

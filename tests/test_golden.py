@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from teachers.protocol.messages import ScoreRequest
 from teachers.protocol.wire_format import StreamWriter
 from tests.rows import random_rows
 from tests.tiny import save_tiny_model
@@ -40,8 +41,9 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def wire_bytes() -> bytes:
+    request = ScoreRequest(sequences=[list(range(3, 9))], starts=[1], top_k=4)
     rows = random_rows(np.arange(3, 9), 50, 4, seed=7, start=1)
-    writer = StreamWriter(4, "f" * 64)
+    writer = StreamWriter(request, "f" * 64)
     return writer.write(0, rows) + writer.close()
 
 

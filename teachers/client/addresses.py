@@ -53,16 +53,27 @@ class TeacherAddress:
 async def resolve_urls(address: TeacherAddress) -> list[str]:
     """Return the addresses of all current replicas, without duplicates, in order.
 
-    Raises TeacherError for an unreadable file or an empty list, and Unavailable for a DNS name without an address.
+    Raises TeacherError for an unreadable file, an empty list or a password in an address, and Unavailable for a DNS
+    name without an address.
     """
     name, file = address.name, address.urls_file
     lines = [*address.urls, *(await asyncio.to_thread(_read_lines, name, file) if file else [])]
     urls: dict[str, None] = {}
     for line in lines:
+        reject_credentials(name, line)
         urls.update(dict.fromkeys(await _resolve_dns(name, line) if line.startswith(DNS) else [line]))
     if not urls:
         raise TeacherError(f"teacher {name}: {file or 'urls'} contains no replica; expected one address per line")
     return list(urls)
+
+
+def reject_credentials(name: str, url: str) -> None:
+    """Raise TeacherError if an address contains user or password, which messages and reports would repeat."""
+    if "@" in url:
+        raise TeacherError(
+            f"teacher {name}: the address …@{url.rpartition('@')[2]} contains a user or password: remove it, and name "
+            "the bearer key with key_file or key_env"
+        )
 
 
 def _read_lines(name: str, file: Path) -> list[str]:

@@ -14,15 +14,16 @@ from typing import Any, Literal
 
 from teachers.client.addresses import TeacherAddress, resolve_urls
 from teachers.client.limits import backoff_s
-from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, most_useful_error
+from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, may_recover, most_useful_error
 from teachers.protocol.errors import (
     FingerprintMismatch,
+    InvalidRows,
     Overloaded,
-    ProtocolError,
     TeacherError,
     TeacherLost,
     Unauthorized,
     Unavailable,
+    VersionMismatch,
 )
 from teachers.protocol.messages import TeacherCard
 
@@ -74,16 +75,18 @@ class ReplicaHealth:
     async def connect(self) -> tuple[TeacherCard, dict[str, bytes]]:
         """Return the card that every replica must have, and the tokenizer files.
 
-        Raises FingerprintMismatch if two replicas differ, and the most useful error if no replica responds.
+        A replica that is unavailable or sends rubbish is quarantined. Raises FingerprintMismatch if two replicas
+        differ, Unauthorized or another error that the user can correct, and the most useful error if no replica is
+        healthy.
         """
         for url in await resolve_urls(self._address):
             self._replicas[url] = Replica(url, self._make_client, self._address.concurrency)
         results = await asyncio.gather(*map(self._connect_replica, self.replicas), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
-        if self._card is None or not self.healthy or not all(isinstance(error, Unavailable) for error in errors):
+        if self._card is None or not self.healthy or not all(map(may_recover, errors)):
             raise most_useful_error(errors)
         for replica, result in zip(self.replicas, results, strict=True):
-            if isinstance(result, Unavailable):
+            if isinstance(result, TeacherError):
                 self.quarantine(replica, result)
         if self._address.may_change:
             self._start(self._follow_address())
@@ -140,7 +143,8 @@ class ReplicaHealth:
     def pause(self, replica: Replica, error: Overloaded) -> None:
         """Send nothing to an overloaded replica until its Retry-After has passed."""
         loop = asyncio.get_running_loop()
-        pause_s = error.retry_after_s or backoff_s(1)
+        patience_s = self._address.unavailable_timeout_s
+        pause_s = min(error.retry_after_s or backoff_s(1), patience_s / 4)  # asked again before the teacher is lost
         replica.paused_until = loop.time() + pause_s
         loop.call_later(pause_s, self.notify)
         self._record_failure(error)
@@ -190,6 +194,9 @@ class ReplicaHealth:
                 self.ban(replica, error)
             except TeacherError as error:
                 self._on_failed_trial(error)
+            except Exception as error:  # without its trials the replica would never be used again
+                log.exception("a trial of %s failed unexpectedly; it is tried again", replica.url)
+                self._record_failure(TeacherError(f"teacher {self._address.name} at {replica.url}: {error!r}"))
             else:
                 self._restore(replica)
                 return
@@ -227,6 +234,9 @@ class ReplicaHealth:
             except TeacherError as error:
                 log.warning("%s; the replicas remain unchanged", error)
                 continue
+            except Exception:  # without this task no replica would be added or removed any more
+                log.exception("the addresses of teacher %s cannot be resolved", self._address.name)
+                continue
             for url in [url for url in self._replicas if url not in urls]:
                 log.warning("teacher %s at %s was removed", self._address.name, url)
                 removed = self._replicas.pop(url)
@@ -253,9 +263,13 @@ class ReplicaHealth:
         return self._unavailable_since + self._address.unavailable_timeout_s - asyncio.get_running_loop().time()
 
     def _on_failed_trial(self, error: TeacherError) -> None:
-        """Lose the teacher without waiting if on_unavailable is `stop` or its only replica responds with errors."""
+        """Lose the teacher without waiting if on_unavailable is `stop` or its only replica has a lasting fault.
+
+        A malformed response may be the fault of a moment or of a proxy, invalid rows are that of the model.
+        """
         self._record_failure(error)
-        only_replica_invalid = len(self._replicas) == 1 and isinstance(error, (ProtocolError, Unauthorized))
+        is_lasting = isinstance(error, (InvalidRows, VersionMismatch, Unauthorized))
+        only_replica_invalid = len(self._replicas) == 1 and is_lasting
         if not self.healthy and (self._address.on_unavailable == "stop" or only_replica_invalid):
             self._lose(error)
 
@@ -272,4 +286,9 @@ class ReplicaHealth:
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._finish)
+
+    def _finish(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task for teacher %s failed unexpectedly", self._address.name, exc_info=error)

@@ -1,19 +1,26 @@
 """HTTP client of one server. The only module that imports httpx, and the only place where its errors are mapped.
 
 A request is sent over the network or by a Sender, which transports the same request and response by other means.
+
+Every response is read by the same function: within a total deadline and a limit of bytes, without content encoding, so
+that what is read is what was sent. Redirects are not followed and cookies are not kept. httpx limits the head of a
+response to 100 kB.
 """
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import msgspec
-from pydantic import ValidationError
 
+from teachers.client.addresses import reject_credentials
+from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import (
     NotFound,
     Overloaded,
@@ -25,10 +32,11 @@ from teachers.protocol.errors import (
     Unavailable,
 )
 from teachers.protocol.messages import Problem
+from teachers.protocol.untrusted_text import clean
 
 KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request on a connection that is being closed fails
-MAX_ERROR_BYTES = 64 * 1024
-MAX_DETAIL_CHARS = 300
+MAX_SMALL_BYTES = 64 * 1024  # of a card, a listing, an error and other small responses
+MAX_RETRY_AFTER_S = 60.0  # a server that asks for more is asked again after this time
 
 Headers = dict[str, str]
 Response = tuple[int, Headers, bytes]  # status, headers, whole body
@@ -51,12 +59,14 @@ class Transport:
     ) -> None:
         self.url = url if sender else check_url(name, url)
         self._label = f"teacher {name} at {self.url}"
-        headers = {"authorization": f"Bearer {key}"} if key else {}
+        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._http = httpx.AsyncClient(
             base_url=self.url,
             headers=headers,
             timeout=None,
             trust_env=False,
+            follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # keeps none
             verify=_tls_context(self._label, ca_file),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEP_ALIVE_S),
             transport=_SenderTransport(sender) if sender else None,
@@ -65,23 +75,28 @@ class Transport:
     async def aclose(self) -> None:
         await self._http.aclose()
 
-    async def get(self, path: str, timeout_s: float) -> bytes:
-        """Return the body of a GET request."""
-        async with self._deadline(timeout_s), self._http.stream("GET", path) as response:
-            await _raise_for_status(response)
-            return await response.aread()
+    async def get(self, path: str, timeout_s: float, limit_bytes: int = MAX_SMALL_BYTES) -> bytes:
+        """Return the body of a GET request, at most `limit_bytes`."""
+        return await self._request("GET", path, timeout_s, limit_bytes)
 
     async def post(
         self, path: str, body: bytes, timeout_s: float, *, expect: str, limit_bytes: int, headers: dict[str, str] = {}
     ) -> bytes:
         """Send a JSON body and return the response, which must have media type `expect` and at most `limit_bytes`."""
         headers = {"content-type": "application/json", **headers}
-        async with self._deadline(timeout_s):
-            async with self._http.stream("POST", path, content=body, headers=headers) as response:
+        return await self._request("POST", path, timeout_s, limit_bytes, expect=expect, content=body, headers=headers)
+
+    async def _request(
+        self, method: str, path: str, timeout_s: float, limit_bytes: int, *, expect: str | None = None, **content: Any
+    ) -> bytes:
+        async with self._deadline(timeout_s), self._http.stream(method, path, **content) as response:
+            if response.status_code != 200:
                 await _raise_for_status(response)
-                if (media_type := response.headers.get("content-type", "").partition(";")[0]) != expect:
-                    raise ProtocolError(f"expected {expect}, received {media_type or 'no media type'}")
-                return await _read_body(response, limit_bytes)
+            if expect is not None:
+                media_type = response.headers.get("content-type", "").partition(";")[0]
+                if media_type != expect:
+                    raise ProtocolError(f"expected {expect}, received {clean(media_type, 60) or 'no media type'}")
+            return await _read_body(response, limit_bytes)
 
     def named_errors(self) -> "_NamedErrors":
         """Return a context manager that puts teacher and address in front of every TeacherError."""
@@ -101,7 +116,7 @@ class Transport:
             except httpx.TransportError as error:
                 raise Unavailable(f"no response ({type(error).__name__})") from error
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
-                raise ProtocolError(f"invalid HTTP response: {error}") from error
+                raise ProtocolError(f"invalid HTTP response: {clean(error)}") from error
 
 
 class _SenderTransport(httpx.AsyncBaseTransport):
@@ -113,7 +128,7 @@ class _SenderTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         body = await request.aread()
         status, headers, data = await self._sender(request.method, request.url.path, dict(request.headers), body)
-        return httpx.Response(status, headers=headers, content=data)
+        return httpx.Response(status, headers=headers, stream=httpx.ByteStream(data))
 
 
 async def send_to_app(app: Any, method: str, path: str, headers: Headers, body: bytes) -> Response:
@@ -125,7 +140,8 @@ async def send_to_app(app: Any, method: str, path: str, headers: Headers, body: 
 
 
 def check_url(name: str, url: str) -> str:
-    """Return the URL without trailing slashes. Raises TeacherError if it is not an HTTP address."""
+    """Return the URL without trailing slashes. Raises TeacherError if it is not an HTTP address without password."""
+    reject_credentials(name, url)
     try:
         parsed = httpx.URL(url.rstrip("/"))
     except httpx.InvalidURL as error:
@@ -158,10 +174,9 @@ class _NamedErrors:
             error.args = (f"{self._label}: {error}",)
 
 
-async def _raise_for_status(response: httpx.Response) -> None:
-    if response.status_code == 200:
-        return
-    detail = _error_detail(response.status_code, await _read_body(response, MAX_ERROR_BYTES))
+async def _raise_for_status(response: httpx.Response) -> NoReturn:
+    """Raise the error of a status other than 200."""
+    detail = _error_detail(response.status_code, await _read_body(response, MAX_SMALL_BYTES))
     match response.status_code:
         case 401 | 403:
             has_key = "authorization" in response.request.headers
@@ -180,11 +195,11 @@ async def _raise_for_status(response: httpx.Response) -> None:
 
 def _error_detail(status: int, data: bytes) -> str:
     """Return the detail of an error response in this project's format or vLLM's; else only the status."""
-    with suppress(ValidationError):
+    with suppress(ProtocolError), decoding("problem"):
         return Problem.model_validate_json(data).detail
-    with suppress(msgspec.DecodeError):
+    with suppress(ProtocolError), decoding("error of vLLM"):
         message = msgspec.json.decode(data, type=_VllmProblem).error.message
-        return f"HTTP {status}, {' '.join(message.split())[:MAX_DETAIL_CHARS]}"
+        return f"HTTP {status}, {clean(message)}"
     return f"HTTP {status}"
 
 
@@ -197,13 +212,18 @@ class _VllmProblem(msgspec.Struct):
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
+    """Return the Retry-After of a response, at most MAX_RETRY_AFTER_S; None for anything but a number of seconds."""
     value = response.headers.get("retry-after", "")
-    return float(value) if value.isdecimal() else None
+    return min(float(value), MAX_RETRY_AFTER_S) if re.fullmatch("[0-9]{1,6}", value) else None
 
 
 async def _read_body(response: httpx.Response, limit_bytes: int) -> bytes:
+    """Return the body as it was sent. Raises ProtocolError beyond the limit, and for any content encoding."""
+    encoding = response.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise ProtocolError(f"expected a response without content encoding, received {clean(encoding, 60)}")
     data = bytearray()
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.aiter_raw():
         data += chunk
         if len(data) > limit_bytes:
             raise ProtocolError(f"expected at most {limit_bytes} bytes, received more")

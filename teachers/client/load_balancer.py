@@ -2,8 +2,8 @@
 
 A request is sent to the healthy replica with the fewest tokens in flight, within that replica's concurrency limit
 (limits.py). A request that takes much longer than usual is hedged: sent to a second replica, and the first response
-counts. Failed requests are retried. A request with an invalid response is retried once. The state of the replicas is
-managed in health.py.
+counts. Failed requests are retried. A request with an invalid response is retried on every other healthy replica, and
+at least once. The state of the replicas is managed in health.py.
 """
 
 import asyncio
@@ -101,8 +101,8 @@ class LoadBalancer:
     async def score(self, request: ScoreRequest, sample: str = "") -> Rows:
         """Return the rows of one sequence. `sample` names it in messages.
 
-        Raises TeacherLost if the teacher is dropped, Rejected at once, ProtocolError after a second invalid response,
-        and the last Unavailable if the teacher is lost or only this request fails repeatedly.
+        Raises TeacherLost if the teacher is dropped, Rejected at once, ProtocolError after an invalid response of every
+        healthy replica, and the last Unavailable if the teacher is lost or only this request fails repeatedly.
         """
         pending, finished = _PendingRequest(request, sample), False
         self._hedging.on_request()
@@ -131,7 +131,8 @@ class LoadBalancer:
                 if failures.total() >= MAX_FAILURES and failures[replica] >= MAX_FAILURES // 2:
                     raise
             except REPLICA_FAULTS:
-                if len(pending.rejected_by) > 1:
+                untried = [replica for replica in self._health.healthy if replica not in pending.rejected_by]
+                if (len(pending.rejected_by) > 1 and not untried) or len(pending.rejected_by) >= MAX_FAILURES:
                     raise
             self._counts["retries"] += 1
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from teachers.client.dialects.base import ReplicaClient
 from teachers.client.limits import ConcurrencyLimiter
-from teachers.protocol.errors import TeacherError, Unavailable
+from teachers.protocol.errors import FingerprintMismatch, ProtocolError, TeacherError, Unavailable, VersionMismatch
 from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows
 
@@ -98,6 +98,15 @@ class Replica:
             await self._client.aclose()
 
 
+def may_recover(error: BaseException) -> bool:
+    """Return whether a replica with this error at the start of a run is tried again while the others are used.
+
+    Another version or model, a wrong key or a wrong address need a change by the user.
+    """
+    needs_change = isinstance(error, (FingerprintMismatch, VersionMismatch))
+    return isinstance(error, Unavailable) or (isinstance(error, ProtocolError) and not needs_change)
+
+
 def most_useful_error(errors: list[BaseException]) -> BaseException:
     """Return the error that a user can act on best: an invalid replica before an unavailable one."""
-    return min(errors, key=lambda error: (isinstance(error, Unavailable), not isinstance(error, TeacherError)))
+    return min(errors, key=lambda e: (may_recover(e), isinstance(e, Unavailable), not isinstance(e, TeacherError)))

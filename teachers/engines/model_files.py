@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from teachers.bos import bos_id_of, declared_bos
 from teachers.model_dirs import file_sha256, name_of, weights_sha256
+from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import TeacherError
 from teachers.protocol.messages import PROBE, TOKENIZER_FILES, TeacherCard
 
@@ -38,17 +39,19 @@ def describe(
     model, revision = name_of(folder)
     tokenizer_sha256 = file_sha256(files["tokenizer.json"])
     template = files.get("chat_template.jinja")
-    return TeacherCard(
-        model=model,
-        revision=revision,
-        fingerprint=fingerprint(tokenizer_sha256, dtype, weights_sha256(folder, config_folder)),
-        dtype=dtype,
-        vocab_size=config.vocab_size,
-        tokenizer_sha256=tokenizer_sha256,
-        eos_id=config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id,
-        chat_template_sha256=file_sha256(template) if template else None,
-        **engine_fields,
-    )
+    weights = weights_sha256(folder, config_folder)
+    with decoding(f"card of {folder}"):  # for example a BOS that is not in the vocabulary
+        return TeacherCard(
+            model=model,
+            revision=revision,
+            fingerprint=fingerprint(tokenizer_sha256, dtype, weights),
+            dtype=dtype,
+            vocab_size=config.vocab_size,
+            tokenizer_sha256=tokenizer_sha256,
+            eos_id=config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id,
+            chat_template_sha256=file_sha256(template) if template else None,
+            **engine_fields,
+        )
 
 
 def fingerprint(tokenizer_sha256: str, dtype: str, weights: str) -> str:

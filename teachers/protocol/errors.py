@@ -11,6 +11,7 @@ TeacherError                     names the teacher and what to do
 │   └── NotFound                 404: the server has no such route
 └── ProtocolError                the response is invalid
     ├── VersionMismatch          another protocol version
+    ├── RequestMismatch          the response to another request
     ├── FingerprintMismatch      other weights or another tokenizer than the card states
     └── InvalidRows              a value that no model can return: NaN, positive log-probability, unknown id
 """
@@ -62,6 +63,10 @@ class ProtocolError(TeacherError):
 
 class VersionMismatch(ProtocolError):
     """Server and client use different protocol versions."""
+
+
+class RequestMismatch(ProtocolError):
+    """The response is that of another request: a proxy, a cache or the server has mixed up two of them."""
 
 
 class FingerprintMismatch(ProtocolError):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from teachers.protocol.errors import InvalidRows, ProtocolError
 from teachers.protocol.kernels import FAULTS, MASS_TOLERANCE, VALID, check_float_rows
-from teachers.protocol.messages import ScoreRequest, TeacherCard
+from teachers.protocol.messages import ScoreRequest, TeacherCard, id_array
 
 CHOSEN_TOLERANCE = 2.0**-8  # relative: a listed log-probability is a float16 and is rescaled to restore the mass
 LEAST_LOGPROB = float(np.finfo(np.float16).min)  # −65504
@@ -98,7 +98,7 @@ def check_length(start: int, num_rows: int, request: ScoreRequest, index: int) -
 
 def actual_ids(request: ScoreRequest, index: int, card: TeacherCard) -> tuple[NDArray[np.uint32], int]:
     """Return the actual ids [S] of the scored positions and the vocabulary size."""
-    return np.asarray(request.sequences[index][request.starts[index] :], dtype=np.uint32), card.vocab_size
+    return id_array(request.sequences[index])[request.starts[index] :], card.vocab_size
 
 
 def raise_for_fault(fault: int, row: int, position: tuple[int, int], card: TeacherCard) -> None:

@@ -146,7 +146,7 @@ class Service:
         max_s = self.limits.max_seconds
         deadline = asyncio.get_running_loop().time() + min(timeout_s or max_s, max_s)
         tasks = [self._start(request, i, deadline) for i in range(len(request.sequences))]
-        writer = StreamWriter(request.top_k, self.engine.card.fingerprint, request.num_chosen)
+        writer = StreamWriter(request, self.engine.card.fingerprint)
         return ScoreStream(self, tasks, writer, record)
 
     def _admit(self, request: ScoreRequest) -> None:

@@ -240,7 +240,7 @@ def test_a_client_that_never_reads_does_not_fill_the_queue(tiny_byte_level: Path
 
 def test_another_protocol_version_is_rejected(tiny_byte_level: Path) -> None:
     with serving(FormulaEngine(tiny_byte_level, protocol="99")) as url:
-        with pytest.raises(errors.VersionMismatch, match="expected protocol 2, received 99"):
+        with pytest.raises(errors.VersionMismatch, match="expected protocol 3, received 99"):
             call(url, lambda c: c.card())
 
 
@@ -266,7 +266,7 @@ def test_missing_optional_fields_of_a_card_have_their_defaults() -> None:
 )
 def test_the_version_of_a_card_is_compared_before_its_other_fields(changes: dict[str, object]) -> None:
     with responding(respond_with_card(protocol="1", **changes)) as url:
-        with pytest.raises(errors.VersionMismatch, match="teacher gemma at .*expected protocol 2, received 1"):
+        with pytest.raises(errors.VersionMismatch, match="teacher gemma at .*expected protocol 3, received 1"):
             call(url, lambda c: c.card())
 
 

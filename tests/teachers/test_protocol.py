@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teachers.protocol.errors import FingerprintMismatch, InvalidRows, ProtocolError, Truncated, VersionMismatch
-from teachers.protocol.messages import ScoreRequest, TeacherCard
+from teachers.protocol.messages import ScoreRequest, TeacherCard, id_array, request_digest
 from teachers.protocol.rows import Rows, check_rows
 from teachers.protocol.wire_format import StreamWriter, read_stream, schema
 from tests.rows import random_rows
@@ -30,8 +30,8 @@ def make_request(sequences: list[list[int]], top_k: int) -> tuple[ScoreRequest, 
     return request, [random_rows(np.array(s), VOCAB_SIZE, top_k, seed=i, start=1) for i, s in enumerate(sequences)]
 
 
-def stream(rows: list[Rows], order: list[int], top_k: int, fingerprint: str = CARD.fingerprint) -> bytes:
-    writer = StreamWriter(top_k, fingerprint)
+def stream(request: ScoreRequest, rows: list[Rows], order: list[int], fingerprint: str = CARD.fingerprint) -> bytes:
+    writer = StreamWriter(request, fingerprint)
     return b"".join(writer.write(i, rows[i]) for i in order) + writer.close()
 
 
@@ -40,7 +40,7 @@ def test_rows_arrive_as_sent_in_any_order(sequences, top_k, random) -> None:  # 
     request, rows = make_request(sequences, top_k)
     order = list(range(len(rows)))
     random.shuffle(order)
-    received = read_stream(stream(rows, order, top_k), request, CARD)
+    received = read_stream(stream(request, rows, order), request, CARD)
     for got, sent in zip(received, rows, strict=True):
         np.testing.assert_array_equal(got.ids, sent.ids)
         np.testing.assert_allclose(got.logprobs, sent.logprobs, rtol=2**-11, atol=3e-3)
@@ -53,10 +53,9 @@ def test_rows_arrive_as_sent_in_any_order(sequences, top_k, random) -> None:  # 
 @given(st.integers(0, 100))
 def test_a_stream_cut_anywhere_is_truncated_and_never_a_shorter_response(percent: int) -> None:
     request, rows = make_request([[1, 2, 3], [4, 5]], 8)
-    data = stream(rows, [0, 1], 8)
-    complete = len(data) - 8  # the end mark alone may be missing: every sequence is there
+    data = stream(request, rows, [0, 1])
     with pytest.raises(Truncated, match="of 2 sequences"):
-        read_stream(data[: complete * percent // 100 - 1], request, CARD)
+        read_stream(data[: (len(data) - 1) * percent // 100], request, CARD)
 
 
 def with_chosen(num_chosen: int, top_k: int = 8) -> tuple[ScoreRequest, list[Rows]]:
@@ -72,15 +71,10 @@ def with_chosen(num_chosen: int, top_k: int = 8) -> tuple[ScoreRequest, list[Row
     return request.model_copy(update={"chosen": chosen}), responses
 
 
-def chosen_stream(rows: list[Rows], num_chosen: int, top_k: int = 8) -> bytes:
-    writer = StreamWriter(top_k, CARD.fingerprint, num_chosen)
-    return b"".join(writer.write(i, one) for i, one in enumerate(rows)) + writer.close()
-
-
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_chosen_ids_arrive_exactly_and_in_the_order_of_the_request(num_chosen: int, top_k: int) -> None:
     request, rows = with_chosen(num_chosen, top_k)
-    for got, sent in zip(read_stream(chosen_stream(rows, num_chosen, top_k), request, CARD), rows, strict=True):
+    for got, sent in zip(read_stream(stream(request, rows, [0, 1]), request, CARD), rows, strict=True):
         assert got.chosen is not None
         np.testing.assert_array_equal(got.chosen, sent.chosen)
     for index, sent in enumerate(rows):
@@ -90,7 +84,7 @@ def test_chosen_ids_arrive_exactly_and_in_the_order_of_the_request(num_chosen: i
 def test_without_chosen_ids_request_and_stream_contain_no_chosen_field() -> None:
     request, rows = make_request([[1, 2, 3]], 4)
     assert schema(4, CARD.fingerprint).names == ["ids", "logprobs", "actual", "tail"]
-    (got,) = read_stream(stream(rows, [0], 4), request, CARD)
+    (got,) = read_stream(stream(request, rows, [0]), request, CARD)
     assert got.chosen is None
     assert b"chosen" not in request.model_dump_json(exclude_defaults=True).encode()  # for servers that do not know it
 
@@ -111,28 +105,28 @@ def test_an_invalid_logprob_of_a_chosen_id_is_rejected(value: float, m: int, mes
     rows[0].chosen[1, m] = value
     named = rf"sequence 0, position 2: the chosen id {request.chosen[0][1][m]} has {value:.6g}, {message}"
     with pytest.raises(InvalidRows, match=named):
-        read_stream(chosen_stream(rows, 3), request, CARD)
+        read_stream(stream(request, rows, [0, 1]), request, CARD)
     with pytest.raises(InvalidRows, match=named):
         check_rows(rows[0], request, 0, CARD)
 
 
 def test_missing_and_unrequested_chosen_ids_are_rejected() -> None:
     request, rows = with_chosen(3)
-    plain = [replace(one, chosen=None) for one in rows]
+    plain, without = [replace(one, chosen=None) for one in rows], request.model_copy(update={"chosen": []})
     for expected, data in (
-        (request, stream(plain, [0, 1], 8)),
-        (request.model_copy(update={"chosen": []}), chosen_stream(rows, 3)),
+        (request, stream(without, plain, [0, 1])),
+        (without, stream(request, rows, [0, 1])),
     ):
         with pytest.raises(ProtocolError, match=rf"expected 8 candidates and {expected.num_chosen} chosen ids per row"):
             read_stream(data, expected, CARD)
-    for expected, one in ((request, plain[0]), (request.model_copy(update={"chosen": []}), rows[0])):
+    for expected, one in ((request, plain[0]), (without, rows[0])):
         with pytest.raises(ProtocolError, match=f"sequence 0: expected {expected.num_chosen} chosen ids per row"):
             check_rows(one, expected, 0, CARD)
 
 
 def test_a_row_costs_392_bytes_at_k_64() -> None:
-    _, rows = make_request([[7] * 101], 64)
-    one, two = (len(StreamWriter(64, CARD.fingerprint).write(0, r)) for r in (rows[0], _half(rows[0])))
+    request, rows = make_request([[7] * 101], 64)
+    one, two = (len(StreamWriter(request, CARD.fingerprint).write(0, r)) for r in (rows[0], _half(rows[0])))
     assert (one - two) / 50 == pytest.approx(392, abs=2)
 
 
@@ -142,34 +136,34 @@ def _half(rows: Rows) -> Rows:
 
 def test_a_stream_of_another_version_is_rejected() -> None:
     request, rows = make_request([[1, 2]], 4)
-    data = stream(rows, [0], 4).replace(b"protocol\x00", b"protokol\x00")
-    with pytest.raises(VersionMismatch, match="expected protocol 2"):
+    data = stream(request, rows, [0]).replace(b"protocol\x00", b"protokol\x00")
+    with pytest.raises(VersionMismatch, match="expected protocol 3"):
         read_stream(data, request, CARD)
 
 
 def test_another_fingerprint_is_rejected() -> None:
     request, rows = make_request([[1, 2]], 4)
     with pytest.raises(FingerprintMismatch, match="expected fingerprint aaaa.*received cccc"):
-        read_stream(stream(rows, [0], 4, "c" * 64), request, CARD)
+        read_stream(stream(request, rows, [0], "c" * 64), request, CARD)
 
 
 def test_another_k_than_requested_is_rejected() -> None:
     request, rows = make_request([[1, 2]], 4)
     with pytest.raises(ProtocolError, match="expected 5 candidates"):
-        read_stream(stream(rows, [0], 4), request.model_copy(update={"top_k": 5}), CARD)
+        read_stream(stream(request, rows, [0]), request.model_copy(update={"top_k": 5}), CARD)
 
 
 def test_rows_of_another_length_are_rejected() -> None:
     request, rows = make_request([[1, 2, 3]], 4)
     longer = request.model_copy(update={"sequences": [[1, 2, 3, 4]]})
     with pytest.raises(ProtocolError, match="expected 3 rows from position 1, received 2 from 1"):
-        read_stream(stream(rows, [0], 4), longer, CARD)
+        read_stream(stream(request, rows, [0]), longer, CARD)
 
 
 def test_a_duplicate_sequence_is_rejected() -> None:
     request, rows = make_request([[1, 2], [3, 4]], 4)
     with pytest.raises(ProtocolError, match="sequence 0"):
-        read_stream(stream(rows, [0, 0], 4), request, CARD)
+        read_stream(stream(request, rows, [0, 0]), request, CARD)
 
 
 def test_an_empty_response_is_truncated() -> None:
@@ -247,11 +241,11 @@ def test_invalid_rows_are_rejected_with_their_position(fault: str) -> None:
     name, change = FAULTS[fault]
     request, (rows,) = make_request([[9, 10, 11, 12]], 64)
     assert 11 in rows.ids[1]
-    read_stream(stream([rows], [0], 64), request, CARD)
+    read_stream(stream(request, [rows], [0]), request, CARD)
     check_rows(rows, request, 0, CARD)
     change(rows, 1)
     with pytest.raises(InvalidRows, match=f"sequence 0, position 2: .*{name}"):
-        read_stream(stream([rows], [0], 64), request, CARD)
+        read_stream(stream(request, [rows], [0]), request, CARD)
     with pytest.raises(InvalidRows, match=f"sequence 0, position 2: .*{name}"):
         check_rows(rows, request, 0, CARD)
 
@@ -275,7 +269,7 @@ def test_compiled_kernels_agree_with_the_numpy_reference(sequence, top_k, faults
         if fault != "unlisted and likely" or top_k < VOCAB_SIZE // 2:
             FAULTS[fault][1](rows, row % len(rows))
     request = ScoreRequest(sequences=[sequence], starts=[1], top_k=top_k)
-    sent = stream([rows], [0], top_k)
+    sent = stream(request, [rows], [0])
     with np.errstate(over="ignore"):
         halved = replace(rows, logprobs=rows.logprobs.astype(np.float16).astype(np.float32))
     expected = result_of(lambda: decode_with_numpy(halved, np.array(sequence[1:], dtype=np.uint32), VOCAB_SIZE))
@@ -308,7 +302,8 @@ def test_a_missing_value_is_rejected_and_never_read_as_0(name: str) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, sent_schema) as writer:
         batch = pa.record_batch(arrays, schema=sent_schema)
-        writer.write_batch(batch, custom_metadata={"index": "0", "start": "1"})
+        digest = request_digest(id_array(request.sequences[0]), 1, request.top_k)
+        writer.write_batch(batch, custom_metadata={"index": "0", "start": "1", "request": digest})
     with pytest.raises(InvalidRows, match=f"sequence 0, position 2: {name.split()[-1]} has a missing value"):
         read_stream(sink.getvalue().to_pybytes(), request, CARD)
 
@@ -317,8 +312,8 @@ def test_a_batch_with_fewer_rows_than_it_claims_is_rejected() -> None:
     held, claimed = 1235, 98765
     request, rows = make_request([[7] * held], 1)
     longer = request.model_copy(update={"sequences": [[7] * claimed]})
-    data = stream(rows, [0], 1).replace(struct.pack("<q", held - 1), struct.pack("<q", claimed - 1))
-    with pytest.raises(ProtocolError, match="sequence 0: inconsistent record batch"):
+    data = stream(request, rows, [0]).replace(struct.pack("<q", held - 1), struct.pack("<q", claimed - 1))
+    with pytest.raises(ProtocolError, match="malformed record batch of sequence 0"):
         read_stream(data, longer, CARD)
 
 
@@ -326,12 +321,12 @@ def test_an_unlisted_token_more_probable_than_the_tail_is_rejected() -> None:
     request, rows = make_request([[1, 2]], 4)
     wrong = replace(rows[0], actual=np.array([-0.01], dtype=np.float32), ids=np.array([[5, 6, 7, 8]], dtype=np.uint32))
     with pytest.raises(InvalidRows, match="more probable than the whole tail"):
-        read_stream(stream([wrong], [0], 4), request, CARD)
+        read_stream(stream(request, [wrong], [0]), request, CARD)
 
 
 def test_a_batch_without_its_index_is_rejected() -> None:
     request, rows = make_request([[1, 2]], 4)
-    data = stream(rows, [0], 4).replace(b"index", b"xedni")
+    data = stream(request, rows, [0]).replace(b"index", b"xedni")
     with pytest.raises(ProtocolError, match="without a usable index"):
         read_stream(data, request, CARD)
 
@@ -341,4 +336,4 @@ def test_a_uniform_distribution_is_valid_in_half_precision() -> None:
     ids = np.tile(np.arange(VOCAB_SIZE, dtype=np.uint32), (3, 1))
     rows = Rows(1, ids, uniform, uniform[:, 0], np.zeros(3, dtype=np.float32))
     request = ScoreRequest(sequences=[[0, 1, 2, 3]], starts=[1], top_k=VOCAB_SIZE)
-    assert len(read_stream(stream([rows], [0], VOCAB_SIZE), request, CARD)) == 1
+    assert len(read_stream(stream(request, [rows], [0]), request, CARD)) == 1

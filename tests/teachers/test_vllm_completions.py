@@ -17,14 +17,14 @@ from tests.rows import random_rows
 
 VOCAB_SIZE = 300
 CARD = TeacherCard(
-    model="m", fingerprint="a" * 64, engine="e", dtype="float32", vocab_size=VOCAB_SIZE, tokenizer_sha256="b" * 64,
-    bos_id=None, eos_id=None, expects_bos=False, max_tokens=100, max_top_k=64,
+    model="org/model", fingerprint="a" * 64, engine="e", dtype="float32", vocab_size=VOCAB_SIZE,
+    tokenizer_sha256="b" * 64, bos_id=None, eos_id=None, expects_bos=False, max_tokens=100, max_top_k=64,
 )  # fmt: skip
 
 
 def make_choices(rows: list[Rows], sequences: list[list[int]]) -> list[dict[str, Any]]:
     pairs = enumerate(zip(rows, sequences, strict=True))
-    return [choice(i, prompt_logprobs(s, r, VOCAB_SIZE)) for i, (r, s) in pairs]
+    return [choice(i, s, prompt_logprobs(s, r, VOCAB_SIZE)) for i, (r, s) in pairs]
 
 
 def make_request(*lengths: int, top_k: int = 8, start: int = 1) -> tuple[ScoreRequest, list[Rows]]:
@@ -163,5 +163,5 @@ def test_a_duplicate_candidate_in_the_json_is_rejected() -> None:
 def test_a_response_that_does_not_match_the_request_is_rejected(wrong: Callable[[list[Any]], list[Any]]) -> None:
     request, rows = make_request(4, 6)
     data = json.dumps(completion(wrong(make_choices(rows, request.sequences)))).encode()
-    with pytest.raises(errors.ProtocolError, match="expected"):
+    with pytest.raises(errors.ProtocolError, match="expected|malformed completion"):
         read_completion(data, request, CARD)

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from teachers.client.addresses import reject_credentials
 from teachers.server.ray_options import RayServeOptions
 from trainer.config_section import Positive, Roles, Seconds, Section, Weight, one_of
 from trainer.signals import SIGNALS, signal_class
@@ -62,6 +63,8 @@ class TeacherConfig(Section):
     def _check(self) -> "TeacherConfig":
         if not self.urls and self.urls_file is None:
             raise ValueError("urls: expected at least one address, or a urls_file that lists them")
+        for url in self.urls:
+            reject_credentials(self.name, url)  # no ValueError, whose message would repeat the value
         return self
 
     @property

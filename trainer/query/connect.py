@@ -12,7 +12,7 @@ from teachers.client.addresses import TeacherAddress
 from teachers.client.health import TeacherEvent
 from teachers.client.pool import TeacherPool
 from teachers.keys import key_from_environment, key_from_file
-from teachers.protocol.errors import Rejected, TeacherError
+from teachers.protocol.errors import ProtocolError, Rejected, TeacherError
 from teachers.protocol.messages import TeacherCard
 from trainer.paths import resolve_tokenizer_dir, tables_dir
 from trainer.query.config import TeacherConfig
@@ -22,6 +22,7 @@ from trainer.sources.config import DataConfig
 from trainer.tokenization import SampleTokenizer, load_chat_template
 
 T = TypeVar("T")
+MAX_PADDING_IDS = 65_536  # ids of a model beyond those of its tokenizer; a table of all ids is allocated
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +91,17 @@ def checked_vocabulary(config: TeacherConfig, card: TeacherCard, files: Mapping[
     """Return the teacher's vocabulary.
 
     Raises TeacherError or TokenizerError, naming the teacher, if top_k exceeds the teacher's limit, if the tokenizer
-    has ids that the model does not have, or if the BOS of card and tokenizer differ.
+    has ids that the model does not have or far fewer ids, or if the BOS of card and tokenizer differ.
     """
     if config.top_k > card.max_top_k:
         raise Rejected(f"teacher {config.name}: top_k is {config.top_k}, the teacher returns at most {card.max_top_k}")
-    vocabulary = Vocabulary.from_files(files, name=config.name).with_roles(config.roles).within(card.vocab_size)
+    vocabulary = Vocabulary.from_files(files, name=config.name).with_roles(config.roles)
+    if card.vocab_size > max(2 * len(vocabulary), len(vocabulary) + MAX_PADDING_IDS):
+        raise ProtocolError(
+            f"teacher {config.name}: its card states a vocabulary of {card.vocab_size} ids, its tokenizer has "
+            f"{len(vocabulary)}: that is no padding; serve the model with its own tokenizer"
+        )
+    vocabulary = vocabulary.within(card.vocab_size)
     bos = vocabulary.roles.get("bos")
     if card.prefix and bos is not None and card.prefix != [bos]:
         raise TeacherError(

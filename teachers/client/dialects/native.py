@@ -1,13 +1,15 @@
 """The native dialect: the protocol of teachers.protocol over HTTP."""
 
+import asyncio
 import hashlib
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from teachers.client.dialects.base import ReplicaAddress, has_route
 from teachers.client.http import Sender, Transport
+from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import FingerprintMismatch, ProtocolError, TeacherError
 from teachers.protocol.messages import (
     ARROW_STREAM,
@@ -22,7 +24,8 @@ from teachers.protocol.rows import Rows
 from teachers.protocol.wire_format import check_version, read_stream
 
 CARD_TIMEOUT_S = 30.0
-FILE_TIMEOUT_S = 120.0
+FILES_TIMEOUT_S = 240.0  # of all tokenizer files together
+MAX_FILES_BYTES = 256 << 20  # of all tokenizer files together; the largest known tokenizer.json has 35 MB
 OVERHEAD_BYTES = 64 * 1024  # schema, batch headers and end marker of a stream
 SEQUENCE_BYTES = 1024  # header of one record batch
 M = TypeVar("M", bound=BaseModel)
@@ -77,7 +80,7 @@ class NativeClient:
         """Return once the engine has scored a token. Raises Unavailable if it does not."""
         data = await self._http.get("/ready", CARD_TIMEOUT_S)
         with self._http.named_errors():
-            parse(Ready, data)
+            parse(Ready, data, "response of /ready")
 
     async def ping(self, timeout_s: float) -> None:
         await self._http.get("/health", timeout_s)
@@ -85,32 +88,26 @@ class NativeClient:
     async def check(self, card: TeacherCard, timeout_s: float) -> None:
         received = await self._card(timeout_s)
         with self._http.named_errors():
-            if received != card:
-                raise FingerprintMismatch(
-                    f"expected fingerprint {card.fingerprint[:12]}, received {received.fingerprint[:12]}: the teacher "
-                    "was restarted with other weights, another tokenizer or other limits"
-                )
+            if difference := card.difference(received):
+                raise FingerprintMismatch(f"{difference}: the teacher was restarted with another model or other limits")
 
     async def tokenizer_files(self, card: TeacherCard) -> dict[str, bytes]:
+        deadline = asyncio.get_running_loop().time() + FILES_TIMEOUT_S
         listing = await self._http.get("/v1/teacher/tokenizer", CARD_TIMEOUT_S)
         with self._http.named_errors():
-            try:
-                entries = _LISTING.validate_json(listing)
-            except ValidationError as error:
-                raise ProtocolError(f"the list of tokenizer files is malformed: {error.errors()[0]['msg']}") from error
-        files = {}
-        for entry in entries:
-            if entry.name in TOKENIZER_FILES:
-                files[entry.name] = await self._http.get(f"/v1/teacher/tokenizer/{entry.name}", FILE_TIMEOUT_S)
-        expected = {entry.name: entry.sha256 for entry in entries} | {"tokenizer.json": card.tokenizer_sha256}
-        with self._http.named_errors():
-            for name, sha256 in expected.items():
-                received = hashlib.sha256(files.get(name, b"")).hexdigest()
-                if name in TOKENIZER_FILES and received != sha256:
+            expected = _expected_files(listing, card)
+        files: dict[str, bytes] = {}
+        for name, sha256 in expected.items():
+            remaining_bytes = MAX_FILES_BYTES - sum(map(len, files.values()))
+            remaining_s = max(deadline - asyncio.get_running_loop().time(), 0.001)
+            data = await self._http.get(f"/v1/teacher/tokenizer/{name}", remaining_s, remaining_bytes)
+            with self._http.named_errors():
+                if (received := hashlib.sha256(data).hexdigest()) != sha256:
                     raise FingerprintMismatch(
                         f"expected {name} with sha256 {sha256[:12]}, received {received[:12]}: "
                         "the server provides another tokenizer than its card states"
                     )
+            files[name] = data
         return files
 
     async def score(self, request: ScoreRequest, card: TeacherCard, timeout_s: float) -> list[Rows]:
@@ -133,6 +130,22 @@ class NativeClient:
             return parse_card(data)
 
 
+def _expected_files(listing: bytes, card: TeacherCard) -> dict[str, str]:
+    """Return the sha256 of every file to request. The card states those of tokenizer and chat template."""
+    with decoding("list of tokenizer files"):
+        entries = _LISTING.validate_json(listing)
+    files: dict[str, str] = {}
+    for entry in entries:
+        if entry.name in files:
+            raise ProtocolError(f"the list of tokenizer files names {entry.name} twice")
+        if entry.name in TOKENIZER_FILES:
+            files[entry.name] = entry.sha256
+    files["tokenizer.json"] = card.tokenizer_sha256
+    if card.chat_template_sha256 is not None:
+        files["chat_template.jinja"] = card.chat_template_sha256
+    return files
+
+
 class _CardVersion(BaseModel):
     """The version of a card. Every other field may differ between versions."""
 
@@ -143,16 +156,11 @@ class _CardVersion(BaseModel):
 
 def parse_card(data: bytes) -> TeacherCard:
     """Parse a card. Raises VersionMismatch before anything but the version is validated, then ProtocolError."""
-    check_version(parse(_CardVersion, data).protocol)
-    return parse(TeacherCard, data)
+    check_version(parse(_CardVersion, data, "card").protocol)
+    return parse(TeacherCard, data, "card")
 
 
-def parse(model: type[M], data: bytes) -> M:
-    """Parse a message. Raises ProtocolError naming the wrong field."""
-    try:
+def parse(model: type[M], data: bytes, name: str) -> M:
+    """Parse a message, which `name` names in errors. Raises ProtocolError naming the wrong field."""
+    with decoding(name):
         return model.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the response"
-        name = model.__name__.strip("_").lower()
-        raise ProtocolError(f"malformed {name}: {field}: {first['msg']}") from error

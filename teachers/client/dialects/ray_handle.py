@@ -15,6 +15,7 @@ from teachers.client.dialects.base import ReplicaAddress
 from teachers.client.dialects.native import NativeClient
 from teachers.client.http import Headers, Response
 from teachers.protocol.errors import Overloaded, TeacherError, Unavailable
+from teachers.protocol.untrusted_text import clean
 
 SCHEME = "serve"
 
@@ -86,9 +87,9 @@ def _mapped_errors() -> Iterator[None]:
     try:
         yield
     except BackPressureError as error:
-        raise Overloaded(str(error), error.retry_after_s) from error
+        raise Overloaded(clean(error), error.retry_after_s) from error
     except (RayError, RayServeException) as error:
-        last_line = str(error).strip().rpartition("\n")[2]  # the lines before are the replica's traceback
+        last_line = clean(str(error).strip().rpartition("\n")[2])  # the lines before are the replica's traceback
         raise Unavailable(f"Ray: {type(error).__name__}: {last_line}") from error
     except ConnectionError as error:
         raise Unavailable(f"no Ray cluster found: {error}") from error

@@ -15,8 +15,10 @@ import msgspec
 import numpy as np
 
 from teachers.bos import bos_id_of, declared_bos
+from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import FingerprintMismatch, TeacherError
 from teachers.protocol.messages import PROBE, TOKENIZER_FILES, TeacherCard
+from teachers.protocol.untrusted_text import clean
 
 PROBE_TEXT = PROBE + "\n\tdef f(x): return x ** 2  # 1,234.5 € – naïve 東京 🙂\n"
 # Mean |Δ| in nats per token of PROBE_TEXT, measured with SmolLM2-135M in bfloat16. One vLLM, alone and with 40 other
@@ -24,13 +26,21 @@ PROBE_TEXT = PROBE + "\n\tdef f(x): return x ** 2  # 1,234.5 € – naïve 東�
 PROBE_TOLERANCE = 0.1
 
 
+MAX_NAME_CHARS = 300  # of a model, which requests and messages repeat, and of its source
+
+
 class Model(msgspec.Struct):
-    """An entry of `/v1/models`. An entry with a parent is an adapter."""
+    """An entry of `/v1/models`. An entry with a parent is an adapter. Names that `clean` would change are rejected."""
 
     id: str
     max_model_len: int | None = None
     root: str | None = None
     parent: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (self.id, self.root or ""):
+            if clean(name, MAX_NAME_CHARS) != name:
+                raise ValueError(f"expected a name of at most {MAX_NAME_CHARS} printable characters")
 
     @property
     def max_tokens(self) -> int:
@@ -127,26 +137,29 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
         raise TeacherError(f"{path}: expected a JSON object: {error}") from error
 
 
-def draft_card(model: Model, folder: TokenizerFolder, probe_ids: Sequence[int]) -> VllmCard:
-    """Build the card without the fields that need requests: version, vocabulary, K, BOS and probe."""
+def draft_card(
+    model: Model, folder: TokenizerFolder, vocab_size: int, version: str, probe_ids: Sequence[int]
+) -> VllmCard:
+    """Build the card without the fields that need further requests: K, BOS and probe. Raises TeacherError."""
     tokenizer_sha256 = folder.sha256("tokenizer.json")
     assert tokenizer_sha256 is not None
-    return VllmCard(
-        model=model.id,
-        fingerprint=model.fingerprint(tokenizer_sha256),
-        engine="vllm",
-        dtype="unknown",
-        vocab_size=folder.config.get("vocab_size", 0),
-        tokenizer_sha256=tokenizer_sha256,
-        bos_id=folder.bos_id,
-        eos_id=folder.special_id("eos"),
-        expects_bos=False,
-        chat_template_sha256=folder.sha256("chat_template.jinja"),
-        max_tokens=model.max_tokens,
-        max_top_k=0,
-        root=model.root,
-        probe_ids=tuple(probe_ids),
-    )
+    with decoding(f"card (from /v1/models and {folder.path})"):
+        return VllmCard(
+            model=model.id,
+            fingerprint=model.fingerprint(tokenizer_sha256),
+            engine=f"vllm {version}",
+            dtype="unknown",
+            vocab_size=vocab_size,
+            tokenizer_sha256=tokenizer_sha256,
+            bos_id=folder.bos_id,
+            eos_id=folder.special_id("eos"),
+            expects_bos=False,
+            chat_template_sha256=folder.sha256("chat_template.jinja"),
+            max_tokens=model.max_tokens,
+            max_top_k=1,
+            root=model.root,
+            probe_ids=tuple(probe_ids),
+        )
 
 
 def check_ids(expected: Sequence[int], received: Sequence[int], source: str) -> None:

@@ -3,6 +3,10 @@
 Format of vLLM 0.32: a response has one entry of `prompt_logprobs` per token of the prompt. The first entry is null.
 Each other entry has the K most probable tokens, with ranks 1 … K, and the actual token if it is not among them, so K or
 K + 1 tokens, keyed by id. −∞ is sent as −9999.0. The parser skips decoded tokens and generated text.
+
+A response has no digest of its request. What it repeats of the request is compared: name of the model, prompt ids,
+number of positions, and that every position has the actual token. A response to the same prompts from other weights of
+the same name passes.
 """
 
 from dataclasses import dataclass
@@ -13,10 +17,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.protocol.errors import InvalidRows, ProtocolError
+from teachers.protocol.decoding import decoding
+from teachers.protocol.errors import InvalidRows, ProtocolError, RequestMismatch
 from teachers.protocol.kernels import MASS_TOLERANCE
 from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows, check_rows
+from teachers.protocol.untrusted_text import clean
 
 MINUS_INFINITY = -9999.0  # as vLLM writes −∞; no log-probability of a model is that low
 MAX_ENTRY_BYTES = 512  # of one candidate with its text; 72 for SmolLM2
@@ -35,12 +41,14 @@ class Choice(msgspec.Struct):
     """The completion of one prompt."""
 
     index: int
+    prompt_token_ids: list[Id] | None = None
     prompt_logprobs: list[dict[Id, Entry] | None] | None = None
 
 
 class Completion(msgspec.Struct):
     """The response."""
 
+    model: str
     choices: list[Choice]
 
 
@@ -57,6 +65,7 @@ def completion_request(model: str, request: ScoreRequest, **extra_fields: Any) -
         "max_tokens": 1,
         "temperature": 0.0,
         "add_special_tokens": False,
+        "return_token_ids": True,
     }
     return msgspec.json.encode(body | extra_fields)
 
@@ -69,15 +78,16 @@ def response_limit_bytes(request: ScoreRequest) -> int:
 def read_completion(data: bytes, request: ScoreRequest, card: TeacherCard) -> list[Rows]:
     """Decode and check a whole response. Returns one Rows per sequence, in the order of the request.
 
-    Raises InvalidRows, and ProtocolError for any other fault.
+    Raises RequestMismatch, InvalidRows, and ProtocolError for any other fault.
     """
-    try:
-        choices = _DECODER.decode(data).choices
-    except msgspec.DecodeError as error:
-        raise ProtocolError(f"expected a completion with prompt_logprobs, received something else: {error}") from error
+    with decoding("completion"):
+        completion = _DECODER.decode(data)
+    if completion.model != card.model:
+        raise RequestMismatch(f"expected a completion of {card.model}, received one of {clean(completion.model, 100)}")
+    choices = completion.choices
     by_index = {choice.index: choice for choice in choices}
     if len(choices) != len(request.sequences) or set(by_index) != set(range(len(choices))):
-        received = sorted(choice.index for choice in choices)
+        received = clean(sorted(choice.index for choice in choices), 100)
         raise ProtocolError(f"expected completions 0 … {len(request.sequences) - 1}, received {received}")
     return [_rows(by_index[i], request, card) for i in range(len(choices))]
 
@@ -95,6 +105,7 @@ class _Position:
 
 def _rows(choice: Choice, request: ScoreRequest, card: TeacherCard) -> Rows:
     sequence, start, top_k = request.sequences[choice.index], request.starts[choice.index], request.top_k
+    _check_prompt(choice, sequence)
     positions = choice.prompt_logprobs
     if positions is None or len(positions) != len(sequence):
         received = "none" if positions is None else str(len(positions))
@@ -117,6 +128,22 @@ def _rows(choice: Choice, request: ScoreRequest, card: TeacherCard) -> Rows:
         actual_logprobs = np.array(actual).astype(np.float32)
     rows = Rows(start, sorted_ids, logprobs.astype(np.float32), actual_logprobs, tail)
     return check_rows(rows, request, choice.index, card)
+
+
+def _check_prompt(choice: Choice, sequence: list[int]) -> None:
+    """Compare the prompt of a completion with the request."""
+    received = choice.prompt_token_ids
+    if received is None:
+        raise ProtocolError(
+            f"sequence {choice.index}: expected prompt_token_ids, received none: vLLM 0.32 returns them"
+        )
+    if received != sequence:
+        pairs = enumerate(zip(sequence, received, strict=False))
+        first = next((i for i, (a, b) in pairs if a != b), min(len(sequence), len(received)))
+        raise RequestMismatch(
+            f"sequence {choice.index}: expected a completion of its {len(sequence)} ids, received one of "
+            f"{len(received)} other ids, different from position {first} on"
+        )
 
 
 def _flatten(

@@ -35,6 +35,7 @@ from teachers.client.dialects.vllm_card import (
 )
 from teachers.client.dialects.vllm_completions import completion_request, read_completion, response_limit_bytes
 from teachers.client.http import Transport
+from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import FingerprintMismatch, NotFound, ProtocolError, Rejected, TeacherError, Unauthorized
 from teachers.protocol.messages import PROBE, ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows
@@ -43,6 +44,7 @@ log = logging.getLogger("tutelage.client")
 JSON = "application/json"
 TIMEOUT_S = 60.0
 MAX_TOKENS_BYTES = 1 << 20  # of a response of /tokenize
+MAX_LIST_BYTES = 1 << 20  # of the list of models: a server may have thousands of adapters
 MAX_TOP_K = 1024  # if the server sets no limit
 MAX_VOCAB_SIZE = 1 << 22
 
@@ -163,10 +165,10 @@ class VllmOpenAIClient:
         ids = await self._tokenize(model.id, PROBE_TEXT)
         with self._http.named_errors():
             check_ids(expected, ids, f"{folder.path}/tokenizer.json")
-            card = draft_card(model, folder, ids)
-        card = card.model_copy(update={"engine": f"vllm {(await self._get('/version', _Version)).version}"})
-        if card.vocab_size == 0:
-            card = card.model_copy(update={"vocab_size": await self._vocab_size(model)})
+        vocab_size = folder.config.get("vocab_size") or await self._vocab_size(model)
+        version = (await self._get("/version", _Version)).version
+        with self._http.named_errors():
+            card = draft_card(model, folder, vocab_size, version, ids)
         card = card.model_copy(update={"max_top_k": await self._max_top_k(card)})
         card = card.model_copy(update={"expects_bos": await self._expects_bos(card, folder)})
         # at the largest K, where logits are recognized best by their mass
@@ -249,15 +251,11 @@ class VllmOpenAIClient:
         return self._parse(data, _Tokens).tokens
 
     async def _get(self, path: str, kind: type[T], timeout_s: float = TIMEOUT_S) -> T:
-        return self._parse(await self._http.get(path, timeout_s), kind)
+        return self._parse(await self._http.get(path, timeout_s, MAX_LIST_BYTES), kind)
 
     def _parse(self, data: bytes, kind: type[T]) -> T:
-        with self._http.named_errors():
-            try:
-                return msgspec.json.decode(data, type=kind)
-            except msgspec.DecodeError as error:
-                name = kind.__name__.strip("_")
-                raise ProtocolError(f"expected vLLM's {name}, received something else: {error}") from error
+        with self._http.named_errors(), decoding(f"vLLM {kind.__name__.strip('_')}"):
+            return msgspec.json.decode(data, type=kind)
 
 
 async def _largest(maximum: int, accepts: Callable[[int], Awaitable[bool]]) -> int:
