@@ -73,6 +73,8 @@ def check_model_files(folder: Path) -> ModelFiles:
     """
     with model_errors(folder):
         config = read_json(folder / "config.json")
+        if (folder / "generation_config.json").exists():  # transformers ignores a damaged one, the export changes it
+            read_json(folder / "generation_config.json")
         if (folder / "adapter_config.json").exists():
             raise ValueError("it has an adapter_config.json; merge the adapter into the weights and remove the file")
         if "transformers_weights" in config:
@@ -147,8 +149,10 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def _check_entry(entry: Mapping[str, Any], name: str, num_bytes: int) -> None:
     """Compare type and shape of one tensor with its bytes. Raises ValueError."""
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in DTYPE_BYTES and not (isinstance(dtype, str) and dtype.startswith("F")):
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str) or (dtype not in DTYPE_BYTES and not dtype.startswith("F")):
         raise ValueError(f"tensor {name!r} has the unknown type {dtype!r}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {name!r} has no valid shape and position: {shape!r}, {offsets!r}")

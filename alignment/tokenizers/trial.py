@@ -45,7 +45,7 @@ def _trial(tokenizer_json: bytes) -> str:
     if done.returncode < 0:
         return f"loading it exceeded the limits of memory or time (signal {-done.returncode})"
     try:
-        error = json.loads(done.stdout).get("error", "")
+        answer = str(json.loads(done.stdout).get("error", ""))
     except ValueError:
         return f"the process that tried it ended with {done.returncode}"
-    return "".join(c if c.isprintable() else " " for c in str(error))
+    return "".join(c if c.isprintable() else " " for c in answer)

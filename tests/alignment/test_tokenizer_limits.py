@@ -122,7 +122,12 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_of_a_teacher_are_tried_once_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Any] = []
     run = subprocess.run
-    monkeypatch.setattr(trial.subprocess, "run", lambda *a, **k: (runs.append(a), run(*a, **k))[1])
+
+    def counted(*args: Any, **options: Any) -> Any:
+        runs.append(args)
+        return run(*args, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
     files = {"tokenizer.json": tokenizer_json("byte_level").encode()}
     assert len(Vocabulary.from_files(files, name="a")) == len(Vocabulary.from_files(files, name="b")) > 400
     assert len(runs) == 1
