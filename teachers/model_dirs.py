@@ -29,6 +29,19 @@ def in_hub_cache(path: Path, kind: str) -> bool:
     return path.parent.name == kind and path.parent.parent.name.startswith("models--")
 
 
+def file_inside(folder: Path, name: str) -> Path | None:
+    """Return a regular file of a model directory; None if it is missing, no regular file or a link to elsewhere.
+
+    Links may lead to another file of the directory, and in a snapshot of a hub cache to the blobs of its own model.
+    """
+    path, own = folder / name, folder.resolve()
+    if not path.is_file():
+        return None
+    target = path.resolve()
+    blobs = own.parents[1] / "blobs" if in_hub_cache(own, "snapshots") else own
+    return path if target.is_relative_to(own) or target.parent == blobs else None
+
+
 def weights_sha256(folder: Path, config_folder: Path | None = None) -> str:
     """Hash the weights of a model: config.json, *.safetensors and *.bin, by name and content.
 

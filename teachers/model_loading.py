@@ -1,36 +1,103 @@
 """Load a model directory with transformers, for students and teachers, and choose the type to compute in.
 
 transformers initializes missing weights at random with only a warning, and its default attention ignores soft caps.
-load_model treats both cases correctly.
+load_model treats both cases correctly. A directory is data: its code is never executed, and its config.json chooses no
+implementation of attention or experts, which transformers would download as kernels.
 """
 
 import platform
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from teachers.model_checks import ModelFiles, check_model_files, model_errors, read_json
+
+NO_CODE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Arguments of every `from_pretrained`: without them transformers asks on standard input whether to execute code."""
+MAX_EXCESS = 2.0  # a config may declare this many times the stored values, see _check_size
+MIN_EXCESS = 1 << 24
 MEASURE_S = 0.05  # per type, in bf16_is_native
+
+
+def load_config(folder: Path) -> Any:
+    """Read the configuration of a causal language model, and compare it with the headers of the weights.
+
+    Implementations that config.json names are dropped. Raises ModelError.
+    """
+    with model_errors(folder):
+        if read_json(folder / "config.json").get("quantization_config") is not None:
+            raise ValueError(
+                "its weights are quantized (quantization_config), which transformers would load with kernels from the "
+                "network: use unquantized weights, or serve it with --engine vllm"
+            )
+        config = read_config(folder)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"transformers has no causal language model for {config.model_type}")
+        _check_size(config, check_model_files(folder))
+    return config
+
+
+def read_config(folder: Path) -> Any:
+    """Read the configuration with transformers, without the implementations that it names."""
+    config: Any = AutoConfig.from_pretrained(folder, **NO_CODE)
+    config._attn_implementation = None  # these two setters include the sections
+    config._experts_implementation = None
+    return config
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """Load a causal language model.
 
-    Raises ValueError if weights are missing, and the errors of transformers if the directory cannot be loaded.
+    Raises ModelError if the directory cannot be loaded, if weights are missing, or if one is NaN or infinite.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    has_soft_cap = getattr(config, "attn_logit_softcapping", None) is not None  # Gemma 2
+    config = load_config(folder)
+    has_soft_cap = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None  # Gemma 2
     attention = {"attn_implementation": "eager"} if has_soft_cap else {}
     loader: Any = AutoModelForCausalLM
-    model, info = loader.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True, **attention
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"its files lack {len(missing)} of the model's weights, for example {missing[0]}")
+    with model_errors(folder):
+        model, info = loader.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported here, in one sentence
+            output_loading_info=True,
+            **NO_CODE,
+            **attention,
+        )
+        if info["mismatched_keys"]:
+            name, stored, declared = min(info["mismatched_keys"])
+            raise ValueError(f"the weight {name} has shape {list(stored)}, its config.json declares {list(declared)}")
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its files lack {len(missing)} of the model's weights, for example {missing[0]}")
+        for name, parameter in model.named_parameters():
+            check_finite(name, parameter.detach())
     return model
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise ValueError if a weight is NaN or infinite: the extremes show it, without a tensor of booleans."""
+    if weight.is_floating_point() and weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+        raise ValueError(f"the weight {name} has values that are NaN or infinite")
+
+
+def _check_size(config: Any, files: ModelFiles) -> None:
+    """Raise ValueError if the model that a configuration declares is much larger than the stored weights.
+
+    The model is built without memory. A few missing weights are left to load_model, which names them.
+    """
+    loader: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = loader.from_config(config, trust_remote_code=False)
+    declared = sum(parameter.numel() for parameter in model.parameters())
+    if declared > MAX_EXCESS * files.num_elements + MIN_EXCESS:
+        raise ValueError(f"config.json declares {declared} weights, its files have {files.num_elements}")
 
 
 def resolve_dtype(dtype: str, device: str) -> Literal["bfloat16", "float32"]:

@@ -6,13 +6,33 @@ and one line of the registry `alignment.tokenizers.TOKENIZER_KINDS`.
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 Spec = Mapping[str, Any]  # a parsed tokenizer.json, or one part of it
 
+MAX_REASON_CHARS = 300
+
 
 class TokenizerError(ValueError):
     """A tokenizer that cannot be converted to bytes, with the file and the reason."""
+
+
+@contextmanager
+def tokenizer_errors(name: str, failed: str = "cannot be read") -> Iterator[None]:
+    """Turn every error of the block into TokenizerError.
+
+    The files can contain any JSON, and the library `tokenizers` raises bare Exception and panics, which are no
+    Exception.
+    """
+    try:
+        yield
+    except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = "".join(c if c.isprintable() else " " for c in str(error)[:MAX_REASON_CHARS])
+        kind = "" if type(error) in (Exception, ValueError) and reason else f"{type(error).__name__}: "
+        raise TokenizerError(f"the tokenizer of {name} {failed}: {kind}{reason}") from error
 
 
 class TokenizerKind(Protocol):

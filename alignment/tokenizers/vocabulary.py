@@ -9,10 +9,10 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -21,9 +21,12 @@ from alignment.offsets import Tokens
 from alignment.placement import locate_tokens
 from alignment.tokenizers import tokenizer_kind
 from alignment.tokenizers.continuation import ContinuationWriter
-from alignment.tokenizers.kinds import TokenizerError, TokenizerKind, token_bytes_of
+from alignment.tokenizers.kinds import Spec, TokenizerError, TokenizerKind, token_bytes_of, tokenizer_errors
+from alignment.tokenizers.limits import MAX_FILE_BYTES, check_limits, parse_object
 from alignment.tokenizers.rendered import RenderedEncoder
 from alignment.tokenizers.roles import ROLES, expects_bos, roles_of
+from alignment.tokenizers.trial import try_tokenizer
+from alignment.tokenizers.trial_process import PROBE
 from alignment.trie import Trie, build_trie
 
 
@@ -50,27 +53,40 @@ class Vocabulary:
     @classmethod
     def load(cls, folder: Path) -> "Vocabulary":
         """Load a Hugging Face model directory. Raises TokenizerError if it has no fast tokenizer."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise TokenizerError(f"{folder} has no tokenizer.json: give a directory with a fast tokenizer")
-        config = folder / "tokenizer_config.json"
-        return cls.parse(path.read_bytes(), config.read_bytes() if config.is_file() else b"{}", name=folder.name)
+        path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        with tokenizer_errors(folder.name):
+            if not path.is_file():
+                raise TokenizerError(f"{folder} has no tokenizer.json: give a directory with a fast tokenizer")
+            data, config_data = (_read(path), _read(config) if config.is_file() else b"{}")
+        return cls.parse(data, config_data, name=folder.name)
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], *, name: str) -> "Vocabulary":
-        """Build from the tokenizer files of a teacher, by file name."""
-        return cls.parse(files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=name)
+        """Build from the tokenizer files of a teacher, by file name, which are tried in a process of their own first.
+
+        Raises TokenizerError.
+        """
+        return cls.parse(files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=name, trial=True)
 
     @classmethod
-    def parse(cls, tokenizer_json: bytes, config_json: bytes = b"{}", *, name: str) -> "Vocabulary":
-        """Build from the contents of the two files. Raises TokenizerError if no registered kind can read them."""
-        try:
-            spec: dict[str, Any] = json.loads(tokenizer_json)
-            config: dict[str, Any] = json.loads(config_json)
-            text = tokenizer_json.decode()
-        except ValueError as error:
-            raise TokenizerError(f"the tokenizer of {name} cannot be read: {error}") from error
-        tokenizer = _load_tokenizer(text, name)
+    def parse(
+        cls, tokenizer_json: bytes, config_json: bytes = b"{}", *, name: str, trial: bool = False
+    ) -> "Vocabulary":
+        """Build from the contents of the two files, with `trial` after a trial in a process of its own.
+
+        Raises TokenizerError if the files exceed a limit or no registered kind can read them.
+        """
+        spec = parse_object(tokenizer_json, "tokenizer.json", name)
+        config = parse_object(config_json, "tokenizer_config.json", name)
+        check_limits(spec, name)
+        if trial:
+            try_tokenizer(tokenizer_json, name)
+        with tokenizer_errors(name):
+            return cls._build(spec, config, tokenizer_json, name)
+
+    @classmethod
+    def _build(cls, spec: Spec, config: Spec, tokenizer_json: bytes, name: str) -> "Vocabulary":
+        tokenizer = _load_tokenizer(tokenizer_json.decode())
         kind = tokenizer_kind(spec, name)
         continuation = kind.as_continuation(spec)
         unchanged = continuation == spec
@@ -83,7 +99,7 @@ class Vocabulary:
             roles=roles,
             expects_bos=expects_bos(spec, config, roles),
             _tokenizer=tokenizer,
-            _continuing=tokenizer if unchanged else _load_tokenizer(json.dumps(continuation), name),
+            _continuing=tokenizer if unchanged else _load_tokenizer(json.dumps(continuation)),
         )
 
     def __len__(self) -> int:
@@ -147,26 +163,31 @@ class Vocabulary:
         Text that looks like a special token is ordinary text. With `close`, EOS follows the text as a separate token
         without bytes; its end is one byte after the text, for teacher and student alike.
         """
-        tokens = self._located(text, self._tokenizer.encode(text, add_special_tokens=False))
+        with self._errors():
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        tokens = self._located(text, encoding)
         if close and "eos" not in self.roles:
             raise TokenizerError(f"{self.name} has no EOS token, which is needed at the end of a text")
         return tokens.with_end_token(self.roles["eos"]) if close else tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenize each text like `encode`, on all cores."""
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with self._errors():
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [self._located(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def num_tokens(self, texts: Sequence[str]) -> list[int]:
         """Count the tokens of each text, on all cores and without their positions."""
-        return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with self._errors():
+            return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_rendered(self, text: str) -> Tokens:
         """Tokenize a rendered chat: the text of a special token is that token. No BOS is added.
 
         Raises TokenizerError if the tokens do not cover the text, or if a token is beyond the ids of the model.
         """
-        return self._rendered_encoder.encode(text)
+        with self._errors():
+            return self._rendered_encoder.encode(text)
 
     def write(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Tokenize each byte string as a continuation: no BOS, no space in front.
@@ -174,7 +195,11 @@ class Vocabulary:
         Strings are accepted as the normalizer changes them. The longest tokens are used, greedily, for bytes that are
         not valid UTF-8 or that the tokenizer does not reproduce. A string that no tokens can write gives an empty list.
         """
-        return self._continuation_writer.write(pieces)
+        with self._errors():
+            return self._continuation_writer.write(pieces)
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return tokenizer_errors(self.name, "cannot write a text")
 
     def _located(self, text: str, encoding: Encoding) -> Tokens:
         token_ids = encoding.ids  # each access creates a new list
@@ -200,13 +225,17 @@ class Vocabulary:
         )
 
 
-def _load_tokenizer(tokenizer_json: str, name: str) -> Tokenizer:
+def _load_tokenizer(tokenizer_json: str) -> Tokenizer:
     """Load a tokenizer that takes special tokens in a text as text: "<eos>" is five characters, never the end."""
-    try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise TokenizerError(f"the tokenizer of {name} cannot be read: {error}") from error
+    tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    tokenizer.encode(PROBE, add_special_tokens=False)  # a regular expression or a charsmap fails only with a text
     return tokenizer
+
+
+def _read(path: Path) -> bytes:
+    """Read at most one byte more than the limit, which parse_object compares."""
+    with path.open("rb") as file:
+        return file.read(MAX_FILE_BYTES + 1)

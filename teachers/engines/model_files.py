@@ -5,13 +5,16 @@ All engines that run a model use these functions, so two engines have the same c
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from teachers.bos import bos_id_of, declared_bos
-from teachers.model_dirs import file_sha256, name_of, weights_sha256
+from teachers.model_checks import model_errors
+from teachers.model_dirs import file_inside, file_sha256, name_of, weights_sha256
+from teachers.model_loading import NO_CODE
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import TeacherError
 from teachers.protocol.messages import PROBE, TOKENIZER_FILES, TeacherCard
@@ -20,8 +23,11 @@ Files = Mapping[str, Path]
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Return the tokenizer's files by name. Raises TeacherError if `folder` is not a model directory."""
-    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    """Return the tokenizer's files by name, without links out of the directory: clients receive their content.
+
+    Raises TeacherError if `folder` is not a model directory.
+    """
+    files = {name: path for name in TOKENIZER_FILES if (path := file_inside(folder, name))}
     if "tokenizer.json" not in files or not (folder / "config.json").is_file():
         raise TeacherError(f"{folder} is not a model directory: expected config.json, weights and tokenizer.json in it")
     return files
@@ -48,7 +54,7 @@ def describe(
             dtype=dtype,
             vocab_size=config.vocab_size,
             tokenizer_sha256=tokenizer_sha256,
-            eos_id=config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id,
+            eos_id=next(iter(config.eos_token_id), None) if isinstance(config.eos_token_id, list) else config.eos_token_id,
             chat_template_sha256=file_sha256(template) if template else None,
             **engine_fields,
         )
@@ -61,25 +67,32 @@ def fingerprint(tokenizer_sha256: str, dtype: str, weights: str) -> str:
 
 def bos_id(files: Files, model_bos_id: int | None) -> int | None:
     """Return the id of BOS: see teachers.bos.bos_id_of."""
-    return bos_id_of(files["tokenizer.json"].read_bytes(), _tokenizer_config(files), model_bos_id)
+    with _file_errors(files):
+        return bos_id_of(files["tokenizer.json"].read_bytes(), _tokenizer_config(files), model_bos_id)
 
 
 def tokenizer_expects_bos(files: Files, bos_id: int | None) -> bool | None:
     """Return whether files or tokenizer put BOS in front of every text; None if the model has to be probed."""
-    declared = declared_bos(bos_id, _tokenizer_config(files))
-    if declared is not None:
-        return declared
-    return True if _tokenizer(files)(PROBE).input_ids[0] == bos_id else None
+    with _file_errors(files):
+        declared = declared_bos(bos_id, _tokenizer_config(files))
+        if declared is not None:
+            return declared
+        return True if _tokenizer(files)(PROBE).input_ids[0] == bos_id else None
 
 
 def probe_ids(files: Files) -> list[int]:
     """Return the ids of a plain sentence without special tokens, for teachers.bos.bos_probes."""
-    ids: list[int] = _tokenizer(files)(PROBE, add_special_tokens=False).input_ids
+    with _file_errors(files):
+        ids: list[int] = _tokenizer(files)(PROBE, add_special_tokens=False).input_ids
     return ids
 
 
+def _file_errors(files: Files) -> AbstractContextManager[None]:
+    return model_errors(files["tokenizer.json"].parent)
+
+
 def _tokenizer(files: Files) -> Any:
-    return AutoTokenizer.from_pretrained(files["tokenizer.json"].parent, local_files_only=True)
+    return AutoTokenizer.from_pretrained(files["tokenizer.json"].parent, **NO_CODE)
 
 
 def _tokenizer_config(files: Files) -> bytes:

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from teachers.bos import bos_probes, prefers_bos
 from teachers.engines.model_files import bos_id, describe, probe_ids, tokenizer_expects_bos, tokenizer_files
 from teachers.engines.transformers_options import TransformersOptions
+from teachers.model_checks import model_errors
 from teachers.model_loading import load_model, resolve_dtype
 from teachers.protocol.errors import EngineDead, TeacherError
 from teachers.protocol.messages import TeacherCard
@@ -52,10 +52,12 @@ class TransformersEngine:
     def __init__(self, folder: Path, options: TransformersOptions = TransformersOptions()) -> None:
         self._options = options
         self._files = tokenizer_files(folder)
-        self._model, self._dtype = _load(folder, options)
-        self._check_head()
-        self._batch_tokens = 0 if _depends_on_batch(self._model) else options.batch_tokens
-        self._card = self._describe(folder)
+        with model_errors(folder, f" on {options.device}"):
+            self._dtype = resolve_dtype(options.dtype, options.device)
+            self._model = load_model(folder, getattr(torch, self._dtype)).to(options.device).eval()
+            self._check_head()
+            self._batch_tokens = 0 if _depends_on_batch(self._model) else options.batch_tokens
+            self._card = self._describe(folder)
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -228,13 +230,3 @@ def _depends_on_batch(model: Any) -> bool:
     """Return whether scores depend on the longest sequence of a batch: longrope chooses its factors by that length."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     return "longrope" in str(rope)
-
-
-def _load(folder: Path, options: TransformersOptions) -> tuple[Any, str]:
-    """Return the model and the resolved dtype."""
-    try:
-        dtype = resolve_dtype(options.dtype, options.device)
-        return load_model(folder, getattr(torch, dtype)).to(options.device).eval(), dtype
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:  # raised by the libraries
-        reason = str(error).partition("\n")[0]
-        raise TeacherError(f"cannot load {folder} on {options.device}: {reason}") from error

@@ -30,6 +30,7 @@ from vllm.v1.outputs import LogprobsTensors
 from teachers.bos import bos_probes, prefers_bos
 from teachers.engines.model_files import bos_id, describe, probe_ids, tokenizer_expects_bos, tokenizer_files
 from teachers.engines.vllm_options import VllmOptions
+from teachers.model_checks import check_model_files
 from teachers.model_loading import resolve_dtype
 from teachers.protocol.errors import EngineDead, TeacherError, Unavailable
 from teachers.protocol.messages import TeacherCard
@@ -53,6 +54,7 @@ class VllmEngine:
     async def load(cls, folder: Path, options: VllmOptions) -> "VllmEngine":
         """Start vLLM on a model directory. Raises TeacherError if it cannot be served."""
         tokenizer_files(folder)
+        check_model_files(folder)
         try:
             client = AsyncLLM.from_engine_args(engine_args(folder, options))
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # raised by vLLM for arguments and at start
@@ -127,6 +129,7 @@ def engine_args(folder: Path, options: VllmOptions) -> AsyncEngineArgs:
     """Return vLLM's arguments for a teacher: no prefix cache, which prompt log-probabilities bypass; bounded memory."""
     arguments: dict[str, Any] = {
         "model": str(folder),
+        "trust_remote_code": False,
         "dtype": resolve_dtype(options.dtype, "cpu" if current_platform.is_cpu() else "cuda"),
         "max_model_len": options.max_tokens + 1 if options.max_tokens else None,
         "max_logprobs": options.max_top_k,

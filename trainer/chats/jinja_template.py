@@ -1,7 +1,7 @@
-"""The chat template of a model: found in its tokenizer files and rendered by transformers.
+"""The chat template of a model: found in its tokenizer files and rendered as transformers does.
 
-A template is a program, and the template of a teacher is received over the network. It is rendered by the Jinja
-sandbox of transformers only.
+A template is a program, and the template of a teacher is received over the network. It is rendered in a sandbox, in a
+process with limits (trainer/chats/template_worker.py).
 """
 
 import json
@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
-
+from trainer.chats.template_worker import WORKER, RenderError
 from trainer.errors import UserError
 
 TODAY = date(2026, 1, 1)  # the date that templates insert: the same for all models and for every run
 DEFAULT, TOOL_USE = "default", "tool_use"
-# Errors of a template's code: Jinja's own, and those of the Python operations that it calls.
-_CODE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+MAX_SOURCE_CHARS = 1 << 20
 
 Message = dict[str, Any]
 
@@ -61,30 +58,32 @@ class JinjaTemplate:
                 f"{name} has no chat template (found: {', '.join(sources) or 'none'}): set chat_template in the run "
                 "file, or use a model that was trained on chats"
             )
+        if (longest := max(len(source) for source in sources.values())) > MAX_SOURCE_CHARS:
+            raise ChatError(f"{name}: its chat template has {longest} characters, expected at most {MAX_SOURCE_CHARS}")
         variables = _special_tokens(_json_object(files, "special_tokens_map.json", name)) | _special_tokens(config)
         return cls(sources, variables, today)
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message]) -> str:
         """Render a chat as text. Raises TemplateError with the message of the template."""
         source = self.sources.get(TOOL_USE) if tools else None
-        variables: dict[str, Any] = {**self.variables, "strftime_now": self.today.strftime}
+        request = {
+            "source": source or self.sources[DEFAULT],
+            "messages": list(messages),
+            "tools": list(tools) or None,
+            "variables": dict(self.variables),
+            "today": self.today.isoformat(),
+        }
         try:
-            texts = render_jinja_template(
-                [list(messages)],
-                tools=list(tools) or None,
-                chat_template=source or self.sources[DEFAULT],
-                **variables,
-            )[0]
-        except _CODE_ERRORS as error:
-            raise TemplateError(f"the chat template raised {type(error).__name__}: {error}") from error
-        return str(texts[0])
+            return WORKER.render(request)
+        except RenderError as error:
+            raise TemplateError(f"the chat template {error}") from error
 
 
 def _json_object(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
     """Parse one of the files; a missing file is an empty object."""
     try:
         value = json.loads(files.get(file, b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ChatError(f"{file} of {name} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ChatError(f"{file} of {name}: expected a JSON object, received {type(value).__name__}")

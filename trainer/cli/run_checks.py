@@ -22,6 +22,7 @@ from trainer.query.connect import ConnectedTeacher, connect_teacher, teacher_add
 from trainer.records import Sample
 from trainer.sources.config import DataConfig
 from trainer.sources.corpus import Corpus, SourceCounts
+from trainer.student.checks import check_weights
 from trainer.student.loading import resolve_precision, student_tokenizer
 from trainer.tokenization import tokenize_samples
 from trainer.training.start_checks import StudentFiles, check_data, check_settings, check_student
@@ -65,6 +66,7 @@ def _check_settings(config: RunConfig) -> list[Finding]:
 def _check_student(config: RunConfig) -> tuple[StudentFiles | None, list[Finding]]:
     try:
         student = check_student(config)
+        check_weights(student.folder)
         precision = resolve_precision(config.student.precision, config.student.device)
     except (UserError, TokenizerError) as error:
         return None, [Finding("student", False, str(error))]

@@ -53,6 +53,7 @@ def run_tasks(folder: Path, names: Sequence[str], options: TaskOptions) -> dict[
         pretrained=str(folder),
         device=options.device,
         batch_size=options.batch_size,
+        trust_remote_code=False,
         add_bos_token=bool(Vocabulary.load(folder).prefix),
     )
     try:

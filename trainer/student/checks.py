@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+from teachers.model_checks import ModelError, model_errors
+from teachers.model_loading import load_config, load_model
 from trainer.errors import ConfigError
 from trainer.student.config import StudentConfig
 from trainer.student.model import lm_head_of
@@ -42,21 +43,30 @@ def check_folder(folder: Path, config: StudentConfig) -> StudentLimits:
 
     Raises ConfigError if the folder has no causal language model or no weights, or if train_layers exceeds its layers.
     """
-    try:
-        base = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"student.model: cannot read {folder}: {reason}") from error
-    if type(base) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(f"student.model: transformers has no causal language model for {base.model_type}")
-    if not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        raise ConfigError(f"student.model: {folder} has no weights")
+    with student_errors():
+        base = load_config(folder)
     model = base.get_text_config()
     num_layers = getattr(model, "num_hidden_layers", UNLIMITED)
     if (config.train_layers or 0) > num_layers:
         raise ConfigError(f"student.train_layers is {config.train_layers}, but the model has {num_layers} layers")
     max_tokens = getattr(model, "max_position_embeddings", UNLIMITED)
     return StudentLimits(getattr(model, "vocab_size", UNLIMITED), max_tokens)
+
+
+@contextmanager
+def student_errors() -> Iterator[None]:
+    """Turn the error of a model directory into ConfigError."""
+    try:
+        yield
+    except ModelError as error:
+        raise ConfigError(f"student.model: {error}") from error
+
+
+def check_weights(folder: Path) -> None:
+    """Load the model once in its stored type. Raises ConfigError if it cannot be loaded as `train` does."""
+    with student_errors(), model_errors(folder):
+        stored = load_config(folder).dtype
+        load_model(folder, stored if isinstance(stored, torch.dtype) else torch.float32)
 
 
 def check_head(model: Any) -> None:

@@ -1,22 +1,20 @@
 """Load the student: selection of trained weights, precision and sharding."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch._dynamo import config as dynamo
 
 from alignment import Vocabulary
+from teachers.model_checks import model_errors
 from teachers.model_loading import bf16_is_native, load_model
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.paths import resolve_model_dir
 from trainer.sources.config import DataConfig
-from trainer.student.checks import check_device, check_head, packing_is_isolated
+from trainer.student.checks import check_device, check_head, packing_is_isolated, student_errors
 from trainer.student.config import StudentConfig
 from trainer.student.fsdp import decoder_layers, make_mesh, shard
 from trainer.student.lora import add_adapters
@@ -42,7 +40,7 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
         module, packing = _prepare_module(config, folder)
         if autocast:
             cast_frozen_to_bf16(module.model.get_decoder())
-        with _load_errors(folder, device):
+        with student_errors(), model_errors(folder, f" on {device}"):
             module.to(device)
     else:
         mesh = make_mesh(device, ranks)
@@ -74,25 +72,15 @@ def student_tokenizer(folder: Path, vocabulary: Vocabulary, config: StudentConfi
     return SampleTokenizer(vocabulary, vocabulary.prefix, template)
 
 
-@contextmanager
-def _load_errors(folder: Path, device: str) -> Iterator[None]:
-    """Convert the errors of transformers, safetensors and torch to ConfigError."""
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"student.model: cannot load {folder} on {device}: {reason}") from error
-
-
 # --- selection of trained weights ---
 
 
 def _prepare_module(config: StudentConfig, folder: Path) -> tuple[StudentModule, bool]:
     """Load the model on the CPU, check it and select what is trained. Returns whether samples may share rows, too."""
-    with _load_errors(folder, "cpu"):
+    with student_errors(), model_errors(folder, keep=ConfigError):
         model = load_model(folder, torch.float32).train()
-    check_head(model)
-    packing = packing_is_isolated(model)
+        check_head(model)
+        packing = packing_is_isolated(model)
     if config.train_layers is not None:
         train_upper_layers(model, config.train_layers)
     if config.lora is not None:

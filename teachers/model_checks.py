@@ -1,0 +1,222 @@
+"""Checks of a model directory that somebody else wrote, from its files alone: needs no torch and no transformers.
+
+transformers, safetensors and tokenizers trust what they read. They allocate what config.json declares, load pickled
+weights and adapters, and raise anything, panics of Rust included. check_model_files reads config.json and the headers
+of the weights before anything is allocated, and model_errors turns whatever the libraries raise into one sentence. The
+student, every engine and doctor use both, so that they agree.
+"""
+
+import asyncio
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teachers.protocol.errors import TeacherError
+
+MAX_JSON_BYTES = 1 << 26  # config.json is a few kilobytes, the index of a model with 100,000 tensors 10 MB
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
+MAX_REASON_CHARS = 300
+ELEMENTS_PER_STORED = 16  # quantized weights pack up to 16 values of 2 bits into one int32
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPE_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
+FLOATS = ("F64", "F32", "F16", "BF16")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# The names that model families give to the same three numbers.
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+HIDDEN = ("hidden_size", "n_embd", "d_model")
+VOCABULARY = ("vocab_size",)
+
+
+class ModelError(TeacherError):
+    """A model directory that cannot be loaded. The trainer turns it into ConfigError for its student."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model directory declares and stores.
+
+    config        config.json
+    num_tensors   number of stored tensors
+    num_elements  number of stored values
+    """
+
+    config: Mapping[str, Any]
+    num_tensors: int
+    num_elements: int
+
+
+@contextmanager
+def model_errors(folder: Path, where: str = "", keep: type[Exception] = TeacherError) -> Iterator[None]:
+    """Turn every error of the block into ModelError, one sentence with the folder and the reason.
+
+    where  what follows the folder in the sentence, for example " on cuda"
+    keep   class of errors that are sentences already, besides TeacherError
+    """
+    try:
+        yield
+    except (TeacherError, keep, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError):
+        raise
+    except BaseException as error:  # the libraries raise anything, and panics of Rust are no Exception
+        raise ModelError(f"cannot load {folder}{where}: {_reason(error)}") from error
+
+
+def check_model_files(folder: Path) -> ModelFiles:
+    """Compare what a model directory declares with what it stores.
+
+    Raises ModelError if config.json cannot be read, if the weights are pickled, damaged or beside an adapter, or if
+    config.json declares a larger model than the weights are.
+    """
+    with model_errors(folder):
+        config = read_json(folder / "config.json")
+        if (folder / "generation_config.json").exists():  # transformers ignores a damaged one, the export changes it
+            read_json(folder / "generation_config.json")
+        if (folder / "adapter_config.json").exists():
+            raise ValueError("it has an adapter_config.json; merge the adapter into the weights and remove the file")
+        if "transformers_weights" in config:
+            raise ValueError("its config.json names a file of weights (transformers_weights); remove the key")
+        tensors = _read_weights(folder)
+        quantized = config.get("quantization_config") is not None
+        if not quantized:
+            _check_dtypes(tensors)
+        sizes = [math.prod(tensor["shape"]) for tensor in tensors.values()]
+        files = ModelFiles(config, len(sizes), sum(sizes))
+        _check_numbers(files, ELEMENTS_PER_STORED if quantized else 1)
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object of limited size. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"it has no file {path.name}")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
+    return _object(path.read_bytes(), path.name)
+
+
+def _object(data: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected a JSON object, received {type(value).__name__}")
+    return value
+
+
+# --- weights ---
+
+
+def _read_weights(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of all headers by name of the tensor. Raises ValueError."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths and any(path for pattern in PICKLES for path in folder.glob(pattern)):
+        raise ValueError(
+            "its weights are pickled, and loading them could execute code: convert them to safetensors with "
+            "save_pretrained, in a process that may run the code of their author"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = _object_of(read_json(index), "weight_map", index.name)
+        for shard in sorted(set(map(str, shards.values()))):
+            if shard != Path(shard).name or not (folder / shard).is_file():
+                raise ValueError(f"{index.name} names {shard!r}, expected the name of a file of the folder")
+    if not paths:
+        raise ValueError("it has no weights: expected files *.safetensors")
+    return {name: entry for path in paths for name, entry in _read_header(path).items()}
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of a safetensors file by name of the tensor, compared with the file's size."""
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no regular file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{path.name} of {size} bytes is truncated or not safetensors")
+        header = _object(file.read(length), f"the header of {path.name}")
+    header.pop("__metadata__", None)
+    for name in header:
+        _check_entry(_object_of(header, name, path.name), name, size - 8 - length)
+    return header
+
+
+def _check_entry(entry: Mapping[str, Any], name: str, num_bytes: int) -> None:
+    """Compare type and shape of one tensor with its bytes. Raises ValueError."""
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(dtype, str) or (dtype not in DTYPE_BYTES and not dtype.startswith("F")):
+        raise ValueError(f"tensor {name!r} has the unknown type {dtype!r}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"tensor {name!r} has no valid shape and position: {shape!r}, {offsets!r}")
+    if offsets[1] > num_bytes:
+        raise ValueError(f"tensor {name!r} ends after the end of its file, which is truncated")
+    expected = math.prod(shape) * DTYPE_BYTES.get(dtype, 1)
+    if dtype in DTYPE_BYTES and offsets[1] - offsets[0] != expected:
+        raise ValueError(f"tensor {name!r}: shape {shape!r} needs {expected} bytes, stored are {offsets}")
+
+
+def _check_dtypes(tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError for weights that are not floats: without a quantization they are no weights."""
+    for name, entry in tensors.items():
+        if name.endswith(".weight") and entry["dtype"] not in FLOATS:
+            raise ValueError(f"tensor {name!r} is stored as {entry['dtype']}, expected one of {', '.join(FLOATS)}")
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+
+
+# --- config.json ---
+
+
+def _check_numbers(files: ModelFiles, elements_per_stored: int) -> None:
+    """Compare the sizes in config.json with the stored weights. Raises ValueError."""
+    text = files.config.get("text_config")
+    section = text if isinstance(text, dict) else files.config
+    layers, hidden, vocabulary = (_sizes(section, keys) for keys in (LAYERS, HIDDEN, VOCABULARY))
+    limit = files.num_elements * elements_per_stored
+    if (num := max(layers, default=1)) > files.num_tensors:
+        raise ValueError(f"config.json declares {num} layers, the weights have {files.num_tensors} tensors")
+    experts = [n for key in section if "experts" in key and type(n := section[key]) is int]
+    for what, count in (("tokens", max(vocabulary, default=1)), ("experts", max(experts, default=1))):
+        if count * max(hidden, default=1) > limit:
+            raise ValueError(
+                f"config.json declares {count} {what} of hidden size {max(hidden, default=1)}, the weights have "
+                f"{files.num_elements} values"
+            )
+
+
+def _sizes(section: Mapping[str, Any], keys: tuple[str, ...]) -> list[int]:
+    """Return the sizes that a section declares under any of the names. Raises ValueError if one is no size."""
+    present = {key: section[key] for key in keys if key in section}
+    for key, value in present.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config.json: expected a number above 0 as {key}, received {str(value)[:40]!r}")
+    return list(present.values())
+
+
+def _object_of(parent: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+    value = parent.get(key)
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected a JSON object as {key[:80]!r}, received {type(value).__name__}")
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error without control characters; its type, if the line alone says nothing."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own (auto_map), which is never executed: use a model that transformers knows"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    line = "".join(c if c.isprintable() else " " for c in lines[0].strip()) if lines else ""
+    line = line if len(line) <= MAX_REASON_CHARS else line[:MAX_REASON_CHARS] + "…"
+    if isinstance(error, OSError | ValueError | RuntimeError) and line and not isinstance(error, RecursionError):
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
