@@ -7,19 +7,22 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32 * 1024  # of one request: everything that is no body, so trailers and chunk extensions count too
+MAX_UNREAD_BYTES = 2 << 20  # of a body that arrives after the response, so that a client with a wrong key can read it
+MAX_PIPELINED = 256  # requests that arrive before an earlier one is answered: each costs far more memory than bytes
 PIECE_BYTES = 8 * 1024  # unit in which bytes are parsed and counted: a head is found too large up to one piece late
 MAX_ARRIVAL_S = 30.0  # head and body together; a body alone has a shorter limit and is answered with 408
 STALL_CHECK_S = 40.0  # longer than Limits.max_stall_s, so that the application aborts a stalled response first
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """Close a connection that sends or receives too slowly, or whose request has too many bytes besides its body."""
+    """Close a connection that sends or receives too slowly, or whose requests cost too much before they are read."""
 
     _arrival_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _piece_bytes = 0  # size of the piece that is being parsed
     _head_bytes = 0  # bytes of the current request that are no body
     _chunk_bytes = 0  # body bytes of the current chunk
+    _unread_bytes = 0  # body bytes that arrived after the response
     _num_resumed = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -41,16 +44,22 @@ class BoundedConnection(HttpToolsProtocol):
             self._piece_bytes = len(piece)
             self._head_bytes += len(piece)
             super().data_received(piece)
-            if self._head_bytes > MAX_HEAD_BYTES:
+            if (
+                self._head_bytes > MAX_HEAD_BYTES
+                or self._unread_bytes > MAX_UNREAD_BYTES
+                or len(self.pipeline) > MAX_PIPELINED
+            ):
                 self.transport.abort()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes, self._chunk_bytes = self._piece_bytes, 0
+        self._head_bytes, self._chunk_bytes, self._unread_bytes = self._piece_bytes, 0, 0
         self._start_arrival_timer()
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
+        if self.cycle.response_complete:
+            self._unread_bytes += len(body)
         self._head_bytes -= len(body)
         self._chunk_bytes += len(body)
 

@@ -78,6 +78,26 @@ def test_endless_bytes_besides_the_body_close_the_connection(
         assert sent_before_the_end(sock, piece, 1 << 20) < 10 * connections.MAX_HEAD_BYTES
 
 
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (JSON_HEAD % b"/v1/score" + CHUNKED, b"ffff\r\n" + b" " * 0xFFFF + b"\r\n"),
+        (JSON_HEAD % b"/nowhere" + b"content-length: 999999999\r\n\r\n", b" " * 60_000),
+        (JSON_HEAD % b"/v1/score" + b"content-length: 9\r\n\r\n", b"GET /metrics HTTP/1.1\r\n\r\n" * 2000),
+    ],
+    ids=["body-without-key", "body-without-route", "pipelined-requests"],
+)
+def test_endless_bytes_that_nobody_reads_close_the_connection(tiny_byte_level: Path, head: bytes, piece: bytes) -> None:
+    with serving(FormulaEngine(tiny_byte_level), key="k") as url, connect(url) as sock:
+        sock.sendall(head)
+        assert sent_before_the_end(sock, piece, 64 << 20) < 32 << 20
+
+
+def test_a_large_body_with_a_wrong_key_is_401(tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level), key="k") as url:
+        assert post(url, b" " * 1_000_000).status_code == 401
+
+
 def test_large_bodies_and_small_chunks_and_short_trailers_are_accepted(tiny_byte_level: Path) -> None:
     body = json.dumps(REQUEST).encode().ljust(60_000)
     chunks = b"".join(b"2\r\n" + body[i : i + 2] + b"\r\n" for i in range(0, len(body), 2))
