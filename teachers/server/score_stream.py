@@ -62,14 +62,16 @@ class ScoreStream:
             sent = 0  # bytes of the rows in the last chunk: they are received when the next chunk is accepted
             for done in asyncio.as_completed(list(self.tasks.values())):
                 index, rows = await done
+                if self._aborted:
+                    return
                 del self.tasks[index]
                 size, chunk = _num_bytes(rows), self._writer.write(index, rows)
                 del rows
                 yield self._counted(chunk)
-                if self._aborted:
-                    return
-                self.held_bytes -= sent
+                self.held_bytes = max(self.held_bytes - sent, 0)  # it is 0 already if the stream was aborted
                 sent = size
+            if self._aborted:
+                return
             yield self._counted(self._writer.close())
             self._record.complete()
         except TimeoutError:  # the status line is sent already: the client notices the missing end marker

@@ -215,6 +215,7 @@ def post(url: str, body: bytes, **headers: str) -> httpx.Response:
 # --- responses that nobody reads ---
 
 
+@pytest.mark.slow
 def test_rows_that_clients_do_not_take_are_limited(tiny_byte_level: Path) -> None:
     engine = FormulaEngine(tiny_byte_level, max_tokens=4096)
     limit = 24 << 20
@@ -247,6 +248,8 @@ def test_the_client_that_holds_most_rows_loses_its_response(tiny_byte_level: Pat
         await asyncio.sleep(0.2)
         assert [bool(stream.held_bytes) for stream in (slow, other)].count(False) == 1, "one response of client a"
         assert sum(stream.held_bytes for stream in (slow, other, *late)) > 200_000
+        [aborted] = [stream for stream in (slow, other) if not stream.held_bytes]
+        assert [chunk async for chunk in aborted] == []
         for stream in (slow, other, *late):
             await stream.aclose()
         assert service.idle
@@ -376,11 +379,12 @@ FOREIGN += ["[::2]:80", "localhost:80:80", "localhost@attacker.example", "0.0.0.
 
 @pytest.mark.parametrize("host", FOREIGN)
 def test_a_foreign_host_is_rejected_everywhere_on_loopback(open_teacher: str, host: str) -> None:
-    for path in PATHS:
-        response = httpx.get(open_teacher + path, headers={"host": host})
-        assert response.status_code == 421
-        assert response.json()["detail"].endswith("or start the teacher with a key")
-        assert response.headers["connection"] == "close"
+    with httpx.Client(base_url=open_teacher, headers={"host": host}) as http:
+        for path in PATHS:
+            response = http.get(path)
+            assert response.status_code == 421
+            assert response.json()["detail"].endswith("or start the teacher with a key")
+            assert response.headers["connection"] == "close"
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8101", "127.0.0.1", "127.8.9.1:1", "[::1]", "[::1]:8101"])
@@ -401,11 +405,12 @@ def test_none_and_two_hosts_are_rejected(open_teacher: str, head: bytes) -> None
 
 @pytest.mark.parametrize("origin", ["https://attacker.example", "null", "http://localhost:1", "https://127.0.0.1"])
 def test_a_foreign_origin_is_rejected_everywhere_on_loopback(open_teacher: str, origin: str) -> None:
-    for path in PATHS:
-        response = httpx.get(open_teacher + path, headers={"origin": origin})
-        assert response.status_code == 403
-        assert "serves no web pages" in response.json()["detail"]
-    assert httpx.post(f"{open_teacher}/v1/score", json=REQUEST, headers={"origin": origin}).status_code == 403
+    with httpx.Client(base_url=open_teacher, headers={"origin": origin}) as http:
+        for path in PATHS:
+            response = http.get(path)
+            assert response.status_code == 403
+            assert "serves no web pages" in response.json()["detail"]
+        assert http.post("/v1/score", json=REQUEST).status_code == 403
 
 
 def test_requests_without_a_content_type_are_rejected(tiny_byte_level: Path, open_teacher: str) -> None:
@@ -419,10 +424,10 @@ def test_requests_without_a_content_type_are_rejected(tiny_byte_level: Path, ope
 
 
 def test_nothing_redirects(tiny_byte_level: Path, open_teacher: str) -> None:
-    with serving(FormulaEngine(tiny_byte_level), key="k") as url:
+    with serving(FormulaEngine(tiny_byte_level), key="k") as url, httpx.Client() as http:
         for address in (url, open_teacher):
             for path in ("/v1/teacher/", "/health/", "/v1/teacher/tokenizer/", "/v1/score/", "//attacker.example/"):
                 for method in ("GET", "POST"):
-                    response = httpx.request(method, address + path)
+                    response = http.request(method, address + path)
                     assert response.status_code in (401, 404, 405), path
                     assert "location" not in response.headers
