@@ -54,7 +54,9 @@ class Native:
         self.card = TeacherCard.model_validate_json(http.get("/v1/teacher").raise_for_status().content)
 
     def fetch(self) -> bytes:
-        return self.http.post("/v1/score", content=self.request.model_dump_json()).raise_for_status().content
+        headers = {"content-type": "application/json"}
+        response = self.http.post("/v1/score", content=self.request.model_dump_json(), headers=headers)
+        return response.raise_for_status().content
 
     def decode(self, body: bytes) -> None:
         rows = read_stream(body, self.request, self.card)

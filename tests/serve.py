@@ -16,7 +16,7 @@ from teachers.engines.base import Engine
 from teachers.keys import Keys
 from teachers.protocol.messages import TeacherCard
 from teachers.protocol.rows import Rows
-from teachers.server.app import key_guard
+from teachers.server.guards import key_guard
 from teachers.server.limits import Limits
 from teachers.server.process import TeacherServer
 from teachers.server.service import Service

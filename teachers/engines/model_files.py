@@ -45,7 +45,7 @@ def describe(
     model, revision = name_of(folder)
     tokenizer_sha256 = file_sha256(files["tokenizer.json"])
     template = files.get("chat_template.jinja")
-    weights = weights_sha256(folder, config_folder)
+    weights, eos_ids = weights_sha256(folder, config_folder), config.eos_token_id
     with decoding(f"card of {folder}"):  # for example a BOS that is not in the vocabulary
         return TeacherCard(
             model=model,
@@ -54,7 +54,7 @@ def describe(
             dtype=dtype,
             vocab_size=config.vocab_size,
             tokenizer_sha256=tokenizer_sha256,
-            eos_id=next(iter(config.eos_token_id), None) if isinstance(config.eos_token_id, list) else config.eos_token_id,
+            eos_id=next(iter(eos_ids), None) if isinstance(eos_ids, list) else eos_ids,
             chat_template_sha256=file_sha256(template) if template else None,
             **engine_fields,
         )

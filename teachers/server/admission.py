@@ -3,13 +3,20 @@
 from teachers.protocol.messages import Problem, ScoreRequest, TeacherCard
 from teachers.server.limits import Limits
 
+MAX_DETAIL_CHARS = 300
+
 
 class Rejection(Exception):
-    """A request that is answered with a problem (RFC 9457). `close` ends the connection after it."""
+    """A request that is answered with a problem (RFC 9457). `close` ends the connection after it.
+
+    A detail may repeat what was received: it is cut to MAX_DETAIL_CHARS.
+    """
 
     def __init__(
         self, status: int, title: str, detail: str, retry_after_s: int | None = None, *, close: bool = False
     ) -> None:
+        if len(detail) > MAX_DETAIL_CHARS:
+            detail = detail[:MAX_DETAIL_CHARS] + "…"
         super().__init__(detail)
         self.problem = Problem(title=title, status=status, detail=detail)
         self.retry_after_s = retry_after_s
@@ -63,12 +70,15 @@ def _check_chosen(request: ScoreRequest, card: TeacherCard) -> None:
     expected = [len(s) - start for s, start in zip(request.sequences, request.starts, strict=True)]
     received = [len(positions) for positions in request.chosen]
     if received != expected:
-        detail = f"chosen: expected ids for the {expected} scored positions, received {received}"
+        detail = f"chosen: expected ids for {len(expected)} sequences, received {len(received)}"
+        if len(received) == len(expected):
+            wrong = next(i for i, number in enumerate(expected) if number != received[i])
+            detail = f"chosen.{wrong}: expected ids for {expected[wrong]} scored positions, received {received[wrong]}"
         raise Rejection(422, "Malformed", detail)
     counts = {len(ids) for positions in request.chosen for ids in positions}
     if len(counts) > 1 or not 1 <= max(counts) <= card.max_chosen:
         detail = f"chosen: expected the same number of ids at every position, from 1 to {card.max_chosen}, received "
-        raise Rejection(422, "Malformed", detail + ", ".join(map(str, sorted(counts))))
+        raise Rejection(422, "Malformed", detail + ", ".join(map(str, sorted(counts))))  # cut if there are many
     largest = max(max(ids) for positions in request.chosen for ids in positions)
     if largest >= card.vocab_size:
         detail = f"chosen contains id {largest}; the largest id of the vocabulary is {card.vocab_size - 1}"

@@ -1,28 +1,34 @@
-"""Limits of one HTTP connection that uvicorn lacks: the size of a request's head, the time in which a request must
-arrive, and the time in which a client must receive data.
+"""Limits of one HTTP connection that uvicorn lacks: the size of a request's head and trailers, the time in which a
+request must arrive, and the time in which a client must receive data.
 """
 
 import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 32 * 1024
+MAX_HEAD_BYTES = 32 * 1024  # of one request: everything that is no body, so trailers and chunk extensions count too
+MAX_UNREAD_BYTES = 2 << 20  # of a body that arrives after the response, so that a client with a wrong key can read it
+MAX_PIPELINED = 256  # requests that arrive before an earlier one is answered: each costs far more memory than bytes
+PIECE_BYTES = 8 * 1024  # unit in which bytes are parsed and counted: a head is found too large up to one piece late
 MAX_ARRIVAL_S = 30.0  # head and body together; a body alone has a shorter limit and is answered with 408
 STALL_CHECK_S = 40.0  # longer than Limits.max_stall_s, so that the application aborts a stalled response first
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """Close a connection that sends or receives too slowly, or whose request head is too large."""
+    """Close a connection that sends or receives too slowly, or whose requests cost too much before they are read."""
 
     _arrival_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
-    _head_bytes: int | None = None  # received bytes of an incomplete head, without its first piece
+    _piece_bytes = 0  # size of the piece that is being parsed
+    _head_bytes = 0  # bytes of the current request that are no body
+    _chunk_bytes = 0  # body bytes of the current chunk
+    _unread_bytes = 0  # body bytes that arrived after the response
     _num_resumed = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._start_arrival_timer()
-        self._check_stall((0, 0))
+        self._check_stall((0, 0, False))
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._arrival_timer, self._stall_timer):
@@ -31,21 +37,36 @@ class BoundedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        within_head = self._head_bytes is not None
-        super().data_received(data)
-        if within_head and self._head_bytes is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
+        for begin in range(0, len(data), PIECE_BYTES):
+            if self.transport.is_closing():
+                return
+            piece = data[begin : begin + PIECE_BYTES]
+            self._piece_bytes = len(piece)
+            self._head_bytes += len(piece)
+            super().data_received(piece)
+            if (
+                self._head_bytes > MAX_HEAD_BYTES
+                or self._unread_bytes > MAX_UNREAD_BYTES
+                or len(self.pipeline) > MAX_PIPELINED
+            ):
                 self.transport.abort()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes = 0
+        self._head_bytes, self._chunk_bytes, self._unread_bytes = self._piece_bytes, 0, 0
         self._start_arrival_timer()
 
-    def on_headers_complete(self) -> None:
-        self._head_bytes = None
-        super().on_headers_complete()
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._unread_bytes += len(body)
+        self._head_bytes -= len(body)
+        self._chunk_bytes += len(body)
+
+    def on_chunk_complete(self) -> None:
+        """Exclude the size and the line ends of a chunk, so that a body may arrive in many small chunks."""
+        self._head_bytes -= len(f"{self._chunk_bytes:x}") + 4
+        self._chunk_bytes = 0
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -56,10 +77,11 @@ class BoundedConnection(HttpToolsProtocol):
         super().resume_writing()
         self._num_resumed += 1
 
-    def _check_stall(self, previous: tuple[int, int]) -> None:
-        """Abort if the client has received nothing since the last check. A closing transport would wait for it."""
-        state = (self.transport.get_write_buffer_size(), self._num_resumed)
-        if state[0] and state == previous:
+    def _check_stall(self, previous: tuple[int, int, bool]) -> None:
+        """Abort if the client has received nothing since the last check, or if a closing transport still waits."""
+        closing = self.transport.is_closing()
+        state = (self.transport.get_write_buffer_size(), self._num_resumed, closing)
+        if state[0] and (state == previous or (closing and previous[2])):
             self.transport.abort()
         self._stall_timer = self.loop.call_later(STALL_CHECK_S, self._check_stall, state)
 

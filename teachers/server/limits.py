@@ -15,6 +15,7 @@ class Limits:
     max_seconds         work on one request, whatever its own deadline
     max_body_s          from the head of a request to the end of its body
     max_stall_s         time in which the client receives nothing of its response
+    max_held_bytes      rows that are scored and that no client has received yet; beyond it, responses are aborted
     """
 
     max_sequences: int = 64
@@ -25,3 +26,4 @@ class Limits:
     max_seconds: float = 600.0
     max_body_s: float = 20.0
     max_stall_s: float = 30.0
+    max_held_bytes: int = 1 << 30

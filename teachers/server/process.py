@@ -13,8 +13,9 @@ from types import FrameType
 import uvicorn
 
 from teachers.protocol.errors import EngineDead, TeacherError
-from teachers.server.app import Guard, build_app
+from teachers.server.app import build_app
 from teachers.server.connections import BoundedConnection
+from teachers.server.guards import Guard
 from teachers.server.service import Service
 
 KEEP_ALIVE_S = 15  # longer than the client keeps an idle connection, so it never uses one that is being closed

@@ -21,7 +21,8 @@ from teachers.engines.options import EngineOptions
 from teachers.keys import Keys, keys_from_environment
 from teachers.model_dirs import model_dir
 from teachers.protocol.errors import TeacherError
-from teachers.server.app import build_app, key_guard
+from teachers.server.app import build_app
+from teachers.server.guards import key_guard
 from teachers.server.ray_options import RayServeOptions, route_prefix
 from teachers.server.service import Service
 

@@ -16,10 +16,14 @@ log = logging.getLogger("tutelage.requests")
 
 
 class RequestRecord:
-    """The record of one request. It ends once; further ends are ignored."""
+    """The record of one request. It ends once; further ends are ignored.
+
+    client  who sent the request, for fair shares: the address without the port unless a guard sets it. Never logged
+    """
 
     def __init__(self, metrics: ServerMetrics, peer: str | None, route: str) -> None:
         self.id = secrets.token_hex(8)
+        self.client = (peer or "").rpartition(":")[0]
         self._metrics = metrics
         self._fields = {"id": self.id, "peer": peer, "route": route, "sequences": 0, "tokens": 0, "top_k": 0}
         self._bytes = 0

@@ -1,6 +1,5 @@
 """The work of `tutelage serve`: bind the address, load the model, serve it."""
 
-import ipaddress
 import logging
 import os
 import signal
@@ -46,13 +45,13 @@ def serve_model(folder: Path, options: ServerOptions, echo: Callable[[str], None
     import uvloop
 
     from teachers.server import process
-    from teachers.server.app import key_guard
+    from teachers.server.guards import is_loopback, key_guard
 
     keys = _keys(options.key_file)
     if (options.tls_cert is None) != (options.tls_key is None):
         raise TeacherError("expected --tls-cert and --tls-key together: a certificate chain and its private key")
     tls = process.tls_context(options.tls_cert, options.tls_key) if options.tls_cert and options.tls_key else None
-    if keys is None and not _is_loopback(options.host):
+    if keys is None and not is_loopback(options.host):
         echo(f"warning: {options.host} is reachable from other machines and requires no key: use --key-file")
     if options.request_log:
         logging.getLogger("tutelage.requests").setLevel(logging.INFO)
@@ -78,10 +77,3 @@ def _keys(path: Path | None) -> Keys | None:
     if path is not None:
         return Keys.from_file(path)
     return Keys(keys_from_environment(KEY_VARIABLE)) if KEY_VARIABLE in os.environ else None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

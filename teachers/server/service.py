@@ -1,15 +1,15 @@
-"""One engine behind limits: admission of requests, deadlines, cancellation and streaming of responses.
+"""One engine behind limits: admission of requests, deadlines, and rows that wait for their clients.
 
 This module contains no HTTP: app.py serves it with FastAPI, vllm_plugin.py in a vLLM server, ray_serve.py in Ray.
 """
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from prometheus_client import CollectorRegistry
 
@@ -20,18 +20,19 @@ from teachers.protocol.messages import ScoreRequest
 from teachers.protocol.rows import Rows
 from teachers.protocol.wire_format import StreamWriter
 from teachers.server.admission import Rejection, check_request
+from teachers.server.answers import Answers
 from teachers.server.limits import Limits
 from teachers.server.metrics import metrics_of, new_registry
 from teachers.server.request_log import RequestRecord
+from teachers.server.score_stream import ScoreStream, Task
+from teachers.server.shares import FairShares
 
-log = logging.getLogger("tutelage.teacher")
 CHECK_TIMEOUT_S = 20.0
 PROGRESS_S = 15.0  # an engine that started or finished a sequence within this time works, however long its queue is
-Task = asyncio.Task[tuple[int, Rows]]
 
 
 class Service:
-    """Admit requests, count queued tokens and stream scores as they are finished.
+    """Admit requests in fair shares, count queued tokens and unread rows, and stream scores as they are finished.
 
     `engine` may be set after construction; until then every request is rejected with 503. The metrics are in
     `registry`, by default a new one.
@@ -44,12 +45,13 @@ class Service:
         self.registry = new_registry() if registry is None else registry
         self.metrics = metrics_of(self.registry)
         self._backlog = Backlog()
-        self._num_bodies = 0
+        self._queue, self._bodies = FairShares(limits.max_queued_tokens), FairShares(limits.max_bodies)
         self._streams: WeakSet[ScoreStream] = WeakSet()
         self._drained_at: float | None = None
         self._checking: asyncio.Task[None] | None = None
         self.dead = False  # the engine needs a new process
         self._engine: Engine | None = None
+        self._answers: Answers | None = None
         if engine is not None:
             self.engine = engine
 
@@ -57,13 +59,20 @@ class Service:
     def engine(self) -> Engine:
         """The engine. Raises Rejection while there is none."""
         if self._engine is None:
-            raise Rejection(503, "Starting", "the engine is still starting: retry later", retry_after_s=5)
+            raise _starting()
         return self._engine
 
     @engine.setter
     def engine(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine, self._answers = engine, Answers(engine)
         self.metrics.info.labels(engine.card.model, engine.card.fingerprint, engine.card.engine).set(1)
+
+    @property
+    def answers(self) -> Answers:
+        """The constant answers. Raises Rejection while there is no engine."""
+        if self._answers is None:
+            raise _starting()
+        return self._answers
 
     @property
     def queued_tokens(self) -> int:
@@ -93,17 +102,17 @@ class Service:
             )
 
     @contextmanager
-    def receiving_body(self) -> Iterator[None]:
+    def receiving_body(self, client: str) -> Iterator[None]:
         """Count one request body that is being received. Raises Rejection if there are too many."""
         self.require_open()
-        if self._num_bodies >= self.limits.max_bodies:
-            detail = f"{self._num_bodies} requests are being received: retry later"
+        if self._bodies.excess(client, 1):
+            detail = f"{self._bodies.taken} requests are being received: retry later"
             raise Rejection(503, "Too many at once", detail, 1, close=True)
-        self._num_bodies += 1
+        self._bodies.take(client, 1)
         try:
             yield
         finally:
-            self._num_bodies -= 1
+            self._bodies.release(client, 1)
 
     def new_record(self, peer: str | None, route: str) -> RequestRecord:
         """Return the record of a request that has arrived."""
@@ -130,7 +139,7 @@ class Service:
 
     def score(
         self, request: ScoreRequest, timeout_s: float | None = None, record: RequestRecord | None = None
-    ) -> "ScoreStream":
+    ) -> ScoreStream:
         """Admit a request, start the work and return the stream of its response. Raises Rejection.
 
         Close the stream, whether or not it was read: closing cancels the unfinished work.
@@ -138,38 +147,68 @@ class Service:
         record = record or self.new_record(None, "score")
         record.describe(request)
         try:
-            self._admit(request)
+            self._admit(request, record.client)
         except Rejection as rejection:
             record.reject(rejection.problem.status, rejection.reason)
             raise
         record.admit()
         max_s = self.limits.max_seconds
         deadline = asyncio.get_running_loop().time() + min(timeout_s or max_s, max_s)
-        tasks = [self._start(request, i, deadline) for i in range(len(request.sequences))]
         writer = StreamWriter(request, self.engine.card.fingerprint)
-        return ScoreStream(self, tasks, writer, record)
+        stream = ScoreStream(writer, record, self._on_end)
+        self._streams.add(stream)
+        for index in range(len(request.sequences)):
+            stream.tasks[index] = self._start(request, index, deadline, stream)
+        return stream
 
-    def _admit(self, request: ScoreRequest) -> None:
+    def _admit(self, request: ScoreRequest, client: str) -> None:
         self.require_open()
         check_request(request, self.engine.card, self.limits)
-        queued, limit = self._backlog.tokens, self.limits.max_queued_tokens
-        excess = queued + sum(map(len, request.sequences)) - limit
-        if excess > 0:
-            detail = f"{queued} of {limit} tokens are queued: retry later"
+        queue, tokens = self._queue, sum(map(len, request.sequences))
+        if excess := queue.excess(client, tokens):
+            of_all = f"{queue.taken} of {self.limits.max_queued_tokens} tokens are queued"
+            of_client = f"{queue.taken_by(client)} tokens of this client are queued while others wait"
+            is_full = queue.taken + tokens > self.limits.max_queued_tokens
+            detail = f"{of_all if is_full else of_client}: retry later"
             raise Rejection(503, "Queue full", detail, self._backlog.wait_s(excess))
 
-    def _start(self, request: ScoreRequest, index: int, deadline: float) -> Task:
+    def _start(self, request: ScoreRequest, index: int, deadline: float, stream: ScoreStream) -> Task:
         """Start one sequence. Its tokens are queued from here until the task ends, even if the task never runs."""
         tokens = len(request.sequences[index])
         self._backlog.enter(tokens)
+        self._queue.take(stream.client, tokens)
         self.metrics.queued_tokens.inc(tokens)
         task = asyncio.create_task(self._score_sequence(request, index, deadline))
-        task.add_done_callback(partial(self._finish, tokens))
+        task.add_done_callback(partial(self._finish, tokens, stream.client, ref(stream)))
         return task
 
-    def _finish(self, tokens: int, task: Task) -> None:
-        self._backlog.leave(tokens, finished=not task.cancelled() and task.exception() is None)
+    def _finish(self, tokens: int, client: str, stream: "ref[ScoreStream]", task: Task) -> None:
+        finished = not task.cancelled() and task.exception() is None
+        self._backlog.leave(tokens, finished)
+        self._queue.release(client, tokens)
         self.metrics.queued_tokens.dec(tokens)
+        if finished and (reader := stream()) is not None:
+            reader.hold(task.result()[1])
+            self._limit_held_rows()
+
+    def _limit_held_rows(self) -> None:
+        """Abort responses until the rows that clients have not taken are within their limit.
+
+        The client with the most of them loses its largest response, so that others are not affected.
+        """
+        while True:
+            held: Counter[str] = Counter()
+            for stream in self._streams:
+                held[stream.client] += stream.held_bytes
+            if held.total() <= self.limits.max_held_bytes:
+                return
+            client = max(held, key=held.__getitem__)
+            of_client = [stream for stream in self._streams if stream.client == client]
+            max(of_client, key=lambda stream: stream.held_bytes).abort("not_taken")
+
+    def _on_end(self, stream: ScoreStream, error: Exception | None) -> None:
+        self.dead |= isinstance(error, EngineDead)
+        self._streams.discard(stream)
 
     async def _score_sequence(self, request: ScoreRequest, index: int, deadline: float) -> tuple[int, Rows]:
         began = time.monotonic()
@@ -188,53 +227,5 @@ class Service:
         return index, rows
 
 
-class ScoreStream:
-    """The chunks of one Arrow stream, as the sequences are finished. An incomplete stream has no end marker.
-
-    The work starts before the first chunk is read, so `aclose` cancels it even if no chunk was ever read. A plain async
-    generator would not: closing one that has not started runs none of its code.
-    """
-
-    def __init__(self, service: Service, tasks: list[Task], writer: StreamWriter, record: RequestRecord) -> None:
-        self._service, self._tasks, self._writer, self._record = service, tasks, writer, record
-        self._chunks = self._generate()
-        service._streams.add(self)
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        return await anext(self._chunks)
-
-    async def aclose(self) -> None:
-        """Cancel the unfinished work. The record ends as `client_gone` unless it has ended before."""
-        await self._chunks.aclose()
-        await self._release()
-
-    async def _generate(self) -> AsyncGenerator[bytes, None]:
-        try:
-            for done in asyncio.as_completed(self._tasks):
-                index, rows = await done
-                yield self._counted(self._writer.write(index, rows))
-            yield self._counted(self._writer.close())
-            self._record.complete()
-        except TimeoutError:  # the status line is sent already: the client notices the missing end marker
-            self._record.abort("deadline")
-            log.warning("a response is incomplete: its deadline has passed")
-        except Exception as error:
-            self._service.dead |= isinstance(error, EngineDead)
-            self._record.abort("engine")
-            log.exception("a response is incomplete: the engine failed")
-        finally:
-            await self._release()
-
-    def _counted(self, chunk: bytes) -> bytes:
-        self._record.count_bytes(len(chunk))
-        return chunk
-
-    async def _release(self) -> None:
-        self._record.abort("client_gone")  # ignored if the record has ended
-        self._service._streams.discard(self)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+def _starting() -> Rejection:
+    return Rejection(503, "Starting", "the engine is still starting: retry later", retry_after_s=5)

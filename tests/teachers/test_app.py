@@ -125,7 +125,7 @@ def test_an_invalid_request_is_rejected_with_one_sentence(
     limits = Limits(max_sequences=4, max_request_tokens=1000, max_body_bytes=10_000)
     with serving(FormulaEngine(tiny_byte_level), limits=limits) as url:
         if isinstance(body, str):
-            response = httpx.post(f"{url}/v1/score", content=body)
+            response = httpx.post(f"{url}/v1/score", content=body, headers={"content-type": "application/json"})
         else:
             response = httpx.post(f"{url}/v1/score", json=body)
     assert response.status_code == status
@@ -233,7 +233,8 @@ def test_a_client_that_never_reads_does_not_fill_the_queue(tiny_byte_level: Path
     with serving(engine, limits=Limits(max_queued_tokens=20_000)) as url:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as idle_client:
-            idle_client.sendall(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            head = b"POST /v1/score HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+            idle_client.sendall(head + b"content-length: %d\r\n\r\n" % len(body) + body)
             asyncio.run(until(lambda: engine.finished == 40))
             assert call(url, lambda c: score(c, *([400] * 40)))
 

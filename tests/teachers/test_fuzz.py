@@ -187,7 +187,7 @@ def test_other_content_types_are_rejected(http: httpx.Client, kind: str) -> None
 def test_too_large_bodies_are_rejected_with_and_without_content_length(http: httpx.Client) -> None:
     assert send_request(http, b" " * MAX_BODY_BYTES + RIGHT).status_code == 413
     chunks = (b" " * 1000 for _ in range(MAX_BODY_BYTES // 1000 + 1))
-    assert http.post("/v1/score", content=chunks).status_code == 413
+    assert http.post("/v1/score", content=chunks, headers={"content-type": "application/json"}).status_code == 413
 
 
 # --- malformed connections ---

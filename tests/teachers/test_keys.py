@@ -13,7 +13,7 @@ from teachers.engines.transformers_options import TransformersOptions
 from teachers.keys import RELOAD_S, Keys, key_from_environment, key_from_file, keys_from_environment, keys_from_file
 from teachers.protocol.errors import TeacherError, Unavailable
 from teachers.protocol.messages import ScoreRequest
-from teachers.server.app import key_guard
+from teachers.server.guards import key_guard
 from teachers.server.process import TeacherServer, tls_context
 from teachers.server.serve import KEY_VARIABLE, ServerOptions, serve_model
 from teachers.server.service import Service

@@ -27,7 +27,8 @@ from teachers.protocol.messages import TIMEOUT_HEADER, ScoreRequest
 from teachers.protocol.rows import Rows
 from teachers.server import connections
 from teachers.server.admission import Rejection
-from teachers.server.app import build_app, key_guard
+from teachers.server.app import build_app
+from teachers.server.guards import key_guard
 from teachers.server.limits import Limits
 from teachers.server.process import TeacherServer, listen_on, serve
 from teachers.server.service import Service
@@ -229,7 +230,7 @@ def test_work_is_cancelled_if_the_response_ends_before_its_first_chunk(
 
     body = json.dumps(REQUEST).encode()
     with serving_app(app) as url:
-        with opened(url, b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n" + scoring(len(body)) + body) as sock:
+        with opened(url, b"GET /large HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n" + scoring(len(body)) + body) as sock:
             await_that(lambda: engine.num_requests == 1)
             if not leaves:
                 await_that(lambda: service.idle)
@@ -250,7 +251,10 @@ def opened(url: str, head: bytes) -> socket.socket:
 
 
 def scoring(length: int) -> bytes:
-    return b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % length
+    return (
+        b"POST /v1/score HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        % length
+    )
 
 
 def test_a_slow_body_is_408_and_closes_the_connection(tiny_byte_level: Path) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.responses import Response
 
 from alignment import Vocabulary
 from teachers.protocol.rows import Rows
+from teachers.server.answers import Answers
 from tests.serve import FormulaEngine, serving, until
 from tests.tiny import TEXT
 from tests.trainer.runs import run_config, write_corpus
@@ -340,18 +342,22 @@ def test_waiting_time_overlaps_the_time_from_request_to_response() -> None:
     assert last.overlap_s(12.5, 13.0) == 0.0
 
 
-class SlowConnection(FormulaEngine):
-    @property
-    def tokenizer_files(self) -> dict[str, Path]:
-        time.sleep(2.0)
-        return super().tokenizer_files
-
-
 @pytest.mark.slow
 def test_metrics_contain_the_times_of_every_step(
-    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_byte_level: Path,
+    tiny_sentencepiece: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fast, slow = SlowConnection(tiny_byte_level), FormulaEngine(tiny_sentencepiece, delay_s=0.6)
+    listing = Answers.listing
+
+    def slow_listing(answers: Answers) -> Response:
+        time.sleep(2.0)
+        return listing(answers)
+
+    monkeypatch.setattr(Answers, "listing", slow_listing)
+    fast, slow = FormulaEngine(tiny_byte_level), FormulaEngine(tiny_sentencepiece, delay_s=0.6)
     with serving(fast) as one, serving(slow) as two:
         config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [one, two])
         config = config.model_copy(update={"train": config.train.model_copy(update={"prefetch_tokens": 1})})
