@@ -1,0 +1,242 @@
+"""Every boundary that reads input of others, with valid input to mutate: used by tests and by benchmarks/fuzz.py.
+
+The property of every boundary: mutated input is a correct value, or it is rejected with one sentence.
+"""
+
+import json
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alignment import AlignmentError, TokenizerError, Vocabulary
+from teachers.client.dialects.native import parse_card
+from teachers.client.dialects.vllm_completions import read_completion
+from teachers.protocol.errors import TeacherError
+from teachers.protocol.messages import ScoreRequest, TeacherCard
+from teachers.protocol.rows import Rows
+from teachers.protocol.wire_format import StreamWriter, read_stream
+from tests.fake_vllm import choice, completion, prompt_logprobs
+from tests.mutations import mutate_bytes, mutate_json_bytes
+from tests.rows import random_rows
+from tests.tiny import TEXT, Kind, tiny_vocabulary, tokenizer_config, tokenizer_json
+from tests.trainer.made_runs import write_run
+from trainer.errors import UserError
+from trainer.evaluation.config import EvalConfig
+from trainer.report.page import make_report
+from trainer.run_file import load_config
+from trainer.sources.config import DataConfig
+from trainer.sources.corpus import load_corpus
+
+PROJECT_ERRORS = (TeacherError, UserError, TokenizerError, AlignmentError)
+MAX_MESSAGE_CHARS = 2000
+VOCAB_SIZE = 420
+SEPARATOR = b"\x00\x00"  # between the two files of a tokenizer
+REQUEST = ScoreRequest(sequences=[[5, 6, 7, 8, 9], [1, 2, 3]], starts=[1, 2], top_k=4)
+CARD = TeacherCard(
+    model="tiny", fingerprint="f" * 64, engine="formula", dtype="float32", vocab_size=VOCAB_SIZE,
+    tokenizer_sha256="0" * 64, bos_id=None, eos_id=2, expects_bos=False, max_tokens=512, max_top_k=64,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A function that reads input of others.
+
+    seeds   valid inputs
+    mutate  returns a changed copy of a seed
+    read    reads an input. Raises a project error if it rejects it, and AssertionError if it accepts a wrong value
+    """
+
+    name: str
+    seeds: tuple[bytes, ...]
+    mutate: Callable[[Random, bytes], bytes]
+    read: Callable[[bytes], None]
+
+
+@dataclass
+class Tally:
+    """Outcomes of one boundary.
+
+    outcomes   number of inputs by "accepted" or by the class of the error
+    slowest_s  longest time of one input
+    faults     one input for each kind of fault
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    slowest_s: float = 0.0
+    faults: dict[str, bytes] = field(default_factory=dict)
+
+
+def fuzz(boundary: Boundary, random: Random, *, inputs: int, seconds: float) -> Tally:
+    """Read mutated inputs until their number or the time is reached."""
+    tally, end = Tally(), time.monotonic() + seconds
+    while sum(tally.outcomes.values()) < inputs and time.monotonic() < end:
+        data = boundary.mutate(random, random.choice(boundary.seeds))
+        began = time.monotonic()
+        outcome, fault = attempt(boundary, data)
+        tally.outcomes[outcome] += 1
+        tally.slowest_s = max(tally.slowest_s, time.monotonic() - began)
+        if fault:
+            tally.faults.setdefault(fault, data)
+    return tally
+
+
+def attempt(boundary: Boundary, data: bytes) -> tuple[str, str | None]:
+    """Return the outcome of one input, and a description if it is a fault."""
+    try:
+        boundary.read(data)
+    except PROJECT_ERRORS as error:
+        sentence = " ".join(str(error).split())
+        fault = None
+        if not sentence or len(sentence) > MAX_MESSAGE_CHARS:
+            fault = f"{type(error).__name__}: a message of {'no' if not sentence else 'too many'} characters"
+        elif not sentence.isprintable():
+            fault = f"{type(error).__name__}: control characters in the message"
+        return type(error).__name__, fault
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # also panics of Rust libraries
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return "fault", f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+    return "accepted", None
+
+
+def boundaries(folder: Path) -> Iterator[Boundary]:
+    """Yield all boundaries. `folder` is empty and receives the files that are read."""
+    yield Boundary("rows", (_stream(),), mutate_bytes, _read_rows)
+    yield Boundary("card", (CARD.model_dump_json().encode(),), mutate_json_bytes, _read_card)
+    yield Boundary("completion", (_completion(),), mutate_json_bytes, _read_completion)
+    for kind in ("byte_level", "sentencepiece"):
+        yield _tokenizer(kind)
+    yield _run_file(folder)
+    yield _metrics(folder)
+    yield from _data(folder)
+
+
+def _stream() -> bytes:
+    writer = StreamWriter(REQUEST.top_k, CARD.fingerprint)
+    return b"".join(writer.write(index, rows) for index, rows in enumerate(_rows())) + writer.close()
+
+
+def _rows() -> list[Rows]:
+    return [_rows_from(sequence, start) for sequence, start in zip(REQUEST.sequences, REQUEST.starts, strict=True)]
+
+
+def _rows_from(sequence: list[int], start: int) -> Rows:
+    return random_rows(np.array(sequence), VOCAB_SIZE, REQUEST.top_k, seed=1, start=start)
+
+
+def _read_rows(data: bytes) -> None:
+    _check_rows(read_stream(data, REQUEST, CARD))
+
+
+def _check_rows(received: list[Rows]) -> None:
+    assert len(received) == len(REQUEST.sequences)
+    for rows, sequence, start in zip(received, REQUEST.sequences, REQUEST.starts, strict=True):
+        assert rows.ids.shape == rows.logprobs.shape == (len(sequence) - start, REQUEST.top_k)
+        assert int(rows.ids.max()) < VOCAB_SIZE
+        assert np.isfinite(rows.logprobs).all()
+        assert np.isfinite(rows.actual).all()
+        mass = np.exp(rows.logprobs.astype(np.float64)).sum(axis=1) + rows.tail
+        np.testing.assert_allclose(mass, 1, atol=1e-2)
+
+
+def _read_card(data: bytes) -> None:
+    card = parse_card(data)
+    assert 0 < card.vocab_size <= 2**24
+    assert min(card.max_tokens, card.max_top_k) > 0
+    for text in (card.model, card.engine, card.dtype):
+        assert text.isprintable()
+        assert len(text) < 1000
+
+
+def _completion() -> bytes:
+    choices = [
+        choice(index, prompt_logprobs(sequence, _rows_from(sequence, 1), VOCAB_SIZE))
+        for index, sequence in enumerate(REQUEST.sequences)
+    ]
+    return json.dumps(completion(choices)).encode()
+
+
+def _read_completion(data: bytes) -> None:
+    _check_rows(read_completion(data, REQUEST, CARD))
+
+
+def _tokenizer(kind: Kind) -> Boundary:
+    def read(data: bytes) -> None:
+        spec, _, config = data.partition(SEPARATOR)
+        vocabulary = Vocabulary.parse(spec, config, name="fuzz")
+        assert 0 < len(vocabulary) <= 2**24
+        tokens = vocabulary.encode("The harbour office opened at six.\n")
+        assert all(0 <= token < len(vocabulary) for token in tokens.ids.tolist())
+
+    def mutate(random: Random, data: bytes) -> bytes:
+        parts = data.split(SEPARATOR)
+        index = 0 if random.random() < 0.8 else 1
+        parts[index] = mutate_json_bytes(random, parts[index])
+        return SEPARATOR.join(parts)
+
+    seed = tokenizer_json(kind).encode() + SEPARATOR + json.dumps(tokenizer_config(kind)).encode()
+    return Boundary(f"tokenizer {kind}", (seed,), mutate, read)
+
+
+def _run_file(folder: Path) -> Boundary:
+    path = folder / "run.toml"
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        load_config(path)
+
+    recipes = Path(__file__).parent.parent / "recipes"
+    seeds = tuple((recipes / name).read_bytes() for name in ("demo.toml", "ray.toml"))
+    return Boundary("run file", seeds, mutate_bytes, read)
+
+
+def _metrics(folder: Path) -> Boundary:
+    run = write_run(folder / "run", 20, teachers=("a", "b"), changes={5: ("teacher_lost", "a", "no response")})
+
+    def mutate(random: Random, data: bytes) -> bytes:
+        if random.random() < 0.3:
+            return mutate_bytes(random, data)
+        lines = data.splitlines(keepends=True)
+        index = random.randrange(len(lines))
+        lines[index] = mutate_json_bytes(random, lines[index]) + b"\n"
+        return b"".join(lines)
+
+    def read(data: bytes) -> None:
+        (run / "metrics.jsonl").write_bytes(data)
+        make_report(run)
+
+    return Boundary("metrics", ((run / "metrics.jsonl").read_bytes(),), mutate, read)
+
+
+def _data(folder: Path) -> Iterator[Boundary]:
+    texts = [line for line in TEXT.splitlines() if line]
+    table = pa.table({"text": texts})
+    pq.write_table(table, folder / "seed.parquet")
+    chats = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]} for text in texts]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    vocabulary = tiny_vocabulary("byte_level")
+
+    def read(name: str, data: bytes, **columns: str) -> None:
+        (folder / name).write_bytes(data)
+        source = {"files": [str(folder / name)], **columns}
+        config = DataConfig.model_validate({"sources": [source], "window_tokens": 40, "max_invalid": 3})
+        corpus = load_corpus(config, EvalConfig(held_out_documents=0), vocabulary, 0)
+        for sample in corpus.train:
+            sample.text.encode()
+
+    yield Boundary("text lines", (lines,), mutate_bytes, partial(read, "data.jsonl"))
+    chat_lines = "".join(json.dumps(chat) + "\n" for chat in chats).encode()
+    yield Boundary("chat lines", (chat_lines,), mutate_bytes, partial(read, "chats.jsonl", messages_column="messages"))
+    yield Boundary("text", (TEXT.encode(),), mutate_bytes, partial(read, "data.txt"))
+    yield Boundary("parquet", ((folder / "seed.parquet").read_bytes(),), mutate_bytes, partial(read, "data.parquet"))
