@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 16 << 20
+MAX_BYTES = 16 << 20  # of a manifest or the state of a run
 CHUNK_BYTES = 1 << 20
 
 
@@ -51,6 +51,16 @@ def open_regular(path: Path) -> Any:
     return os.fdopen(descriptor, "rb")
 
 
+def read_regular(path: Path) -> bytes:
+    """Return the content of a small file, at most MAX_BYTES of it. Raises DamagedError if it cannot be read."""
+    with open_regular(path) as file:
+        try:
+            data: bytes = file.read(MAX_BYTES)
+        except OSError as error:  # a damaged disk
+            raise DamagedError(f"{path.name} cannot be read ({error.strerror})") from error
+    return data
+
+
 def write_manifest(folder: Path, digests: Mapping[str, FileDigest]) -> None:
     """Write the manifest of files whose digests are known."""
     write_synced(folder / MANIFEST, _encode(digests))
@@ -66,8 +76,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def read_manifest(folder: Path) -> dict[str, FileDigest]:
     """Return the digests by name of file. Raises DamagedError if the manifest is missing, damaged or malformed."""
-    with open_regular(folder / MANIFEST) as file:
-        data: bytes = file.read(MAX_MANIFEST_BYTES)
+    data = read_regular(folder / MANIFEST)
     try:
         files = json.loads(data)["files"]
         digests = {str(name): FileDigest(int(size), str(sha256)) for name, (size, sha256) in files.items()}

@@ -17,7 +17,7 @@ from typing import Any
 
 from trainer.distributed import Ranks
 from trainer.errors import CheckpointError
-from trainer.manifest import MANIFEST, DamagedError, FileDigest, check_files, open_regular, read_manifest, write_synced
+from trainer.manifest import MANIFEST, DamagedError, FileDigest, check_files, read_manifest, read_regular, write_synced
 from trainer.training.identity import Identity
 
 log = logging.getLogger("tutelage.run")
@@ -187,8 +187,7 @@ def _read_digests(path: Path) -> dict[str, FileDigest]:
 
 
 def _read_state(path: Path) -> CheckpointMetadata:
-    with open_regular(path / STATE_FILE) as file:
-        data = file.read()
+    data = read_regular(path / STATE_FILE)
     try:
         metadata = CheckpointMetadata(**json.loads(data))
     except (ValueError, TypeError, RecursionError) as error:
