@@ -208,7 +208,7 @@ def test_every_value_of_a_weight_is_checked(dtype: torch.dtype) -> None:
                 check_finite("large", weight)
 
 
-def test_a_panic_and_an_interrupt_are_told_apart(tmp_path: Path) -> None:
+def test_a_panic_is_an_error_of_the_folder_and_an_interrupt_is_not(tmp_path: Path) -> None:
     class Panic(BaseException):
         pass
 

@@ -14,9 +14,9 @@ import psutil
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.templates import TEMPLATES, THINKING, TOOLS, chat
+from tests.templates import TEMPLATES, THINKING, TOOLS, chat, chat_template
 from trainer.chats import template_worker
-from trainer.chats.jinja_template import JinjaTemplate, TemplateError
+from trainer.chats.jinja_template import ChatError, JinjaTemplate, TemplateError
 from trainer.chats.template_worker import WORKER, RenderError, TemplateWorker
 
 TODAY = date(2026, 1, 1)
@@ -100,6 +100,15 @@ def test_a_chat_that_is_no_json_is_one_sentence() -> None:
     for value in (b"bytes", nested):
         with pytest.raises(TemplateError, match="cannot receive the chat"):
             template("{{ messages }}").render([{"role": "user", "content": value}], ())
+
+
+def test_a_chat_that_is_nested_deeply_is_one_sentence() -> None:
+    nested: list[Any] = []
+    for _ in range(5000):
+        nested = [nested]
+    messages = [{"role": "user", "content": "x", "extra": nested}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(ChatError, match="sample chat, model tiny: .*nested too deeply"):
+        chat_template(TEMPLATES["chatml"]).render(messages)
 
 
 def test_a_process_that_was_killed_is_replaced() -> None:

@@ -143,7 +143,10 @@ class ChatTemplate:
             tuple(dict(tool) for tool in tools),
             f"sample {sample}, model {self.name}",
         )
-        rendered = chat.render(self._special_tokens)
+        try:
+            rendered = chat.render(self._special_tokens)
+        except RecursionError as error:
+            raise chat.error("a message or a tool is nested too deeply") from error
         try:
             tokens = self.vocabulary.encode_rendered(rendered.text)
         except TokenizerError as error:
