@@ -306,7 +306,7 @@ def test_replicas_that_send_rubbish_are_quarantined_and_the_others_continue(
 def test_a_trial_that_fails_unexpectedly_is_logged_and_repeated(
     tiny_byte_level: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failures = []
+    failures: list[str] = []
 
     async def run(url: str) -> None:
         async def make_client(address: str) -> NativeClient:
@@ -319,7 +319,7 @@ def test_a_trial_that_fails_unexpectedly_is_logged_and_repeated(
                     raise ZeroDivisionError("a fault of this project")
                 await check(*arguments)
 
-            client.check = flaky  # type: ignore[method-assign]
+            client.check = flaky  # type: ignore[method-assign, assignment]
             return client
 
         health = ReplicaHealth(TeacherAddress("t", (url,)), make_client, lambda _: None)
