@@ -187,3 +187,56 @@ def test_every_key_of_a_run_file_is_described() -> None:
     for path, section in sections(RunConfig):
         for key, field in section.model_fields.items():
             assert field.description, f"{path}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"train.seed={2**64}", "train.seed: Input should be less than or equal to"),
+        (f"train.epochs={10**30}", "train.epochs: expected at most 2,147,483,647"),
+        (f"data.window_tokens={2**63}", "data.window_tokens: expected at most"),
+        ("loss.temperature=1e-320", "loss.temperature: expected a number between 1e-12 and 1e"),
+        ("optim.lr=1e308", "optim.lr: expected a number between"),
+        ('output.dir="a\\u0000b"', "output.dir: expected at most 4,096 characters, none of them NUL"),
+        ("output.dir=~nosuchuser/x", "output.dir: this user has no home folder"),
+        (f"data.sources.0.files=['{'x' * 300}']", "data.sources.0.files.0: the name of a file or folder has at most"),
+        ("student.device=privateuseone", "student.device: String should match pattern"),
+        ("output.dir=\udcff", "output.dir: expected at most 4,096 characters"),
+        ("train.seed=" + "[" * 100_000, "train.seed: Input should be a valid integer"),
+        ("output.dir=" + "x" * 10_000_000, r"output.dir: the name of a file .*\(10,000,000 characters\)$"),
+    ],
+)
+def test_values_that_libraries_cannot_take_are_rejected_by_name(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(tmp_path, PLAIN + TEACHER, override)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"\xff", b"x = " + b"[" * 100_000, b"x = " + b"9" * 100_000, b'x = "\\ud800"', b"a" + b".a" * 20_000 + b"=1"],
+)
+def test_a_run_file_that_is_not_toml_is_one_sentence(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "run.toml").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"run\.toml(:| is not TOML)"):
+        load_config(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        'urls = ["http://user:hunter2@127.0.0.1:1"]',
+        'urls = ["dns+http://hunter2@host:1"]',
+        'urls = ["http://127.0.0.1:1/?token=hunter2"]',
+        'urls = ["http://[hunter2"]',
+        'urls = ["http://h"]\nkey_env = "sk-hunter2"',
+        'key_env = "KEY"\nname2 = "hunter2"',
+        "name = 5\nkey_env = ['hunter2']",
+    ],
+)
+def test_an_error_repeats_no_secret(tmp_path: Path, keys: str) -> None:
+    name = "" if "name =" in keys else 'name = "t"\n'
+    (tmp_path / "run.toml").write_text(f"{PLAIN}\n[[teachers]]\n{name}{keys}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "run.toml")
+    assert "hunter2" not in str(caught.value)

@@ -95,6 +95,7 @@ def _start_remarks(start: EventRecord) -> Iterator[str]:
         if source["invalid"]:
             examples = "; ".join(source["first_invalid"])
             yield f"{source['name']}: {source['invalid']} invalid records are skipped ({examples})"
+        yield from (f"warning: {each}" for each in source.get("repeated", ()))
     for key, (old, new) in start.get("changed", {}).items():
         yield f"changed since the previous start: {key} {old} → {new}"
 

@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config_section import Fraction, Positive, Roles, Section
+from trainer.config_section import Fraction, PathText, Positive, Roles, Section
 
 
 class LoraConfig(Section):
     """[student.lora] Train low-rank adapters; the export merges them into the weights."""
 
-    rank: Positive = 16
+    rank: Annotated[int, Field(gt=0, le=65_536)] = 16
     """Rank of every adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Adapters are scaled by alpha / rank."""
@@ -23,9 +23,9 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """[student] The model that is trained."""
 
-    model: str
+    model: PathText
     """A Hugging Face model directory, or the name of one under $TUTELAGE_CACHE/models."""
-    device: str = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|(cuda|mps|xpu)(:[0-9]{1,3})?)\z")] = "cpu"
     """Device to train on: cpu, cuda, cuda:1, … With several processes, `cuda` gives each process its own GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`bf16` computes matrix products in bf16 over float32 weights (frozen matrices that bf16 represents exactly are
@@ -44,5 +44,5 @@ class StudentConfig(Section):
     roles: Roles = {}
     """Special tokens by role (bos, eos, end_of_turn, pad, unk), given as token strings, where the tokenizer's own
     configuration is wrong."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """File with a chat template that replaces the model's own."""
