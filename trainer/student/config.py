@@ -1,8 +1,9 @@
 """Settings of the student model."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from trainer.config_section import Fraction, PathText, Positive, Roles, Section
 
@@ -20,12 +21,18 @@ class LoraConfig(Section):
     """Names of the linear layers that get an adapter, as in peft; `all-linear` leaves out the LM head."""
 
 
+def _is_device(name: str) -> str:
+    if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:[0-9]{1,3})?", name):
+        raise ValueError("expected cpu, cuda or cuda:N")
+    return name
+
+
 class StudentConfig(Section):
     """[student] The model that is trained."""
 
     model: PathText
     """A Hugging Face model directory, or the name of one under $TUTELAGE_CACHE/models."""
-    device: Annotated[str, Field(pattern=r"^(cpu|(cuda|mps|xpu)(:[0-9]{1,3})?)\z")] = "cpu"
+    device: Annotated[str, AfterValidator(_is_device)] = "cpu"
     """Device to train on: cpu, cuda, cuda:1, … With several processes, `cuda` gives each process its own GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`bf16` computes matrix products in bf16 over float32 weights (frozen matrices that bf16 represents exactly are
