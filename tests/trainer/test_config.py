@@ -1,5 +1,6 @@
 """The run file: accepted keys, overrides, and errors for invalid values."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ from pydantic import BaseModel
 
 from trainer.config import RunConfig
 from trainer.config_reference import reference, sections
+from trainer.distributed import process_group
 from trainer.errors import ConfigError
 from trainer.fusion import FUSION_METHODS
-from trainer.paths import resolve_model_dir
+from trainer.paths import cache_dir, resolve_model_dir
 from trainer.query.config import TeacherConfig
 from trainer.run_file import RENAMED_KEYS, _known_keys, load_config
 from trainer.sources.config import SourceConfig
@@ -240,3 +242,32 @@ def test_an_error_repeats_no_secret(tmp_path: Path, keys: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "run.toml")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', expected a number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', expected a number"),
+        ({"RANK": "-1"}, "RANK is '-1', expected a number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "not below it"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+    ],
+)
+def test_variables_of_torchrun_that_make_no_sense_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message), process_group("cpu"):
+        pass
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUTELAGE_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert cache_dir().name == "tutelage-54321"

@@ -22,7 +22,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.evaluation.config import EvalConfig
 from trainer.sources import SOURCES, files
 from trainer.sources.base import DocumentRef, Documents, InvalidRecord, open_documents
-from trainer.sources.columns import extract_content, parse_document
+from trainer.sources.columns import extract_content, parse_document, parse_json_line
 from trainer.sources.config import DataConfig, SourceConfig
 from trainer.sources.content_cache import MIN_BYTES, ContentCache
 from trainer.sources.corpus import load_corpus
@@ -300,8 +300,12 @@ def test_a_long_line_is_parsed_once_for_all_of_its_windows(tmp_path: Path, monke
     documents = open_path(write_file(tmp_path, b"\n".join(lines(text, "short", text[1:]))))
     refs = [one for one in documents.scan() if isinstance(one, DocumentRef)]
     parsed: list[int] = []
-    parse = files.parse_json_line
-    monkeypatch.setattr(files, "parse_json_line", lambda line: parsed.append(len(line)) or parse(line))
+
+    def parse(line: bytes) -> Any:
+        parsed.append(len(line))
+        return parse_json_line(line)
+
+    monkeypatch.setattr(files, "parse_json_line", parse)
     content = text.encode()
     with ThreadPoolExecutor(4) as pool:
         parts = list(
@@ -313,10 +317,14 @@ def test_a_long_line_is_parsed_once_for_all_of_its_windows(tmp_path: Path, monke
 
 
 def test_the_memory_of_kept_contents_is_bounded() -> None:
-    cache, loaded = ContentCache(max_bytes=5 * MIN_BYTES), []
+    cache, loaded = ContentCache(max_bytes=5 * MIN_BYTES), list[int]()
 
     def get(key: int, size: int = 2 * MIN_BYTES) -> bytes:
-        return cache.get(key, lambda: loaded.append(key) or bytes(size))
+        def load() -> bytes:
+            loaded.append(key)
+            return bytes(size)
+
+        return cache.get(key, load)
 
     for key in (1, 2, 1, 3, 1, 2):
         assert len(get(key)) == 2 * MIN_BYTES

@@ -44,6 +44,7 @@ def one_sentence_errors(as_json: bool = False, result_is_output: bool = True) ->
     guard_streams()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
+        _check_working_directory()
         yield
     except (UserError, TeacherError, AlignmentError, TokenizerError) as error:
         message = one_line(str(error))
@@ -56,6 +57,15 @@ def one_sentence_errors(as_json: bool = False, result_is_output: bool = True) ->
         is_lost = output_is_lost()
     if result_is_output and is_lost:
         raise typer.Exit(1)
+
+
+def _check_working_directory() -> None:
+    from trainer.errors import ConfigError
+
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError("the working directory does not exist any more: change to another one") from error
 
 
 def silence_libraries() -> None:

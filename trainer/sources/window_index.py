@@ -5,11 +5,14 @@ tokenizer, window length. A later start maps it into memory. Each window has a c
 have changed since it was indexed is an error.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +32,8 @@ from trainer.sources.config import SourceConfig
 from trainer.sources.window_indexer import DOCUMENT, WINDOW, IndexSummary, WindowIndexer, check_invalid
 from trainer.sources.windows import CHUNK_BYTES
 
+log = logging.getLogger("tutelage.windows")
+NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
 FORMAT = 2  # version of the stored files and of the way that texts are cut
 
 
@@ -95,22 +100,28 @@ def index_source(
 ) -> WindowIndex:
     """Load the index of a source from the cache, or build it.
 
-    Raises DataError if more than `max_invalid` lines and rows cannot be read, or if the cache cannot be written.
+    A cache without permission to write is done without. Raises DataError if more than `max_invalid` lines and rows
+    cannot be read, or if the disk is full.
     """
     folder = windows_dir() / _index_key(source, inputs, vocabulary, window_tokens)
     try:
+        indexer = WindowIndexer(source, vocabulary, window_tokens, max_invalid)
         stored = _load(folder)
         if stored is None:
             with _lock(folder):
                 # Another process may have built the index while this one waited for the lock.
-                stored = _load(folder) or _build(
-                    folder, WindowIndexer(source, vocabulary, window_tokens, max_invalid), inputs
-                )
+                stored = _load(folder) or _build(folder, indexer, inputs)
     except OSError as error:
-        raise DataError(
-            f"cannot write the window index to {folder.parent} ({error.strerror}): free disk space, or set "
-            "TUTELAGE_CACHE to another directory"
-        ) from error
+        if error.errno not in NO_PERMISSION:
+            raise DataError(
+                f"cannot write the window index to {folder.parent} ({error.strerror}): free disk space, or set "
+                "TUTELAGE_CACHE to another directory"
+            ) from error
+        log.warning(
+            "the window index cannot be kept in %s (%s): it is made again at each start", folder.parent, error.strerror
+        )
+        with tempfile.TemporaryDirectory(prefix="tutelage-windows-") as temporary:  # the arrays remain mapped
+            stored = _build(Path(temporary) / folder.name, indexer, inputs)
     summary, documents, windows = stored
     check_invalid(summary, max_invalid)
     return WindowIndex(source, inputs, summary, documents, windows)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trainer.plain_text import excerpt
 from trainer.telemetry.events import EVENTS
@@ -35,7 +35,7 @@ class _Teacher(_Fields):
 
 
 class _RunFile(_Fields):
-    __pydantic_extra__: dict[str, dict[str, Any] | None]
+    __pydantic_extra__: dict[str, dict[str, Any] | None] = Field(init=False)
 
     teachers: list[_Teacher] = []
 
@@ -114,10 +114,10 @@ def _check_fields(record: Mapping[str, Any]) -> None:
         value = record.get(key, 0)
         if not isinstance(value, types) or isinstance(value, bool) or not 0 <= value <= most:
             raise ValueError(f": {key} is {excerpt(value)}, expected a number from 0 to {most:,}")
-    for key, types in _field_types().get(kind, {}).items():
+    for key, expected in _field_types().get(kind, {}).items():
         value = record.get(key)
-        if value is not None and (not isinstance(value, types) or isinstance(value, bool)):
-            raise ValueError(f": {key} in the event {kind} is {excerpt(value)}, expected {_names(types)}")
+        if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+            raise ValueError(f": {key} in the event {kind} is {excerpt(value)}, expected {_names(expected)}")
     if kind in _field_types() and "step" in _field_types()[kind] and "step" not in record:
         raise ValueError(f": a {kind} event without step")
     if kind == "start":
