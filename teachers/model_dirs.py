@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Return $TUTELAGE_CACHE, by default ~/.cache/tutelage."""
-    return Path(os.environ.get("TUTELAGE_CACHE") or "~/.cache/tutelage").expanduser()
+    """Return $TUTELAGE_CACHE, by default ~/.cache/tutelage; for a user without a home, a folder for temporary files."""
+    folder = os.path.expanduser(os.environ.get("TUTELAGE_CACHE") or "~/.cache/tutelage")
+    if folder.startswith("~"):  # a container runs as a user that it does not know
+        return Path(tempfile.gettempdir()) / f"tutelage-{os.getuid()}"
+    return Path(folder)
 
 
 def model_dir(name: str) -> Path:

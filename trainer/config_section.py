@@ -1,13 +1,26 @@
 """Base class and field types of the run file's sections. Imports no third-party package but pydantic."""
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+MAX_INT = 2**31 - 1  # of every integer without a bound of its own: larger ones overflow in torch, numpy or tokenizers
+MAX_BYTES = 2**53
+MAX_SEED = 2**63 - 1
+FLOATS = 1e-12, 1e12  # magnitudes of every number but 0: float32 computes with them and with their products
+MAX_CHARS = 4096  # of every string; the longest path of Linux
+MAX_PART_BYTES = 255  # of one part of a path
+SECRET = "secret"  # type of a validation error that must not repeat the value
 
 Positive = Annotated[int, Field(gt=0)]
+Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -19,6 +32,32 @@ class Section(BaseModel):
     """Base of all sections: frozen models that reject unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject numbers and strings that libraries cannot take, in every field of every section."""
+        metadata = cls.model_fields[info.field_name].metadata if info.field_name in cls.model_fields else []
+        _check_value(value, has_bound=any(hasattr(each, "le") for each in metadata))
+        return value
+
+
+def _check_value(value: Any, has_bound: bool) -> None:
+    match value:
+        case bool() | Section():
+            pass
+        case int() if abs(value) > MAX_INT and not has_bound:
+            raise ValueError(f"expected at most {MAX_INT:,}")
+        case float() if value and not FLOATS[0] <= abs(value) <= FLOATS[1]:
+            raise ValueError(f"expected a number between {FLOATS[0]:g} and {FLOATS[1]:g}")
+        case str() if len(value) > MAX_CHARS or "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"expected at most {MAX_CHARS:,} characters, none of them NUL or half of a surrogate pair")
+        case list() | tuple():
+            for item in value:
+                _check_value(item, has_bound)
+        case dict():
+            for item in (*value, *value.values()):
+                _check_value(item, has_bound)
 
 
 @dataclass(frozen=True)
@@ -58,3 +97,56 @@ def _known_roles(roles: dict[str, str]) -> dict[str, str]:
 
 
 Roles = Annotated[dict[str, str], AfterValidator(_known_roles)]
+
+
+def _is_path(text: str) -> str:
+    if not text:
+        raise ValueError("expected a path")
+    if os.path.expanduser(text).startswith("~"):
+        raise ValueError("this user has no home folder; write the whole path")
+    if any(len(part.encode(errors="replace")) > MAX_PART_BYTES for part in text.split("/")):
+        raise ValueError(f"the name of a file or folder has at most {MAX_PART_BYTES} bytes")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_is_path)]
+"""Path of a file or folder, or a pattern of paths. ~ is the home folder."""
+
+
+def _is_name(text: str) -> str:
+    if not text.strip() or not text.isprintable() or len(text) > MAX_PART_BYTES:
+        raise ValueError(f"expected 1 to {MAX_PART_BYTES} printable characters")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_is_name)]
+"""Name in metrics, tables and errors."""
+
+
+def _is_variable(text: str) -> str:
+    if not text.isidentifier() or not text.isascii():
+        message = "expected the name of an environment variable (letters, digits and _), not the key itself"
+        raise PydanticCustomError(SECRET, message)
+    return text
+
+
+VariableName = Annotated[str, AfterValidator(_is_variable)]
+"""Name of an environment variable that holds a secret. An error does not repeat it: it may be the secret itself."""
+
+
+def _is_address(text: str) -> str:
+    try:
+        address = urlsplit(text.removeprefix("dns+"))
+        has_secret = address.username is not None or address.password is not None or bool(address.query)
+    except ValueError as error:
+        raise PydanticCustomError(SECRET, "expected an address such as http://HOST:PORT") from error
+    if has_secret or "@" in address.netloc:
+        message = "an address holds no user, password or query: give the bearer key by key_file or key_env"
+        raise PydanticCustomError(SECRET, message)
+    if not text.isprintable() or any(c.isspace() for c in text):
+        raise PydanticCustomError(SECRET, "expected an address without spaces and control characters")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_is_address)]
+"""Address of a server, without user and password."""

@@ -168,11 +168,13 @@ def process_group(device: str, unavailable_timeout_s: float = 0.0) -> Iterator[R
     Raises ConfigError if the device or the environment does not give each process its own GPU, or if torchrun would
     restart processes on several machines with a shared store.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and device.startswith("cuda"):
+    num_processes = _number_of_processes()
+    if num_processes > 1 and device.startswith("cuda"):
         _set_cuda_device(device)
     if dist.is_initialized():  # by Ray Train
         yield _ranks(unavailable_timeout_s)
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    elif num_processes > 1:
+        _check_environment(num_processes)
         backend = "gloo" if device.startswith("cpu") else "cpu:gloo,cuda:nccl"
         store, rank, size = _rendezvous_store()
         timeout = collective_timeout(unavailable_timeout_s)
@@ -181,6 +183,29 @@ def process_group(device: str, unavailable_timeout_s: float = 0.0) -> Iterator[R
         dist.destroy_process_group()  # not after an error: it would wait for processes that have not failed
     else:
         yield Ranks()
+
+
+def _number_of_processes() -> int:
+    """Return WORLD_SIZE, 1 if it is not set. Raises ConfigError if a variable of torchrun is no number."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        text = os.environ.get(name, "0")
+        if not text.isascii() or not text.isdigit() or len(text) > 9:
+            raise ConfigError(f"the environment variable {name} is {text[:40]!r}, expected a number: unset it")
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_environment(num_processes: int) -> None:
+    """Raise ConfigError if a variable of torchrun is missing or contradicts WORLD_SIZE."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {num_processes} and {missing[0]} is not set: start the processes with torchrun, or unset "
+            "WORLD_SIZE"
+        )
+    if max(int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK")) >= num_processes:
+        raise ConfigError(
+            f"WORLD_SIZE is {num_processes}, but RANK or LOCAL_RANK is not below it: start the processes with torchrun"
+        )
 
 
 def _set_cuda_device(device: str) -> None:

@@ -1,6 +1,5 @@
 """Paths of models, tokenizers and data files, and of the caches that persist between runs."""
 
-from glob import glob, has_magic
 from pathlib import Path
 
 from teachers.model_dirs import cache_dir as cache_dir
@@ -30,24 +29,23 @@ def resolve_tokenizer_dir(name: str) -> Path:
     return _resolve(name, "models", "a folder with a tokenizer", "tokenizer.json")
 
 
-def resolve_data_files(name: str) -> list[Path]:
-    """Return one file, given as a path or as a name under the cache, or the sorted files that a pattern matches.
+def resolve_data_file(name: str) -> Path:
+    """Return a file, given as a path or as a name under the cache. Raises ConfigError if it is missing."""
+    return _resolve(name, "data", "a file")
 
-    A pattern contains `*`, `?`, `[a-z]` or `**`. A file whose name is exactly `name` takes precedence over the pattern.
-    Raises ConfigError if there is no such file.
-    """
-    if not has_magic(name) or Path(name).expanduser().exists():
-        return [_resolve(name, "data", "a file")]
-    paths = sorted(path for path in map(Path, glob(str(Path(name).expanduser()), recursive=True)) if path.is_file())
-    if not paths:
-        raise ConfigError(f"{name} matches no file")
-    return paths
+
+def exists(path: Path) -> bool:
+    """Return whether a path exists. Raises ConfigError if that cannot be found out."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _resolve(name: str, cache_folder: str, description: str, required_file: str = "") -> Path:
     candidates = [Path(name).expanduser(), cache_dir() / cache_folder / name]
     for path in candidates:
-        if path.exists() and (path / required_file).exists():
+        if exists(path) and exists(path / required_file):
             return path
     hint = "" if "/" in name else "; `tutelage demo --prepare` creates the models and data of the demo"
     raise ConfigError(f"{name} is neither {description} nor a name in {cache_dir() / cache_folder}{hint}")

@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from trainer.config import RunConfig
+from trainer.config_section import SECRET
 from trainer.errors import ConfigError
+from trainer.plain_text import excerpt
 
 RENAMED_KEYS = {
     "teachers.match": "signal (chain is byte_chain, spans is alm, sorted is uld)",
@@ -30,7 +32,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the run file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not TOML of a run file: its values are nested too deeply") from error
+    except ValueError as error:  # TOML, UTF-8, an integer of thousands of digits, a path with NUL
         raise ConfigError(f"{path} is not TOML: {error}") from error
     for override in overrides:
         _override(raw, override)
@@ -43,7 +47,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"--set expects key=value, received {text!r}")
+        raise ConfigError(f"--set expects key=value, received {excerpt(text)}")
     node: Any = raw
     *path, last = key.strip().split(".")
     try:
@@ -51,14 +55,14 @@ def _override(raw: dict[str, Any], text: str) -> None:
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
         node[int(last) if isinstance(node, list) else last] = _toml_value(value.strip())
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--set {key}: the run file has no such table or list item") from error
+        raise ConfigError(f"--set {excerpt(key)[1:-1]}: the run file has no such table or list item") from error
 
 
 def _toml_value(text: str) -> Any:
     """Parse a TOML value. Text that is not valid TOML is returned as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -71,7 +75,9 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {_hint(first['loc'])}"
     message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{key}: {message}, received {first['input']!r}" if key else message
+    if not key or first["type"] == SECRET:
+        return f"{key}: {message}".removeprefix(": ")
+    return f"{key}: {message}, received {excerpt(first['input'])}"
 
 
 def _hint(path: tuple[int | str, ...]) -> str:

@@ -1,8 +1,9 @@
 """Tokenize texts and chats with the tokenizer of one model, and shorten samples that exceed the limit of a model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from trainer.chats.jinja_template import ChatError
 from trainer.errors import ConfigError, DataError
 from trainer.records import Sample, TokenizedSample
 from trainer.sources.config import DataConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,49 +72,90 @@ def tokenize_samples(
 
 
 def _tokenize_within_window(sample: Sample, tokenizer: SampleTokenizer, data: DataConfig) -> TokenizedSample:
-    tokenized = tokenizer.tokenize(sample)
-    while sample.is_chat and len(tokenized) > data.window_tokens:  # a window of text has at most window_tokens
-        sample = shorten_or_raise(sample, tokenized, data.window_tokens, "the student's window", data)
+    def attempt(sample: Sample) -> tuple[TokenizedSample, Excess | None]:
         tokenized = tokenizer.tokenize(sample)
-    return tokenized
+        is_too_long = sample.is_chat and len(tokenized) > data.window_tokens  # a window of text has at most this many
+        return tokenized, Excess(tokenized, data.window_tokens, "the student's window") if is_too_long else None
+
+    return fit_sample(sample, attempt, data)
 
 
-def shorten_or_raise(
-    sample: Sample, tokenized: TokenizedSample, limit: int, limited_by: str, data: DataConfig
-) -> Sample:
-    """Return the sample shortened by `shorten`, or raise an error that names the limit.
+class Excess(NamedTuple):
+    """A sample that is too long for a model.
 
     tokenized   the sample as the model with the limit tokenizes it
+    limit       number of tokens
     limited_by  name of the model or window, for error messages
+    """
+
+    tokenized: TokenizedSample
+    limit: int
+    limited_by: str
+
+
+def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | None]], data: DataConfig) -> T:
+    """Return the result of `attempt` for the sample or, with data.too_long = "shorten", for a beginning that fits.
+
+    A text keeps about its first `limit` tokens and ends at the end of a character. A chat ends with a supervised
+    assistant message: the last one with which it fits, found by bisection.
+
+    attempt  tokenizes a sample for all models, and tells whether it is too long
     Raises ChatError for a chat, DataError for a text, if data.too_long forbids shortening or nothing would be left.
     """
-    may_shorten = data.too_long == "shorten"
-    shortened = shorten(sample, tokenized.tokens, limit) if may_shorten else None
-    if shortened is not None:
-        return shortened
+    result, excess = attempt(sample)
+    if excess is None:
+        return result
+    beginnings = _beginnings(sample) if data.too_long == "shorten" else []
+    fitting, too_long = -1, len(beginnings)  # indices of beginnings; the whole sample follows the last one
+    while too_long - fitting > 1:
+        middle = (fitting + too_long) // 2
+        shorter, shorter_excess = attempt(beginnings[middle])
+        if shorter_excess is None:
+            fitting, result = middle, shorter
+        else:
+            too_long, excess = middle, shorter_excess
+    if fitting >= 0:
+        return result
+    while not sample.is_chat and data.too_long == "shorten":
+        shortened = shorten_text(sample, excess.tokenized.tokens, excess.limit)
+        if shortened is None:
+            break
+        sample = shortened
+        result, excess = attempt(sample)
+        if excess is None:
+            return result
+    raise _too_long(sample, excess, data)
+
+
+def _beginnings(sample: Sample) -> list[Sample]:
+    """Return the beginnings of a chat that end with a supervised assistant message, shortest first, without the last.
+
+    A text has none.
+    """
+    ends = [
+        i + 1 for i, m in enumerate(sample.messages) if m.get("role") == "assistant" and m.get("train") is not False
+    ]
+    return [replace(sample, messages=sample.messages[:end]) for end in ends[:-1]]
+
+
+def _too_long(sample: Sample, excess: Excess, data: DataConfig) -> ChatError | DataError:
+    may_shorten, (tokenized, limit, limited_by) = data.too_long == "shorten", excess
     problem = f"sample {sample.name}: {limited_by} takes {limit} tokens, the sample has {len(tokenized)}"
     if sample.is_chat:
         reason = "the first assistant message alone is too long"
         advice = 'set data.too_long = "shorten" to drop the last turns of long chats'
-        raise ChatError(f"{problem}; {reason if may_shorten else advice}")
+        return ChatError(f"{problem}; {reason if may_shorten else advice}")
     advice = "" if may_shorten else ', or data.too_long = "shorten" to shorten the sample for all models'
-    raise DataError(f"{problem}: set data.window_tokens lower{advice}")
+    return DataError(f"{problem}: set data.window_tokens lower{advice}")
 
 
-def shorten(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:
-    """Return the beginning of a sample. Return None if nothing is left.
+def shorten_text(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:
+    """Return the beginning of a text of about `limit` tokens. Return None if nothing is left.
 
-    A text keeps about its first `limit` tokens and ends at the end of a character. If it is tokenized again, it can be
-    one token longer than the limit, and must then be shortened again. A chat loses everything after its second-to-last
-    supervised assistant message, whatever the limit.
+    If it is tokenized again, it can be one token longer than the limit, and must then be shortened again.
 
     tokens  tokens of the sample, which the limit refers to
     """
-    if sample.is_chat:
-        supervised = [
-            i for i, m in enumerate(sample.messages) if m.get("role") == "assistant" and m.get("train") is not False
-        ]
-        return replace(sample, messages=sample.messages[: supervised[-2] + 1]) if len(supervised) > 1 else None
     data = tokens.text
     cuts = [
         int(end) for end in tokens.ends[: max(limit, 0)] if 0 < end < len(data) and _is_character_end(data, int(end))

@@ -24,6 +24,7 @@ from tests.templates import (
 )
 from tests.tiny import TEXT, Kind
 from trainer.chats.chat_template import ChatTemplate, RenderedChat, chat_tokens, supervised_mask
+from trainer.chats.content_search import Chat
 from trainer.chats.jinja_template import ChatError
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
@@ -296,3 +297,21 @@ def test_any_chat_is_found_in_the_rendering_of_smollm2(smollm2_template: ChatTem
     rendered = smollm2_template.render(chat(*turns))
     assert span_texts(rendered) == list(turns[1::2])
     assert all(chat_tokens(rendered, span).closes for span in rendered.spans)
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "thinking"])
+@given(turns=st.lists(st.tuples(CONTENT, CONTENT | st.just("<think>so</think>yes")), min_size=2, max_size=5))
+def test_contents_found_together_are_those_found_one_by_one(name: str, turns: list[tuple[str, str]]) -> None:
+    template = chat_template(TEMPLATES.get(name, THINKING), "byte_level")
+    messages = chat(*(content for turn in turns for content in turn))
+
+    def spans() -> object:
+        try:
+            return template.render(messages).spans
+        except ChatError as error:
+            return str(error)
+
+    together = spans()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Chat, "_find_together", lambda *_: None)
+        assert spans() == together

@@ -280,7 +280,7 @@ def test_doctor_detects_a_card_that_expects_bos_but_names_none(tmp_path: Path, t
         ("optim.lr=inf", "optim.lr: Input should be a finite number, received inf"),
         ("output.dir='CORPUS'", "is a file"),
         ("output.dir='CORPUS/deeper'", "output.dir: cannot make"),
-        ("student.device='nonsense'", "student.model: cannot load"),
+        ("student.device='nonsense'", "student.device: expected cpu, cuda or cuda:N"),
         ("student.train_layers=9", "student.train_layers is 9, but the model has 2 layers"),
         ("data.window_tokens=513", "data.window_tokens is 513, the student takes 512 tokens"),
         ("data.sources.0.files=['/nowhere/text.txt']", "/nowhere/text.txt is neither a file"),

@@ -1,5 +1,6 @@
 """The run file: accepted keys, overrides, and errors for invalid values."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ from pydantic import BaseModel
 
 from trainer.config import RunConfig
 from trainer.config_reference import reference, sections
+from trainer.distributed import process_group
 from trainer.errors import ConfigError
 from trainer.fusion import FUSION_METHODS
-from trainer.paths import resolve_model_dir
+from trainer.paths import cache_dir, resolve_model_dir
 from trainer.query.config import TeacherConfig
 from trainer.run_file import RENAMED_KEYS, _known_keys, load_config
 from trainer.sources.config import SourceConfig
@@ -187,3 +189,85 @@ def test_every_key_of_a_run_file_is_described() -> None:
     for path, section in sections(RunConfig):
         for key, field in section.model_fields.items():
             assert field.description, f"{path}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"train.seed={2**64}", "train.seed: Input should be less than or equal to"),
+        (f"train.epochs={10**30}", "train.epochs: expected at most 2,147,483,647"),
+        (f"data.window_tokens={2**63}", "data.window_tokens: expected at most"),
+        ("loss.temperature=1e-320", "loss.temperature: expected a number between 1e-12 and 1e"),
+        ("optim.lr=1e308", "optim.lr: expected a number between"),
+        ('output.dir="a\\u0000b"', "output.dir: expected at most 4,096 characters, none of them NUL"),
+        ("output.dir=~nosuchuser/x", "output.dir: this user has no home folder"),
+        (f"data.sources.0.files=['{'x' * 300}']", "data.sources.0.files.0: the name of a file or folder has at most"),
+        ("student.device=privateuseone", "student.device: expected cpu, cuda or cuda:N, received"),
+        ("output.dir=\udcff", "output.dir: expected at most 4,096 characters"),
+        ("train.seed=" + "[" * 100_000, "train.seed: Input should be a valid integer"),
+        ("output.dir=" + "x" * 10_000_000, r"output.dir: the name of a file .*\(10,000,000 characters\)$"),
+    ],
+)
+def test_values_that_libraries_cannot_take_are_rejected_by_name(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(tmp_path, PLAIN + TEACHER, override)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"\xff", b"x = " + b"[" * 100_000, b"x = " + b"9" * 100_000, b'x = "\\ud800"', b"a" + b".a" * 20_000 + b"=1"],
+)
+def test_a_run_file_that_is_not_toml_is_one_sentence(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "run.toml").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"run\.toml(:| is not TOML)"):
+        load_config(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        'urls = ["http://user:hunter2@127.0.0.1:1"]',
+        'urls = ["dns+http://hunter2@host:1"]',
+        'urls = ["http://127.0.0.1:1/?token=hunter2"]',
+        'urls = ["http://[hunter2"]',
+        'urls = ["http://h"]\nkey_env = "sk-hunter2"',
+        'key_env = "KEY"\nname2 = "hunter2"',
+        "name = 5\nkey_env = ['hunter2']",
+    ],
+)
+def test_an_error_repeats_no_secret(tmp_path: Path, keys: str) -> None:
+    name = "" if "name =" in keys else 'name = "t"\n'
+    (tmp_path / "run.toml").write_text(f"{PLAIN}\n[[teachers]]\n{name}{keys}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "run.toml")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', expected a number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', expected a number"),
+        ({"RANK": "-1"}, "RANK is '-1', expected a number"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "not below it"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "x"}, "MASTER_PORT is 'x'"),
+    ],
+)
+def test_variables_of_torchrun_that_make_no_sense_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message), process_group("cpu"):
+        pass
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TUTELAGE_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert cache_dir().name == "tutelage-54321"

@@ -1,11 +1,16 @@
 """Progress lines of a run."""
 
+import io
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from trainer.cli import console
 from trainer.cli.console import duration, progress_listener
+from trainer.cli.streams import LossyStream
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +106,72 @@ def test_invalid_records_and_changed_settings_are_listed_at_the_start(capsys: py
     *_, invalid, changed = lines(capsys)
     assert invalid == "corpus: 2 invalid records are skipped (line 3: no object; line 9: no text)"
     assert changed == "changed since the previous start: optim.lr 0.1 → 0.2"
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    show = progress_listener("[/red]")
+    source = {"name": "[/x]", "invalid": 1, "first_invalid": ["[bold]\x1b[31m"], "repeated": ["[/a] is [b"]}
+    show(start(2, sources=[source], changed={"[/k]": ["[/old]", ":smile:"]}))
+    show(step_record(1, teachers={"[/red]": {"weight": 1.0, "wait_s": 1.0}}))
+    show({"event": "end", "step": 2, "model": "out/[/red]/model"})
+    console.show_evaluation({"held_out_bpb": 1.0, "held_out_domains": {"[/x]": 1.0}}, {"[/task]": {"[m]": 1.0}})
+    printed = capsys.readouterr().err
+    for text in (
+        "[/x]: 1 invalid",
+        r"[bold]\x1b[31m",
+        "[/a] is [b",
+        "[/k] [/old] → :smile:",
+        "[/red] 100%",
+        "out/[/red]/model",
+    ):
+        assert text in printed
+    assert "[/task]" in printed
+
+
+class Broken(io.StringIO):
+    """A stream whose reader is gone after one line."""
+
+    def write(self, text: str) -> int:
+        if self.tell():
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_output_is_dropped_after_the_first_write_that_fails() -> None:
+    broken = Broken()
+    stream = LossyStream(broken)
+    for line in ("one\n", "two\n", "three\n"):
+        assert stream.write(line) == len(line)
+    stream.flush()
+    assert stream.lost
+    assert broken.getvalue() == "one\n"
+    assert not LossyStream(io.StringIO()).lost
+
+
+STREAMS = """
+import os, sys
+number, how = int(sys.argv[1]), sys.argv[2]
+if how == "closed":
+    os.close(number)
+elif how == "full":
+    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+else:
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, number)
+from trainer.cli.streams import guard_streams, output_is_lost
+guard_streams()
+for stream in (sys.stdout, sys.stderr):
+    print("x" * 100_000, "\\udcff \\u540d", file=stream, flush=True)
+os.write(number, b"from a library")
+sys.exit(5 if output_is_lost() else 4)
+"""
+
+
+@pytest.mark.parametrize("how", ["closed", "full", "pipe"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_process_survives_the_loss_of_its_output(number: int, how: str) -> None:
+    command = [sys.executable, "-c", STREAMS, str(number), how]
+    ended = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C"}, check=False, timeout=60)
+    assert ended.returncode == (4 if how == "closed" else 5)
+    assert b"Error" not in ended.stdout + ended.stderr

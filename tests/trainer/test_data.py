@@ -226,3 +226,31 @@ def test_epochs_draw_from_each_source_according_to_its_weight(tmp_path: Path) ->
     halves = [{name for name in epoch if name.startswith("a")} for epoch in names]
     assert [len(half) for half in halves] == [2, 2]
     assert not halves[0] & halves[1]
+
+
+def test_a_line_is_held_out_in_every_source_that_reads_it(tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"{n}. {TEXT}", "answer": f"{TEXT} {n}."}) for n in range(12)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "link.jsonl").symlink_to("d.jsonl")
+    corpus = load(
+        {"files": [str(tmp_path / "d.jsonl")], "text_column": "question"},
+        {"files": [str(tmp_path / "link.jsonl")], "text_column": "answer"},
+        held_out=5,
+    )
+    held, trained = ({name.partition(":")[2] for name in document_names(s)} for s in (corpus.held_out, corpus.train))
+    assert held
+    assert trained
+    assert not held & trained
+    assert {sample.domain for sample in corpus.held_out} == {"d.jsonl", "link.jsonl"}
+
+
+def test_a_source_whose_files_an_earlier_one_reads_is_left_out_with_a_message(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "d.jsonl", 4)
+    (tmp_path / "link.jsonl").symlink_to("d.jsonl")
+    corpus = load({"files": [path]}, {"files": [str(tmp_path / "link.jsonl"), path]})
+    (source,) = corpus.sources
+    assert source.documents == 4
+    assert source.repeated == (
+        f"{tmp_path / 'link.jsonl'} is {path}, which is read once",
+        f"{path} is {path}, which is read once",
+    )

@@ -29,6 +29,7 @@ from trainer.telemetry.events import (
     EvalEvent,
     Event,
     StepEvent,
+    TeacherLostEvent,
 )
 from trainer.telemetry.json_text import to_json
 from trainer.telemetry.jsonl import EventRecord, Metrics, numbers, read_metrics
@@ -244,3 +245,11 @@ def test_every_field_has_a_description(event: type[Event]) -> None:
         assert meaning.endswith("."), key
         assert kind, key
         assert "|" not in meaning, key
+
+
+def test_no_password_and_no_half_of_a_surrogate_pair_is_written(tmp_path: Path) -> None:
+    with Metrics(tmp_path / "m.jsonl") as metrics:
+        detail = "no response from https://user:hunter2@host:1/x, user@host is no address; \udcff 名"
+        metrics.write(TeacherLostEvent(teacher="t", detail=detail))
+    (record,) = read_metrics(tmp_path / "m.jsonl")
+    assert record["detail"] == "no response from https://host:1/x, user@host is no address; \\udcff 名"

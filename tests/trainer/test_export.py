@@ -251,6 +251,25 @@ def test_names_are_escaped_in_the_card(run_with_two_teachers: Path, tmp_path: Pa
     assert "| a&#124;b &lt;script&gt;&#91;x&#93;(y) |" in card
 
 
+def test_no_string_of_a_run_is_markup_in_its_card(run_with_two_teachers: Path, tmp_path: Path) -> None:
+    evil = "<script>|**b** [x](y)\n---\nINJ: `${7*7}`{{7*7}} https://a.b www.a.b @someone"
+
+    def spoil(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: spoil(item) for key, item in value.items()}
+        return [spoil(item) for item in value] if isinstance(value, list) else evil if isinstance(value, str) else value
+
+    lines = (run_with_two_teachers / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    events[0]["base"]["revision"] = evil
+    spoilt = [{**spoil(event), "event": event["event"]} for event in events]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in spoilt), encoding="utf-8")
+    card = ModelCard(model_card(read_history(tmp_path), 6, 1.0))
+    assert card.data.to_dict()["base_model"] == evil
+    for markup in ("<script>", "**b**", "[x]", "\nINJ", "https://", "www.a", "@"):
+        assert markup not in card.text
+
+
 def test_a_base_model_from_a_hub_has_its_revision_in_the_card(tmp_path: Path, tiny_byte_level: Path) -> None:
     base = tmp_path / "models--owner--tiny-one" / "snapshots" / "4f2a"
     base.parent.mkdir(parents=True)

@@ -22,7 +22,7 @@ from trainer.records import DistillationExample, Sample, ScoredSample, TeacherSc
 from trainer.student.loading import load_student
 from trainer.telemetry.collector import Collector
 from trainer.telemetry.jsonl import read_metrics
-from trainer.tokenization import SampleTokenizer, shorten
+from trainer.tokenization import SampleTokenizer, shorten_text
 from trainer.training.loop import train
 from trainer.training.optimizer import make_optimizer
 from trainer.training.plan import plan_step
@@ -215,12 +215,12 @@ def test_a_shortened_text_ends_with_a_whole_character_and_without_eos(tiny_byte_
     sample = Sample(0, "s", "sacks 日本語 of tar", closes=True)
     tokens = vocabulary.encode(sample.text, close=True)
     for limit in range(1, len(tokens)):
-        shorter = shorten(sample, tokens, limit)
+        shorter = shorten_text(sample, tokens, limit)
         if shorter is not None:
             assert sample.text.startswith(shorter.text)
             assert len(vocabulary.encode(shorter.text)) <= limit + 1
             assert not shorter.closes
-    assert shorten(Sample(0, "s", "日"), vocabulary.encode("日"), 1) is None
+    assert shorten_text(Sample(0, "s", "日"), vocabulary.encode("日"), 1) is None
 
 
 def test_invalid_roles_are_errors_before_any_request(tmp_path: Path, tiny_byte_level: Path) -> None:

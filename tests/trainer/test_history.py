@@ -10,8 +10,9 @@ import pytest
 from tests.trainer.made_runs import EventFile, step_values, write_run
 from trainer.errors import MetricsError
 from trainer.report.history import read_history
+from trainer.report.page import make_report
 from trainer.report.summary import TokensToBpb, compare, sentence, summarise
-from trainer.telemetry.jsonl import numbers
+from trainer.telemetry.jsonl import Metrics, numbers
 
 
 def test_a_repeated_step_keeps_its_last_record(tmp_path: Path) -> None:
@@ -169,3 +170,57 @@ def test_teacher_means_are_weighted_by_tokens(tmp_path: Path) -> None:
     assert teacher.mass is None
     assert teacher.num_lost == 1
     json.dumps(teacher.__dict__, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"\x00\xff\xfe", "is not JSON"),
+        (b"[" * 200_000, "is not JSON"),
+        (b'{"event": "x", "a":' * 900 + b"1" + b"}" * 900, "nested more than 32 deep"),
+        (b'{"event": "step", "step": 1, "loss": NaN}', "NaN is not finite"),
+        (b'{"event": "step", "step": 1, "loss": 1e999}', "1e999 is not finite or too large"),
+        (b'{"event": "step", "step": 1, "loss": ' + b"9" * 400 + b"}", "an integer of 400 digits"),
+        (b'{"event": "x", "name": "\\ud800"}', "is not JSON: .*surrogates not allowed"),
+        (b'{"event": []}', "expected an object with an event"),
+        (b'{"event": "step", "step": "x"}', "step is 'x', expected a number from 0"),
+        (b'{"event": "step", "step": -5}', "step is -5, expected"),
+        (b'{"event": "step", "step": 1, "time": 1e99}', "time is 1e"),
+        (b'{"event": "step"}', "a step event without step"),
+        (b'{"event": "step", "step": 1, "loss": "x"}', "loss in the event step is 'x', expected a number"),
+        (b'{"event": "step", "step": 1, "teachers": [1]}', "teachers in the event step is a list, expected a table"),
+        (b'{"event": "start", "step": 0, "run": 5}', "run in the event start is 5, expected a table"),
+        (b'{"event": "start", "step": 0, "run": {"teachers": [{}]}}', r"run\.teachers\.0\.name is a table, field req"),
+        (b'{"event": "start", "step": 0, "run": {"data": 3}}', r"run\.data is 3"),
+        (b'{"event": "start", "step": 0, "changed": {"loss.x": [1, 2, 3]}}', r"changed\.loss\.x is a list"),
+        (b'{"event": "start", "step": 0, "base": null}', "base is None"),
+        (b'{"event": "end", "step": 1, "reason": 5}', "reason in the event end is 5, expected a string"),
+    ],
+)
+def test_a_damaged_event_is_one_sentence_with_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
+    path = write_run(tmp_path, 3) / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(MetricsError, match=rf"metrics\.jsonl, line 7.*{message}") as caught:
+        make_report(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_metrics_file_is_never_written_through_a_link_nor_cut_if_it_is_not_from_a_run(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for content in (b"secret=1\nno newline at the end", b"an important line without newline"):
+        other.write_bytes(content)
+        link = tmp_path / "link"
+        link.symlink_to(other)
+        with pytest.raises(MetricsError, match="cannot write .*link"):
+            Metrics(link)
+        link.unlink()
+        with pytest.raises(MetricsError, match="is not JSON|holds no events"):
+            Metrics(other)
+        assert other.read_bytes() == content
+
+
+def test_an_incomplete_first_event_is_removed(tmp_path: Path) -> None:
+    for written in (b'{"ev', b'{"event": "start", "time": 1'):
+        (tmp_path / "m").write_bytes(written)
+        with Metrics(tmp_path / "m"):
+            assert (tmp_path / "m").read_bytes() == b""

@@ -4,6 +4,7 @@ import asyncio
 import math
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from trainer.records import Sample, ScoredSample
 from trainer.student.loading import load_student
 from trainer.student.model import Student
 from trainer.telemetry.collector import Collector
-from trainer.telemetry.jsonl import read_metrics
+from trainer.telemetry.jsonl import EventRecord, read_metrics
 from trainer.tokenization import SampleTokenizer
 from trainer.training.config import OptimConfig
 from trainer.training.loop import train
@@ -466,3 +467,31 @@ def test_the_collector_contains_the_values_of_the_metrics(tmp_path: Path, tiny_b
     assert collector.last_response is not None
     assert collector.last_response.teacher == "t0"
     assert collector.seconds.keys() == {"tokenize", "align"}
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGHUP], ids=lambda each: each.name)
+def test_a_stop_signal_saves_the_run_and_resuming_completes_it(
+    tmp_path: Path, tiny_byte_level: Path, stop: signal.Signals
+) -> None:
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+
+    def stop_at_step_2(record: EventRecord) -> None:
+        if record["event"] == "step" and record["step"] == 2:
+            signal.raise_signal(stop)
+
+    before = signal.getsignal(stop)
+    result = train(config, listener=stop_at_step_2)
+    assert signal.getsignal(stop) is before
+    assert result.terminated
+    assert 2 <= result.steps < 6
+    assert train(config, resume=True).steps == 6
+
+
+def test_a_run_under_nohup_ignores_that_its_terminal_is_closed(tmp_path: Path, tiny_byte_level: Path) -> None:
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
+        result = train(config, listener=lambda _: signal.raise_signal(signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    assert (result.steps, result.terminated) == (6, False)

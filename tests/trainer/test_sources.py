@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,14 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tiny import tiny_vocabulary
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.evaluation.config import EvalConfig
-from trainer.sources import SOURCES
+from trainer.sources import SOURCES, files
 from trainer.sources.base import DocumentRef, Documents, InvalidRecord, open_documents
-from trainer.sources.columns import extract_content, parse_document
+from trainer.sources.columns import extract_content, parse_document, parse_json_line
 from trainer.sources.config import DataConfig, SourceConfig
+from trainer.sources.content_cache import MIN_BYTES, ContentCache
 from trainer.sources.corpus import load_corpus
 from trainer.sources.files import JsonLinesFile, TextFile
+from trainer.sources.input_files import find_inputs
 from trainer.sources.windows import CHUNK_BYTES
 
 
@@ -239,3 +244,91 @@ def test_text_files_are_opened_without_the_libraries_of_tables(tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def found(*names: str, **source: Any) -> list[str]:
+    config = SourceConfig.model_validate({"files": list(names)} | source)
+    return [path.name for path in find_inputs([config])[0].paths]
+
+
+def test_patterns_follow_no_links_to_directories_and_match_no_hidden_names(tmp_path: Path) -> None:
+    for name in ("x.jsonl", "sub/y.jsonl", "sub/deep/z.jsonl", ".hidden/no.jsonl", "sub/.no.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "sub" / "loop").symlink_to(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert found(f"{tmp_path}/**/*.jsonl") == ["z.jsonl", "y.jsonl", "x.jsonl"]  # sorted by path
+    assert found(f"{tmp_path}/**") == ["z.jsonl", "y.jsonl", "x.jsonl"]
+    assert found(f"{tmp_path}/s*/?.jsonl") == ["y.jsonl"]
+    with pytest.raises(ConfigError, match="matches no file"):
+        found(f"{tmp_path}/none/**/*.jsonl")
+
+
+@pytest.mark.parametrize("name", ["pipe", "p*", "socket", "folder", "/dev/zero", "/dev/stdin", "broken*"])
+def test_only_regular_files_are_read_and_nothing_waits_for_a_pipe(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken").symlink_to(tmp_path / "nothing")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        with pytest.raises(DataError, match=r"expected a regular file|cannot read .*broken"):
+            found(str(tmp_path / name))
+
+
+def test_a_file_that_becomes_a_pipe_is_an_error(tmp_path: Path) -> None:
+    path = write_file(tmp_path, b"\n".join(lines("one")))
+    documents = open_path(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="not a regular file"):
+        documents.read(0, 10, 0, 1)
+
+
+def test_a_file_of_several_names_is_read_once_and_named_twice(tmp_path: Path) -> None:
+    path = write_file(tmp_path, b"\n".join(lines("one one", "two two")))
+    (tmp_path / "link.jsonl").symlink_to(path)
+    os.link(path, tmp_path / "same.jsonl")
+    names = [path.name, "link.jsonl", "same.jsonl", path.name]
+    first, second = [SourceConfig(files=[str(tmp_path / name) for name in part]) for part in (names[:2], names[2:])]
+    (inputs,) = find_inputs([first, second])
+    assert inputs.paths == (path,)
+    assert inputs.repeated == tuple(f"{tmp_path / name} is {path}, which is read once" for name in names[1:])
+
+
+def test_a_long_line_is_parsed_once_for_all_of_its_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "The harbour office opened at six. " * 30_000
+    documents = open_path(write_file(tmp_path, b"\n".join(lines(text, "short", text[1:]))))
+    refs = [one for one in documents.scan() if isinstance(one, DocumentRef)]
+    parsed: list[int] = []
+
+    def parse(line: bytes) -> Any:
+        parsed.append(len(line))
+        return parse_json_line(line)
+
+    monkeypatch.setattr(files, "parse_json_line", parse)
+    content = text.encode()
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(
+            pool.map(lambda i: documents.read(refs[0].offset, refs[0].length, i, i + 100), range(0, 10**6, 9999))
+        )
+    assert parts == [content[i : i + 100] for i in range(0, 10**6, 9999)]
+    assert len(parsed) == 1
+    assert documents.read(refs[2].offset, refs[2].length, 0, 5) == content[1:6]
+
+
+def test_the_memory_of_kept_contents_is_bounded() -> None:
+    cache, loaded = ContentCache(max_bytes=5 * MIN_BYTES), list[int]()
+
+    def get(key: int, size: int = 2 * MIN_BYTES) -> bytes:
+        def load() -> bytes:
+            loaded.append(key)
+            return bytes(size)
+
+        return cache.get(key, load)
+
+    for key in (1, 2, 1, 3, 1, 2):
+        assert len(get(key)) == 2 * MIN_BYTES
+    assert loaded == [1, 2, 3, 2]  # 2 was used least recently when 3 came
+    get(4, size=9 * MIN_BYTES)
+    get(4)
+    assert loaded == [1, 2, 3, 2, 4]

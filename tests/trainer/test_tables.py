@@ -158,3 +158,21 @@ def test_a_run_resumes_after_its_lines_were_converted_to_rows(
     raw["data"]["sources"] = [{"dataset": save(tmp_path / "d", ROWS)}]
     train(RunConfig.model_validate(raw), resume=True)
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "straight"), abs=1e-6)
+
+
+def test_a_string_that_is_not_utf8_is_an_invalid_row(tmp_path: Path) -> None:
+    strings = pa.array([TEXT.encode(), b"\xff\xfeab", TEXT.encode(), b"a\xff"], pa.binary())
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 4, strings.buffers())}), path)
+    with pytest.raises(DataError, match=r"d\.parquet, row 2: not UTF-8: byte 0xff at 0"):
+        load({"files": [str(path)]})
+    corpus = load({"files": [str(path)]}, max_invalid=2)
+    assert corpus.sources[0].invalid == 2
+    assert {sample.name.partition("#")[0] for sample in corpus.train} == {"d.parquet:1", "d.parquet:3"}
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1" + b"\xff" * 1000 + b"PAR1", b"garbage"])
+def test_a_damaged_parquet_file_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "d.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read .*d\.parquet"):
+        load({"files": [str(tmp_path / "d.parquet")]})

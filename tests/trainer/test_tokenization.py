@@ -1,19 +1,22 @@
 """Tokenization of samples: supervised tokens, BOS rendered by a template, and samples above a model's limit."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 
 from tests.templates import CHATML, GEMMA, chat, chat_template, chat_vocabulary
 from tests.tiny import TEXT
-from trainer.chats.jinja_template import ChatError
+from trainer.chats.jinja_template import ChatError, JinjaTemplate, Message
 from trainer.errors import DataError, UserError
 from trainer.records import Sample
 from trainer.sources.config import DataConfig, SourceConfig
-from trainer.tokenization import SampleTokenizer, shorten, shorten_or_raise, tokenize_samples
+from trainer.tokenization import Excess, SampleTokenizer, fit_sample, tokenize_samples
 
 VOCABULARY = chat_vocabulary("byte_level")
 TOKENIZER = SampleTokenizer(VOCABULARY, VOCABULARY.prefix, chat_template(CHATML))
+NUMBERS = [f"{n}{n}" for n in range(8)]
 TURNS = ("How many?", "Fifty-one.", "Sure?", "Yes.")
 
 
@@ -81,7 +84,7 @@ def test_the_advice_for_a_sample_above_the_limit_is_never_a_setting_that_is_in_e
     sample = Sample(0, "c.jsonl:1", TEXT) if kind == "text" else sample_of(*TURNS[:2])
     tokenized = TOKENIZER.tokenize(sample)
     with pytest.raises(UserError) as caught:
-        shorten_or_raise(sample, tokenized, 0, "teacher t0", data(too_long))
+        fit_sample(sample, lambda s: (s, Excess(TOKENIZER.tokenize(s), 0, "teacher t0")), data(too_long))
     message = str(caught.value)
     assert message.startswith(f"sample c.jsonl:1: teacher t0 takes 0 tokens, the sample has {len(tokenized)}")
     assert ('data.too_long = "shorten"' in message) == (too_long == "refuse")
@@ -89,15 +92,34 @@ def test_the_advice_for_a_sample_above_the_limit_is_never_a_setting_that_is_in_e
     assert ("the first assistant message alone is too long" in message) == (kind == "chat" and too_long == "shorten")
 
 
-def test_a_chat_is_shortened_to_its_second_to_last_supervised_message() -> None:
-    sample = sample_of("a", "b", "c", "d", "e", "f")
-    tokens = TOKENIZER.tokenize(sample).tokens
-    shortened = shorten(sample, tokens, len(tokens) - 1)
-    assert shortened is not None
-    assert [m["content"] for m in shortened.messages] == ["a", "b", "c", "d"]
-    messages = [dict(m) for m in sample.messages]
+def test_a_chat_is_shortened_to_the_last_supervised_message_with_which_it_fits() -> None:
+    messages = [dict(m) for m in sample_of(*NUMBERS).messages]
     messages[3]["train"] = False
-    shortened = shorten(Sample(0, "s", messages=tuple(messages)), tokens, len(tokens) - 1)
-    assert shortened is not None
-    assert [m["content"] for m in shortened.messages] == ["a", "b"]
-    assert shorten(sample_of("a", "b"), tokens, 3) is None
+    sample = Sample(0, "s", messages=tuple(messages))
+    lengths = {n: len(TOKENIZER.tokenize(replace(sample, messages=sample.messages[:n]))) for n in (2, 6, 8)}
+
+    def fit(limit: int) -> list[str]:
+        (fitting,) = tokenize_samples([sample], TOKENIZER, data("shorten", window_tokens=limit))
+        return [number for number in NUMBERS if number.encode() in fitting.tokens.text]
+
+    for n, length in lengths.items():
+        assert fit(length) == NUMBERS[:n]
+        assert fit(length + 1) == NUMBERS[:n]
+    assert fit(lengths[8] - 1) == NUMBERS[:6]
+    with pytest.raises(ChatError, match="the first assistant message alone is too long"):
+        fit(lengths[2] - 1)
+
+
+def test_a_chat_of_many_answers_is_shortened_in_a_few_renderings(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    render = JinjaTemplate.render
+
+    def counted(self: JinjaTemplate, messages: Sequence[Message], tools: Sequence[Message]) -> str:
+        calls.append(len(messages))
+        return render(self, messages, tools)
+
+    monkeypatch.setattr(JinjaTemplate, "render", counted)
+    sample = sample_of(*["How heavy is it?", "14.5 kilograms"] * 200)
+    (fitting,) = tokenize_samples([sample], TOKENIZER, data("shorten", window_tokens=400))
+    assert 300 < len(fitting) <= 400
+    assert len(calls) <= 4 * 10  # three renderings of each of the nine beginnings tried, whatever the number of answers

@@ -3,6 +3,9 @@
 The search does not rely on the words of the template. The chat is rendered a second time with a marker in place of
 one content. The text before the marker, the content, and the text after the marker must then be the first rendering,
 character by character. A content that the template rewrites, truncates, drops or repeats is a ChatError.
+
+One rendering with a marker for each content finds them all. Only where its text around the markers differs from the
+first rendering (a template that treats thoughts separately) are the contents searched in smaller groups, then alone.
 """
 
 import json
@@ -54,7 +57,7 @@ class Chat:
         chat, text = self._fold_system_message()
         marker = _unused_marker(text)
         chat._check_nothing_dropped(marker, supervised)
-        ranges = {i: chat._find_content(i, text, marker) for i in supervised}
+        ranges = dict(chat._find_contents(supervised, text, marker))
         if list(ranges.values()) != sorted(ranges.values()):
             raise self.error(f"the template reorders the assistant messages {supervised}")
         return RenderedText(text, ranges, folded_system=bool(chat.num_folded))
@@ -143,11 +146,11 @@ class Chat:
         These are the contents of all other messages, names and arguments of tool calls, and tools. Each is replaced
         by a separate marker, which must occur anywhere in the rendered text.
         """
-        descriptions: dict[str, str] = {}  # by marker
+        searched, descriptions = set(supervised), dict[str, str]()  # descriptions by marker
         replacements: dict[int, Message] = {}
         for i, message in self._numbered_messages():
             replacements[i] = dict(message)
-            if i not in supervised and _has_text(message):
+            if i not in searched and _has_text(message):
                 replacements[i]["content"] = f"{marker}{i}x"
                 descriptions[f"{marker}{i}x"] = f"the content of message {i} ({message['role']})"
             if calls := message.get("tool_calls"):
@@ -158,9 +161,43 @@ class Chat:
         tools = tuple(_renamed(tool, f"{marker}t{n}x") for n, tool in enumerate(self.tools))
         descriptions |= {f"{marker}t{n}x": f"tool {n}" for n in range(len(tools))}
         text = replace(self, tools=tools)._render_text(replacements)
+        found = set(re.findall(rf"{marker}t?[0-9]+(?:[nv][0-9]+)?x", text))
         for each, description in descriptions.items():
-            if each not in text:
+            if each not in found:
                 raise self.error(f"the template omits or rewrites {description}")
+
+    def _find_contents(self, indices: Sequence[int], text: str, marker: str) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Yield index and bytes [start, stop) of the contents of these messages, as `_find_content` finds each."""
+        if len(indices) == 1:
+            yield indices[0], self._find_content(indices[0], text, marker)
+        elif (ranges := self._find_together(indices, text, marker)) is not None:
+            yield from zip(indices, ranges, strict=True)
+        else:
+            middle = len(indices) // 2
+            yield from self._find_contents(indices[:middle], text, marker)
+            yield from self._find_contents(indices[middle:], text, marker)
+
+    def _find_together(self, indices: Sequence[int], text: str, marker: str) -> list[tuple[int, int]] | None:
+        """Find several contents by one rendering. Return None if it does not determine where each of them is."""
+        contents = [self.messages[i - self.num_folded] for i in indices]
+        replacements = {i: m | {"content": f"{marker}{i}x"} for i, m in zip(indices, contents, strict=True)}
+        try:
+            parts = re.split(rf"{marker}([0-9]+)x", self._render_text(replacements))
+        except TemplateError:  # the template may accept one marker and reject several
+            return None
+        if parts[1::2] != [str(i) for i in indices] or not text.startswith(parts[0]):
+            return None
+        ranges: list[tuple[int, int]] = []
+        char, byte = len(parts[0]), len(parts[0].encode())
+        for message, after in zip(contents, parts[2::2], strict=True):
+            # Of several forms that are possible here, a later part of the text would have to decide.
+            possible = {f for f in _forms(message["content"]) if text.startswith(f + after, char)}
+            if len(possible) != 1:
+                return None
+            (form,) = possible
+            ranges.append((byte, byte + len(form.encode())))
+            char, byte = char + len(form) + len(after), ranges[-1][1] + len(after.encode())
+        return ranges if char == len(text) else None
 
     def _find_content(self, i: int, text: str, marker: str) -> tuple[int, int]:
         """Return the bytes [start, stop) of the content of message i, without white space that the template strips.
@@ -171,8 +208,7 @@ class Chat:
         content: str = message["content"]
         marked = self._render_text({i: message | {"content": marker}})
         before, found, after = marked.partition(marker)
-        forms = [content, content.strip(), content.rstrip(), content.lstrip()]
-        forms += [content.strip("\n"), content.lstrip("\n")]
+        forms = _forms(content)
         for form in forms if found else ():
             if text == before + form + after:
                 return _byte_range(text, len(before), len(form))
@@ -202,6 +238,12 @@ def _is_tool_call(call: Any) -> bool:
 def _unused_marker(text: str) -> str:
     """Return a word that does not occur in the text."""
     return next(marker for n in range(len(text) + 1) if (marker := f"Mark{n}Here") not in text)
+
+
+def _forms(content: str) -> list[str]:
+    """Return a content and the ways in which templates strip it."""
+    forms = [content, content.strip(), content.rstrip(), content.lstrip()]
+    return [*forms, content.strip("\n"), content.lstrip("\n")]
 
 
 def _byte_range(text: str, start: int, length: int) -> tuple[int, int]:

@@ -29,25 +29,43 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 @contextmanager
-def one_sentence_errors(as_json: bool = False) -> Iterator[None]:
+def one_sentence_errors(as_json: bool = False, result_is_output: bool = True) -> Iterator[None]:
     """Print an error that the user can fix as one sentence on standard error and exit with 1.
 
-    Other exceptions are faults of this program and keep their traceback.
+    Other exceptions are faults of this program and keep their traceback. A closed terminal, a broken pipe and a full
+    disk never end the command (trainer/cli/streams.py); if its output is its result, it exits with 1 at its end.
     """
     from alignment import AlignmentError, TokenizerError
     from teachers.protocol.errors import TeacherError
+    from trainer.cli.streams import guard_streams, output_is_lost
     from trainer.errors import UserError
+    from trainer.plain_text import one_line
 
+    guard_streams()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
+        _check_working_directory()
         yield
     except (UserError, TeacherError, AlignmentError, TokenizerError) as error:
-        message = " ".join(str(error).split())
+        message = one_line(str(error))
         typer.echo(json.dumps({"error": message}) if as_json else f"error: {message}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from error
+    finally:
+        is_lost = output_is_lost()
+    if result_is_output and is_lost:
+        raise typer.Exit(1)
+
+
+def _check_working_directory() -> None:
+    from trainer.errors import ConfigError
+
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError("the working directory does not exist any more: change to another one") from error
 
 
 def silence_libraries() -> None:

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.evaluation.preview import Preview
+from trainer.plain_text import one_line
 from trainer.telemetry.jsonl import EventRecord, Listener
 
-console = Console(stderr=True)  # standard output is reserved for --json
+# Standard output is reserved for --json. Names and paths may look like the markup of rich: it is switched off.
+console = Console(stderr=True, markup=False, emoji=False)
 REFRESH_S = 2.0
 RECENT_STEPS = 50  # number of steps from which the time left is estimated
 
@@ -38,7 +40,7 @@ class _Progress:
                 console.rule(self._title)
                 console.print(f"{record['samples']} samples, steps {record['step']} to {record['steps']}")
                 for line in _start_remarks(record):
-                    console.print(line, soft_wrap=True, markup=False)
+                    console.print(one_line(line), soft_wrap=True)
             case "step":
                 self._add_times(record)
                 if time.monotonic() - self._printed_at > REFRESH_S or record["step"] == self._num_steps:
@@ -46,9 +48,9 @@ class _Progress:
                     console.print(self._step_line(record), highlight=False, soft_wrap=True)
             case "eval":
                 bpb = _number(record["held_out_bpb"])
-                console.print(f"[bold]held-out text after step {record['step']}: {bpb} bits per byte")
+                console.print(f"held-out text after step {record['step']}: {bpb} bits per byte", style="bold")
             case "end" if record["model"]:
-                console.print(f"student exported to {record['model']}")
+                console.print(one_line(f"student exported to {record['model']}"))
             case "end":
                 console.print(f"checkpoint saved after step {record['step']}: continue with --resume")
 
@@ -95,6 +97,7 @@ def _start_remarks(start: EventRecord) -> Iterator[str]:
         if source["invalid"]:
             examples = "; ".join(source["first_invalid"])
             yield f"{source['name']}: {source['invalid']} invalid records are skipped ({examples})"
+        yield from (f"warning: {each}" for each in source.get("repeated", ()))
     for key, (old, new) in start.get("changed", {}).items():
         yield f"changed since the previous start: {key} {old} → {new}"
 
@@ -138,5 +141,5 @@ def show_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else one_line(str(cell)) for cell in row))
     console.print(table)

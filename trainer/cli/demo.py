@@ -14,7 +14,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Distil two real models into a third one: download, serve, preview, train, and compare with a baseline."""
-    with one_sentence_errors(as_json):
+    with one_sentence_errors(as_json, result_is_output=False):
         from trainer.cli.demo_run import prepare_all, run_demo, show
 
         silence_libraries()

@@ -11,6 +11,7 @@ from trainer.cli.app import Json, Overrides, RunFile, app, one_sentence_errors, 
 def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
     """Check settings, student, data and every teacher of a run file before training."""
     with one_sentence_errors(as_json):
+        from trainer.plain_text import one_line
         from trainer.run_file import load_config
 
         config = load_config(run, sets)
@@ -21,6 +22,7 @@ def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
             print_json({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
         else:
             for finding in findings:
-                typer.echo(f"{'ok   ' if finding.ok else 'WRONG'}  {finding.subject}: {finding.detail}")
+                result = "ok   " if finding.ok else "WRONG"
+                typer.echo(f"{result}  {one_line(finding.subject)}: {one_line(finding.detail)}")
         if not all(finding.ok for finding in findings):
             raise typer.Exit(1)

@@ -81,6 +81,7 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[Sequence[Samp
     try:
         corpus, num_steps = check_data(config, student.vocabulary)
         findings += [Finding("data", True, _describe(source)) for source in corpus.sources]
+        findings += [Finding("data", True, f"warning: {each}") for source in corpus.sources for each in source.repeated]
         samples = _evenly_spaced(corpus)
         tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
         num_tokenized = sum(1 for _ in tokenize_samples(samples, tokenizer, config.data))

@@ -53,7 +53,7 @@ def serve(
     stop_with_parent: Annotated[bool, typer.Option(help="Stop when standard input closes.")] = False,
 ) -> None:
     """Serve a model as a teacher."""
-    with one_sentence_errors():
+    with one_sentence_errors(result_is_output=False):
         from teachers.engines import engine_options
         from teachers.server.limits import Limits
         from trainer.errors import UserError

@@ -25,7 +25,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train the student of a run file. Under torchrun, every process runs this command."""
-    with one_sentence_errors(as_json):
+    with one_sentence_errors(as_json, result_is_output=False):
         from trainer.cli.console import progress_listener
         from trainer.run_file import load_config
 

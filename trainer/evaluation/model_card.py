@@ -4,6 +4,7 @@ The card names models, teachers and sources, but no paths, addresses or texts: i
 """
 
 import html
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from trainer.plain_text import one_line
 from trainer.report.formatting import PERFORMANCE_KEYS, format_number, format_section
 from trainer.report.history import History
 from trainer.report.summary import summarise
@@ -19,6 +21,7 @@ OMITTED_KEYS = (*PERFORMANCE_KEYS, "model", "chat_template", "roles", "seed")
 SECTIONS = ("student", "fusion", "loss", "optim", "train")
 TEACHER_KEYS = ("top_k", "signal", "weight", "final_weight")
 TAGS = ("knowledge-distillation", "model-fusion")  # with one teacher only the first one, without teachers none
+LINK = re.compile(r":(?=//)|(?<=www)\.|@")  # what Markdown makes a link without brackets
 MARKDOWN_ESCAPES = str.maketrans({sign: f"&#{ord(sign)};" for sign in "|[]`*\\"})
 
 
@@ -39,7 +42,7 @@ def model_card(run: History, step: int, bpb: float | None) -> str:
         _environment()
         .get_template("model_card.md")
         .render(
-            header=header.to_yaml(),
+            header=_Yaml(header.to_yaml()),
             base=base,
             identity=run.start.get("identity", {}),
             step=step,
@@ -59,9 +62,13 @@ def model_card(run: History, step: int, bpb: float | None) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_escape,  # of every value in {{ }}; the template puts no Markdown there
     )
-    environment.filters |= {"number": format_number, "cell": _cell, "name": _public_name}
+    environment.filters |= {"number": format_number, "name": _public_name}
     return environment
 
 
@@ -108,6 +115,14 @@ def _public_name(value: str) -> str:
     return Path(value).name if value.startswith(("/", ".", "~")) or value.count("/") > 1 else value
 
 
-def _cell(value: Any) -> str:
-    """Escape text for a cell of a Markdown table."""
-    return html.escape(" ".join(str(value).split()), quote=False).translate(MARKDOWN_ESCAPES)
+class _Yaml(str):
+    """YAML of a library, which needs no escapes."""
+
+
+def _escape(value: Any) -> str:
+    """Escape a value for one line of Markdown: no markup, no HTML, no link."""
+    if isinstance(value, _Yaml):
+        return value
+    before, after = str(value)[:1].isspace(), str(value)[1:][-1:].isspace()  # of a separator in the template
+    text = html.escape(f"{' ' * before}{one_line(str(value))}{' ' * after}", quote=False).translate(MARKDOWN_ESCAPES)
+    return LINK.sub(lambda match: f"&#{ord(match[0])};", text)

@@ -2,11 +2,22 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from teachers.client.addresses import reject_credentials
 from teachers.server.ray_options import RayServeOptions
-from trainer.config_section import Positive, Roles, Seconds, Section, Weight, one_of
+from trainer.config_section import (
+    Address,
+    Name,
+    PathText,
+    Positive,
+    Roles,
+    Seconds,
+    Section,
+    VariableName,
+    Weight,
+    one_of,
+)
 from trainer.signals import SIGNALS, signal_class
 
 MAX_TEACHERS = 16
@@ -15,20 +26,20 @@ MAX_TEACHERS = 16
 class TeacherConfig(Section):
     """[[teachers]] A teacher model, served by one or more replicas. A run without teachers is plain training."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     """Name in metrics and errors."""
-    urls: list[str] = []
+    urls: list[Address] = []
     """Base URL of each replica. dns+http://NAME:PORT stands for one replica per address that the DNS name currently
     has."""
-    urls_file: str | None = None
+    urls_file: PathText | None = None
     """File with more URLs, one per line. It is read again while the run is in progress."""
-    key_env: str | None = None
+    key_env: VariableName | None = None
     """Environment variable that holds the bearer key."""
-    key_file: str | None = None
+    key_file: PathText | None = None
     """File that holds the bearer key."""
-    ca_file: str | None = None
+    ca_file: PathText | None = None
     """Certificates to trust for https, in addition to the system's."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder with tokenizer.json. For a stock vLLM server only, which does not serve its tokenizer's files."""
     top_k: Positive = 64
     """Number of candidates requested at every position."""
@@ -44,7 +55,7 @@ class TeacherConfig(Section):
     roles: Roles = {}
     """Special tokens by role (bos, eos, end_of_turn, pad, unk), given as token strings, where the tokenizer's own
     configuration is wrong."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """File with a chat template that replaces the model's own."""
     timeout_s: Seconds = 120.0
     """Total time limit of one request."""

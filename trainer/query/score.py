@@ -20,7 +20,7 @@ from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
 from trainer.signals.base import TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
-from trainer.tokenization import SampleTokenizer, shorten_or_raise
+from trainer.tokenization import Excess, SampleTokenizer, fit_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,25 +75,23 @@ class SampleScorer:
         return ScoredSample(sample, tokenizations.student, tuple(scores))
 
     def _tokenize(self, original: Sample) -> Tokenizations:
-        sample = original
-        while True:
+        def attempt(sample: Sample) -> tuple[Tokenizations, Excess | None]:
             student = self._student.tokenize(sample)
             teachers = tuple(teacher.tokenizer.tokenize(sample) for teacher in self._connection.teachers)
-            too_long = self._first_too_long(sample, student, teachers)
-            if too_long is None:
-                return Tokenizations(sample, student, teachers)
-            sample = shorten_or_raise(sample, *too_long, self._data)
+            return Tokenizations(sample, student, teachers), self._first_excess(sample, student, teachers)
 
-    def _first_too_long(
+        return fit_sample(original, attempt, self._data)
+
+    def _first_excess(
         self, sample: Sample, student: TokenizedSample, teachers: tuple[TokenizedSample, ...]
-    ) -> tuple[TokenizedSample, int, str] | None:
-        """Return the first tokenization that exceeds its model's limit, the limit, and the name of the model."""
+    ) -> Excess | None:
+        """Return the first tokenization that exceeds its model's limit."""
         for teacher, tokenized in zip(self._connection.teachers, teachers, strict=True):
             limit = teacher.card.max_tokens - len(teacher.card.prefix)
             if len(tokenized) > limit:
-                return tokenized, limit, f"teacher {teacher.config.name}"
+                return Excess(tokenized, limit, f"teacher {teacher.config.name}")
         limit = self._data.window_tokens + sample.closes
-        return (student, limit, "the student's window") if len(student) > limit else None
+        return Excess(student, limit, "the student's window") if len(student) > limit else None
 
     async def _request_one(
         self,

@@ -4,18 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config_section import Positive, Section
+from trainer.config_section import Name, PathText, Positive, Section
 
 
 class SourceConfig(Section):
     """[[data.sources]] Texts or chats of one kind: files, or one Hugging Face dataset."""
 
-    name: str | None = None
+    name: Name | None = None
     """Domain of the documents where no column names one. Default: the name of the file or dataset."""
-    files: list[str] = []
+    files: list[PathText] = []
     """Text files (one document each), .jsonl (one document per line) or .parquet (one document per row), by path, by
     pattern ("shards/*.jsonl", sorted by name) or by name under $TUTELAGE_CACHE/data."""
-    dataset: str | None = None
+    dataset: PathText | None = None
     """Instead of files: a folder written by `save_to_disk`, by path or by name under $TUTELAGE_CACHE/data, or a dataset
     of the Hugging Face hub."""
     config_name: str | None = None

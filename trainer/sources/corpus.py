@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from alignment import Vocabulary
 from trainer.errors import DataError
 from trainer.evaluation.config import EvalConfig
-from trainer.paths import resolve_data_files
 from trainer.records import Sample
-from trainer.sources.base import Documents, open_documents
-from trainer.sources.config import DataConfig, SourceConfig
+from trainer.sources.base import open_documents
+from trainer.sources.config import DataConfig
+from trainer.sources.input_files import Key, SourceInputs, find_inputs
 from trainer.sources.sample_order import SampleOrder, weighted_order
 from trainer.sources.window_index import WindowIndex, index_source
 
 MAX_NAMED_INVALID = 3  # messages of invalid records per source that SourceCounts holds
+MAX_NAMED_REPEATED = 20
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class SourceCounts:
     epoch_samples  number of samples that one epoch draws from the source
     invalid        number of lines and rows that cannot be read
     first_invalid  messages of the first of them
+    repeated       files that are not read again, because they are files of this or an earlier source by another name
     """
 
     name: str
@@ -44,6 +46,7 @@ class SourceCounts:
     epoch_samples: int
     invalid: int
     first_invalid: tuple[str, ...]
+    repeated: tuple[str, ...] = ()
 
 
 class Samples(Sequence[Sample]):
@@ -118,16 +121,19 @@ def load_corpus(data: DataConfig, evaluation: EvalConfig, vocabulary: Vocabulary
     Raises DataError for a source that cannot be read or has no window to train on.
     """
     indexes: list[WindowIndex] = []
-    for source in data.sources:
+    found = find_inputs(data.sources)
+    for inputs in found:
         max_invalid = data.max_invalid - sum(index.summary.invalid for index in indexes)
-        indexes.append(index_source(source, _open(source), vocabulary, data.window_tokens, max_invalid))
+        documents = [open_documents(path, inputs.source) for path in inputs.paths]
+        indexes.append(index_source(inputs.source, documents, vocabulary, data.window_tokens, max_invalid))
     held_documents = _draw_held_out([i.summary.documents for i in indexes], evaluation.held_out_documents, seed)
+    _hold_out_together(found, indexes, held_documents)
     usable = [_usable_windows(index, data) for index in indexes]
     is_held = [held[i.windows["document"][u]] for i, held, u in zip(indexes, held_documents, usable, strict=True)]
     held_out = _draw_samples([u[h] for u, h in zip(usable, is_held, strict=True)], evaluation.max_samples, seed)
     train = _draw_samples([u[~h] for u, h in zip(usable, is_held, strict=True)], data.max_samples, seed)
-    order = weighted_order([len(windows) for windows in train], [source.weight for source in data.sources], seed)
-    counts = tuple(_source_counts(index, draws) for index, draws in zip(indexes, order.draws, strict=True))
+    order = weighted_order([len(windows) for windows in train], [index.source.weight for index in indexes], seed)
+    counts = tuple(_source_counts(*each) for each in zip(found, indexes, order.draws, strict=True))
     _check_samples(counts)
     closes = data.close_documents
     samples = (Samples(indexes, train, closes), Samples(indexes, held_out, closes))
@@ -150,13 +156,6 @@ def _fingerprint(indexes: Sequence[WindowIndex], selected: Sequence[NDArray[np.i
     return digest.hexdigest()
 
 
-def _open(source: SourceConfig) -> list[Documents]:
-    paths = [path for name in source.files for path in resolve_data_files(name)]
-    if source.dataset is not None:
-        paths = [Path(source.dataset)]
-    return [open_documents(path, source) for path in paths]
-
-
 def _draw_held_out(documents: Sequence[int], num_held_out: int, seed: int) -> list[NDArray[np.bool_]]:
     """[documents] for each source: draw the held-out documents from all sources together."""
     total = sum(documents)
@@ -165,6 +164,23 @@ def _draw_held_out(documents: Sequence[int], num_held_out: int, seed: int) -> li
     held = np.zeros(total, dtype=bool)
     held[np.random.default_rng([seed, 0]).permutation(total)[:num_held_out]] = True
     return np.split(held, np.cumsum(documents)[:-1])
+
+
+def _hold_out_together(
+    found: Sequence[SourceInputs], indexes: Sequence[WindowIndex], held: Sequence[NDArray[np.bool_]]
+) -> None:
+    """Hold out a line or row in every source that reads its file, if one of them holds it out. Changes `held`."""
+    readers: dict[Key, list[tuple[int, NDArray[np.int64]]]] = {}  # source, and its documents of one file
+    for source, (inputs, index) in enumerate(zip(found, indexes, strict=True)):
+        for number, key in enumerate(inputs.keys if len(found) > 1 else ()):
+            readers.setdefault(key, []).append((source, np.flatnonzero(index.documents["input"] == number)))
+    for same in readers.values():
+        if len(same) > 1:
+            offsets = [indexes[source].documents["offset"][documents] for source, documents in same]
+            masks = [held[source][documents] for source, documents in same]
+            held_offsets = np.concatenate([each[mask] for each, mask in zip(offsets, masks, strict=True)])
+            for (source, documents), each in zip(same, offsets, strict=True):
+                held[source][documents] |= np.isin(each, held_offsets)
 
 
 def _usable_windows(index: WindowIndex, data: DataConfig) -> NDArray[np.int64]:
@@ -188,7 +204,7 @@ def _draw_samples(windows: list[NDArray[np.int64]], limit: int | None, seed: int
     return [w[d] for w, d in zip(windows, np.split(drawn, np.cumsum([len(w) for w in windows])[:-1]), strict=True)]
 
 
-def _source_counts(index: WindowIndex, draws: int) -> SourceCounts:
+def _source_counts(inputs: SourceInputs, index: WindowIndex, draws: int) -> SourceCounts:
     source, summary = index.source, index.summary
     return SourceCounts(
         name=source.name or source.dataset or ", ".join(Path(file).name for file in source.files),
@@ -199,4 +215,5 @@ def _source_counts(index: WindowIndex, draws: int) -> SourceCounts:
         epoch_samples=draws,
         invalid=summary.invalid,
         first_invalid=tuple(summary.first_invalid[:MAX_NAMED_INVALID]),
+        repeated=inputs.repeated[:MAX_NAMED_REPEATED],
     )

@@ -4,6 +4,7 @@ A file is read in chunks. A file that changes during the run is an error, so tha
 """
 
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from trainer.errors import DataError
 from trainer.sources.base import DocumentRef, Documents, InvalidRecord
 from trainer.sources.columns import describe_utf8_error, extract_content, parse_document, parse_json_line
 from trainer.sources.config import SourceConfig
+from trainer.sources.content_cache import MIN_BYTES, contents
 from trainer.sources.windows import split_chunks
 
 MAX_LINE_BYTES = 1 << 28
@@ -68,7 +70,9 @@ class StableFile:
     @contextmanager
     def _open(self) -> Iterator[BinaryIO]:
         try:
-            with self.path.open("rb") as file:
+            with open(self.path, "rb", opener=_open_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise DataError(f"{self.path} is not a regular file")
                 yield file
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror}") from error
@@ -86,6 +90,10 @@ class StableFile:
         if (size, mtime_ns) != (self._size, self._mtime_ns):
             expected, received = _describe_stamp(self._size, self._mtime_ns), _describe_stamp(size, mtime_ns)
             raise DataError(f"{self.path} has changed during the run: expected {expected}, found {received}")
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that takes the place of the file would block for ever
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:
@@ -150,7 +158,11 @@ class JsonLinesFile(StableFile):
             yield line
 
     def read(self, offset: int, length: int, begin: int, end: int) -> bytes:
-        with self.open_unchanged() as file:
-            file.seek(offset)
-            line = file.read(length)
-        return extract_content(parse_json_line(line), self._config).content[begin:end]
+        with self.open_unchanged() as file:  # also where the content is kept: a changed file is an error
+
+            def load() -> bytes:
+                file.seek(offset)
+                return extract_content(parse_json_line(file.read(length)), self._config).content
+
+            content = load() if length < MIN_BYTES else contents.get((self, offset), load)
+            return content[begin:end]

@@ -4,7 +4,7 @@
 files and datasets of the hub to Arrow once, in its cache. Code that belongs to a dataset is never run.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from trainer.errors import DataError
 from trainer.paths import cache_dir
 from trainer.sources.base import DocumentRef, Documents, InvalidRecord
-from trainer.sources.columns import extract_content, parse_document
+from trainer.sources.columns import InvalidRecordError, describe_utf8_error, extract_content, parse_document
 from trainer.sources.config import SourceConfig
+from trainer.sources.content_cache import contents
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +38,9 @@ class ParquetSource:
                 cache_dir=str(cache_dir() / "datasets"),
                 columns=_select_columns(str(path), parquet.read_schema(path).names, config),
             )
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except DataError:
+            raise
+        except Exception as error:  # a damaged file or schema: `datasets` and Arrow raise errors of any kind
             raise DataError(f"cannot read {path}: {_first_line(error)}") from error
         return TableRows(path.name, str(path), dataset, config)
 
@@ -68,7 +71,7 @@ def _load_dataset(name: str, config: SourceConfig) -> Any:
         if folder is not None:
             return datasets.load_from_disk(str(folder))
         return datasets.load_dataset(name, config.config_name, split=config.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # a damaged folder, the hub: `datasets` and Arrow raise errors of any kind
         origin = f"the folder {folder}" if folder else "no folder of that name, and the hub"
         raise DataError(f"data.sources: cannot load the dataset {name} ({origin}): {_first_line(error)}") from error
 
@@ -90,14 +93,37 @@ class TableRows:
         return (self._dataset._fingerprint, len(self._dataset), *stamps)
 
     def scan(self) -> Iterator[DocumentRef | InvalidRecord]:
-        for row, values in enumerate(self._dataset):
+        for row, load_values in enumerate(self._rows()):
             where = f"{self._where}, row {row + 1}"
-            record = parse_document(where, (row, 0, row + 1), partial(drop_nulls, values), self._config)
+            record = parse_document(where, (row, 0, row + 1), load_values, self._config)
             if record is not None:
                 yield record
 
+    def _rows(self) -> Iterator[Callable[[], Mapping[str, Any]]]:
+        """Yield a function for each row that returns its columns, or raises InvalidRecordError."""
+        row = 0
+        while row < len(self._dataset):
+            rows = iter(self._dataset.select(range(row, len(self._dataset))) if row else self._dataset)
+            try:
+                for values in rows:
+                    yield partial(drop_nulls, values)
+                    row += 1
+            except UnicodeDecodeError:  # Arrow does not check the strings of a file; the iteration cannot continue
+                yield partial(self._load_row, row)
+                row += 1
+
+    def _load_row(self, row: int) -> Mapping[str, Any]:
+        try:
+            values: Mapping[str, Any] = drop_nulls(self._dataset[row])
+        except UnicodeDecodeError as error:
+            raise InvalidRecordError(describe_utf8_error(error, 0)) from error
+        return values
+
     def read(self, offset: int, length: int, begin: int, end: int) -> bytes:
-        return extract_content(drop_nulls(self._dataset[offset]), self._config).content[begin:end]
+        def load() -> bytes:
+            return extract_content(self._load_row(offset), self._config).content
+
+        return contents.get((self, offset), load)[begin:end]
 
 
 def _select_columns(where: str, available: Sequence[str], config: SourceConfig) -> list[str]:

@@ -1,16 +1,17 @@
 """Settings of the student model."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from trainer.config_section import Fraction, Positive, Roles, Section
+from trainer.config_section import Fraction, PathText, Positive, Roles, Section
 
 
 class LoraConfig(Section):
     """[student.lora] Train low-rank adapters; the export merges them into the weights."""
 
-    rank: Positive = 16
+    rank: Annotated[int, Field(gt=0, le=65_536)] = 16
     """Rank of every adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Adapters are scaled by alpha / rank."""
@@ -20,12 +21,18 @@ class LoraConfig(Section):
     """Names of the linear layers that get an adapter, as in peft; `all-linear` leaves out the LM head."""
 
 
+def _is_device(name: str) -> str:
+    if not re.fullmatch(r"cpu|(cuda|mps|xpu)(:[0-9]{1,3})?", name):
+        raise ValueError("expected cpu, cuda or cuda:N")
+    return name
+
+
 class StudentConfig(Section):
     """[student] The model that is trained."""
 
-    model: str
+    model: PathText
     """A Hugging Face model directory, or the name of one under $TUTELAGE_CACHE/models."""
-    device: str = "cpu"
+    device: Annotated[str, AfterValidator(_is_device)] = "cpu"
     """Device to train on: cpu, cuda, cuda:1, … With several processes, `cuda` gives each process its own GPU."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`bf16` computes matrix products in bf16 over float32 weights (frozen matrices that bf16 represents exactly are
@@ -44,5 +51,5 @@ class StudentConfig(Section):
     roles: Roles = {}
     """Special tokens by role (bos, eos, end_of_turn, pad, unk), given as token strings, where the tokenizer's own
     configuration is wrong."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """File with a chat template that replaces the model's own."""

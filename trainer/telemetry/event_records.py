@@ -56,6 +56,8 @@ class SourceStatistics(Record):
     """Lines or rows that cannot be parsed."""
     first_invalid: list[str]
     """Descriptions of the first lines or rows that cannot be parsed."""
+    repeated: list[str]
+    """Files that are not read again because they are listed before by another name, with both names."""
 
 
 class PoolStep(Record):

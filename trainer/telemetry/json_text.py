@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.plain_text import storable
+
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """Serialize nested mappings, sequences and scalars as valid JSON. See `json_value` for what is converted."""
@@ -15,12 +17,13 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 def json_value(value: Any) -> Any:
     """Return `value` as JSON would return it: keys are strings, sequences are lists, paths are strings.
 
-    Numbers that are not finite become None, because JSON has no NaN and no infinity.
+    Numbers that are not finite become None, because JSON has no NaN and no infinity. Passwords in addresses are left
+    out, and halves of surrogate pairs become escapes.
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): json_value(item) for key, item in value.items()}
+        return {storable(str(key)): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return storable(str(value)) if isinstance(value, str | Path) else value

@@ -5,6 +5,7 @@ trainer/telemetry/events.py defines the events.
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from io import RawIOBase
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import MetricsError
+from trainer.telemetry.event_check import MAX_LINE_BYTES, parse_event
 from trainer.telemetry.events import Event
 from trainer.telemetry.json_text import json_value
 
 METRICS_FILE = "metrics.jsonl"
+FIRST_WORDS = b'{"event": "start"'
 EventRecord = Mapping[str, Any]
 """A line of the metrics file: the keys `event` and `time` (Unix seconds), then the fields of the event."""
 Listener = Callable[[EventRecord], None]
@@ -40,9 +43,8 @@ class Metrics:
             return
         before_write()
         try:
-            self._file = path.open("ab+", buffering=0)
-            self._file.seek(0)
-            self._file.truncate(self._file.read().rfind(b"\n") + 1)
+            self._file = open(path, "ab+", buffering=0, opener=_open_without_link)  # noqa: SIM115  see __exit__
+            _cut_incomplete_line(self._file, path)
         except OSError as error:
             raise MetricsError(f"cannot write {path}: {error.strerror}") from error
 
@@ -74,23 +76,41 @@ class Metrics:
             listener(record)
 
 
+def _cut_incomplete_line(file: RawIOBase, path: Path) -> None:
+    """Remove an incomplete last line. Raises MetricsError, and closes the file, if it is not a metrics file."""
+    file.seek(0)
+    written = file.read() or b""
+    try:
+        next(iter_metrics(path), None)
+        if b"\n" not in written and not FIRST_WORDS.startswith(written[: len(FIRST_WORDS)]):
+            raise MetricsError(f"{path} holds no events: it is not from a run; remove it or set another output.dir")
+    except MetricsError:
+        file.close()
+        raise
+    file.truncate(written.rfind(b"\n") + 1)
+
+
+def _open_without_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def iter_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a metrics file in the order in which they were written.
 
-    An incomplete last line is skipped. Raises MetricsError if the file cannot be read or a line is not a JSON object
-    with the key `event`.
+    An incomplete last line is skipped. Raises MetricsError if the file cannot be read or a line is not an event
+    (trainer/telemetry/event_check.py).
     """
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES):
+                number += 1
+                if not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
                     return  # the line is being written, or its process was killed
                 try:
-                    record = json.loads(line)
+                    record = parse_event(line)
                 except ValueError as error:
-                    raise MetricsError(f"{path}, line {number} is not JSON: {error}") from error
-                if not isinstance(record, dict) or "event" not in record:
-                    raise MetricsError(f"{path}, line {number}: expected an object with an event, received {record!r}")
+                    raise MetricsError(f"{path}, line {number}{error}") from error
                 yield record
     except OSError as error:
         raise MetricsError(f"cannot read {path}: {error.strerror}") from error

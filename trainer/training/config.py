@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.config_section import Fraction, Positive, Section
+from trainer.config_section import MAX_BYTES, Bytes, Fraction, PathText, Positive, Section, Seed
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -37,7 +37,7 @@ class TrainConfig(Section):
     """Samples per step, over all processes. The last step of the run has the samples that remain."""
     gradient_accumulation_steps: Positive = 1
     """Microbatches per step of each process; must divide batch_samples."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Determines the order of samples, the held-out documents, dropout and the initial weights of adapters."""
     deterministic: bool = False
     """Use only deterministic torch operations, and raise an error for operations that have no deterministic
@@ -46,10 +46,10 @@ class TrainConfig(Section):
     """Maximum number of student tokens in flight ahead of the step, per process: tokenized, requested, aligned, fused
     or queued. A sample counts as a full window until it is tokenized. The next step's batch is always in flight,
     however long it is. 65,536 tokens hide a response time of 3 s from a student of 20,000 tokens/s."""
-    prefetch_bytes: Positive = 1 << 30
+    prefetch_bytes: Annotated[int, Field(gt=0, le=MAX_BYTES)] = 1 << 30
     """Maximum memory of teacher scores and targets in flight, per process, with the same exception. A response that has
     not arrived counts as 20 bytes per candidate: 65,536 tokens at K = 64 take 84 MB per teacher."""
-    target_cache_bytes: Annotated[int, Field(ge=0)] = 1 << 30
+    target_cache_bytes: Bytes = 1 << 30
     """Memory for aligned teacher scores of samples that are used again in a later epoch. They are never written to
     disk."""
 
@@ -57,7 +57,7 @@ class TrainConfig(Section):
 class OutputConfig(Section):
     """[output] Where a run writes metrics.jsonl, checkpoints/ and model/."""
 
-    dir: str
+    dir: PathText
     """Folder of the run."""
     checkpoint_every_steps: Positive | None = None
     """Interval of checkpoints. The last step always has one."""

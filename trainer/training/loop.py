@@ -18,9 +18,9 @@ from trainer.telemetry.jsonl import Listener, Metrics
 from trainer.training.plan import plan_step
 from trainer.training.run import Run, begin
 from trainer.training.run_lock import run_lock
-from trainer.training.sigterm import on_sigterm
 from trainer.training.step import train_step
 from trainer.training.step_metrics import step_event
+from trainer.training.stop_signals import on_stop_signal
 
 StreamItem = tuple[Batch, Collector]
 
@@ -32,7 +32,7 @@ class RunResult:
     steps       number of steps that the run has done
     held_out    held-out bits per byte as (step, bpb)
     model       folder of the exported student; None if the run has not ended
-    terminated  the run was saved before its end because the process received SIGTERM
+    terminated  the run was saved before its end because the process received SIGTERM or SIGHUP
     """
 
     steps: int
@@ -62,7 +62,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResul
         items = iter(stream)
         first = list(islice(items, 1))  # nothing is written before every teacher has been checked
         run.check_teachers(evaluator.snapshot_teachers(stream))
-        with on_sigterm(stream.stop), run.opened(listener, stream.connect_s) as metrics:
+        with on_stop_signal(stream.stop), run.opened(listener, stream.connect_s) as metrics:
             evaluator.evaluate(metrics, done, fusion_state)
             logged = _log_teacher_events(chain(first, items), stream, metrics)
             while not evaluator.early_stopped and not ranks.any((item := next(logged, None)) is None):

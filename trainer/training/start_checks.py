@@ -8,10 +8,23 @@ from alignment import Vocabulary
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError
 from trainer.fusion.run_fuser import check_routes
-from trainer.paths import resolve_model_dir
+from trainer.paths import exists, resolve_model_dir
 from trainer.sources.corpus import Corpus, load_corpus
 from trainer.student.checks import check_device, check_folder
+from trainer.telemetry.jsonl import METRICS_FILE
 from trainer.telemetry.tracking import check_trackers
+
+OUTPUT_NAMES = (
+    METRICS_FILE,
+    "checkpoints",
+    "model",
+    ".partial-model",
+    ".previous-model",
+    "tensorboard",
+    "mlflow",
+    "wandb",
+)
+"""What a run writes in its folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +44,23 @@ def check_settings(config: RunConfig, num_processes: int = 1) -> None:
     if config.student.lora is not None and find_spec("peft") is None:
         raise ConfigError("student.lora: peft is not installed: install the extra `lora`")
     check_trackers(config.tracking)
-    out = Path(config.output.dir).expanduser()
-    if out.is_file():
-        raise ConfigError(f"output.dir: {out} is a file")
+    _check_output(Path(config.output.dir).expanduser())
     if config.train.batch_samples < num_processes:
         raise ConfigError(
             f"train.batch_samples is {config.train.batch_samples}, fewer than the {num_processes} processes"
         )
+
+
+def _check_output(out: Path) -> None:
+    """Check that the run would write into its own folder only. Nothing is written through a link out of the folder."""
+    if exists(out) and not out.is_dir():
+        raise ConfigError(f"output.dir: {out} is a file")
+    for name in OUTPUT_NAMES:
+        if (out / name).is_symlink():
+            raise ConfigError(
+                f"output.dir: {out / name} is a link, and the run would write where it points: remove it, or set "
+                "output.dir to another folder"
+            )
 
 
 def check_student(config: RunConfig) -> StudentFiles:

@@ -1,0 +1,35 @@
+"""Text of unknown origin (names, paths, messages of libraries), made fit for a terminal, a log or a metrics file."""
+
+import re
+
+_USERINFO = re.compile(r"(?<=://)[^/\s@\"']*@")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # controls that reorder the text around them
+MAX_SHOWN = 200
+
+
+def storable(text: str) -> str:
+    """Return the text without passwords in addresses; halves of surrogate pairs are written as escapes.
+
+    A file name that is not UTF-8 holds such halves. No encoder accepts them.
+    """
+    if "@" in text:
+        text = _USERINFO.sub("", text)
+    return text if text.isascii() else _SURROGATE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """Return the text in one line, without control characters, passwords in addresses and reordering of the text."""
+    words = " ".join(storable(text).split())
+    return _BIDI.sub("", "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in words))
+
+
+def excerpt(value: object) -> str:
+    """Return a short representation of a value for an error message; of a list or table only its type."""
+    if isinstance(value, dict | list | tuple):
+        return "a table" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and abs(value) > 10**MAX_SHOWN:
+        return f"an integer of {value.bit_length():,} bits"
+    if isinstance(value, str) and len(value) > MAX_SHOWN:
+        return f"{storable(value[:MAX_SHOWN])!r}… ({len(value):,} characters)"
+    return repr(storable(value) if isinstance(value, str) else value)

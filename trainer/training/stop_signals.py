@@ -1,0 +1,32 @@
+"""Handling of SIGTERM and SIGHUP: the run saves its state and ends, and --resume continues it.
+
+A terminal that is closed sends SIGHUP. A process that was started with nohup ignores it, and goes on.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
+    """Call `callback` on a stop signal inside the block. Do nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handled = [each for each in STOP_SIGNALS if each is signal.SIGTERM or signal.getsignal(each) is not signal.SIG_IGN]
+    previous = [(each, signal.signal(each, lambda *_: callback())) for each in handled]
+    try:
+        yield
+    finally:
+        for each, handler in previous:
+            signal.signal(each, handler)
+
+
+def hang_up_as_terminated() -> None:
+    """Handle SIGHUP as SIGTERM is handled, unless the process ignores it: the workers on Ray are stopped in order."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
