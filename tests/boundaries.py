@@ -123,7 +123,7 @@ def boundaries(folder: Path) -> Iterator[Boundary]:
 
 
 def _stream() -> bytes:
-    writer = StreamWriter(REQUEST.top_k, CARD.fingerprint)
+    writer = StreamWriter(REQUEST, CARD.fingerprint)
     return b"".join(writer.write(index, rows) for index, rows in enumerate(_rows())) + writer.close()
 
 
@@ -161,7 +161,7 @@ def _read_card(data: bytes) -> None:
 
 def _completion() -> bytes:
     choices = [
-        choice(index, prompt_logprobs(sequence, _rows_from(sequence, 1), VOCAB_SIZE))
+        choice(index, sequence, prompt_logprobs(sequence, _rows_from(sequence, 1), VOCAB_SIZE))
         for index, sequence in enumerate(REQUEST.sequences)
     ]
     return json.dumps(completion(choices)).encode()
