@@ -106,7 +106,10 @@ def test_a_chat_that_is_nested_deeply_is_one_sentence() -> None:
     nested: list[Any] = []
     for _ in range(5000):
         nested = [nested]
-    messages = [{"role": "user", "content": "x", "extra": nested}, {"role": "assistant", "content": "y"}]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "x", "extra": nested},
+        {"role": "assistant", "content": "y"},
+    ]
     with pytest.raises(ChatError, match="sample chat, model tiny: .*nested too deeply"):
         chat_template(TEMPLATES["chatml"]).render(messages)
 
