@@ -104,6 +104,10 @@ def _is_path(text: str) -> str:
         raise ValueError("expected a path")
     if os.path.expanduser(text).startswith("~"):
         raise ValueError("this user has no home folder; write the whole path")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError("this locale has no such file names: set LC_ALL=C.UTF-8") from error
     if any(len(part.encode(errors="replace")) > MAX_PART_BYTES for part in text.split("/")):
         raise ValueError(f"the name of a file or folder has at most {MAX_PART_BYTES} bytes")
     return text
