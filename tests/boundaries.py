@@ -31,6 +31,7 @@ from tests.tiny import TEXT, Kind, tiny_vocabulary, tokenizer_config, tokenizer_
 from tests.trainer.made_runs import write_run
 from trainer.errors import UserError
 from trainer.evaluation.config import EvalConfig
+from trainer.plain_text import one_line
 from trainer.report.page import make_report
 from trainer.run_file import load_config
 from trainer.sources.config import DataConfig
@@ -42,7 +43,7 @@ VOCAB_SIZE = 420
 SEPARATOR = b"\x00\x00"  # between the two files of a tokenizer
 REQUEST = ScoreRequest(sequences=[[5, 6, 7, 8, 9], [1, 2, 3]], starts=[1, 2], top_k=4)
 CARD = TeacherCard(
-    model="tiny", fingerprint="f" * 64, engine="formula", dtype="float32", vocab_size=VOCAB_SIZE,
+    model="org/model", fingerprint="f" * 64, engine="formula", dtype="float32", vocab_size=VOCAB_SIZE,
     tokenizer_sha256="0" * 64, bos_id=None, eos_id=2, expects_bos=False, max_tokens=512, max_top_k=64,
 )  # fmt: skip
 
@@ -95,7 +96,8 @@ def attempt(boundary: Boundary, data: bytes) -> tuple[str, str | None]:
     try:
         boundary.read(data)
     except PROJECT_ERRORS as error:
-        sentence = " ".join(str(error).split())
+        # The command line cleans errors of files when it prints them; text of a teacher is clean from the start.
+        sentence = one_line(str(error)) if isinstance(error, UserError) else " ".join(str(error).split())
         fault = None
         if not sentence or len(sentence) > MAX_MESSAGE_CHARS:
             fault = f"{type(error).__name__}: a message of {'no' if not sentence else 'too many'} characters"

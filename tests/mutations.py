@@ -45,7 +45,7 @@ def mutate_json(random: Random, document: Any) -> Any:
     for _ in range(random.choice((1, 1, 2, 3))):
         if not changed:
             break
-        container, key = _place(random, changed)
+        container, key = _random_key(random, changed)
         match random.randrange(5):
             case 0 | 1:
                 container[key] = _value(random)
@@ -58,7 +58,7 @@ def mutate_json(random: Random, document: Any) -> Any:
     return changed
 
 
-def _place(random: Random, document: Any) -> tuple[Any, Any]:
+def _random_key(random: Random, document: Any) -> tuple[Any, Any]:
     """Return the container and the key of a random value. Values near the top are more likely."""
     container = document
     while True:

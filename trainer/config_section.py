@@ -31,7 +31,13 @@ ROLES = ("bos", "eos", "end_of_turn", "pad", "unk")
 class Section(BaseModel):
     """Base of all sections: frozen models that reject unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # an input may be a secret; run_file.py shows the others
+    )
 
     @field_validator("*")
     @classmethod

@@ -128,7 +128,7 @@ def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.Capt
     assert "[/task]" in printed
 
 
-class Broken(io.StringIO):
+class ClosedPipe(io.StringIO):
     """A stream whose reader is gone after one line."""
 
     def write(self, text: str) -> int:
@@ -138,7 +138,7 @@ class Broken(io.StringIO):
 
 
 def test_output_is_dropped_after_the_first_write_that_fails() -> None:
-    broken = Broken()
+    broken = ClosedPipe()
     stream = LossyStream(broken)
     for line in ("one\n", "two\n", "three\n"):
         assert stream.write(line) == len(line)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.runs import losses, run_config, write_corpus
-from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.telemetry.jsonl import read_metrics
 from trainer.training import run_lock as module
 from trainer.training.loop import train
@@ -155,14 +155,14 @@ def test_a_run_that_loses_its_lock_stops_before_it_writes_again(
 
 
 def test_a_run_that_fails_its_checks_leaves_nothing_behind(tmp_path: Path, tiny_byte_level: Path) -> None:
-    sections = {"train": {"batch_samples": 64, "epochs": 1}}
+    sections = {"optim": {"warmup_steps": 7}}
     config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "a" / "b" / "out", [], **sections)
     before = set(tmp_path.iterdir())
-    with pytest.raises(DataError, match="do not fill one batch"):
+    with pytest.raises(ConfigError, match="more than the 6 steps"):
         train(config)
     assert set(tmp_path.iterdir()) == before
     (tmp_path / "a").mkdir()
-    with pytest.raises(DataError, match="do not fill one batch"):
+    with pytest.raises(ConfigError, match="more than the 6 steps"):
         train(config)
     assert not list((tmp_path / "a").iterdir())
 
