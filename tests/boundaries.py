@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -16,28 +17,37 @@ from random import Random
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors.numpy import save_file
 
 from alignment import AlignmentError, TokenizerError, Vocabulary
 from teachers.client.dialects.native import parse_card
 from teachers.client.dialects.vllm_completions import read_completion
+from teachers.model_checks import check_model_files
 from teachers.protocol.errors import TeacherError
 from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows
 from teachers.protocol.wire_format import StreamWriter, read_stream
+from teachers.server.admission import Rejection, check_request
+from teachers.server.bodies import decode_request
+from teachers.server.limits import Limits
 from tests.fake_vllm import choice, completion, prompt_logprobs
 from tests.mutations import mutate_bytes, mutate_json_bytes
 from tests.rows import random_rows
-from tests.tiny import TEXT, Kind, tiny_vocabulary, tokenizer_config, tokenizer_json
+from tests.templates import CHATML, LLAMA3
+from tests.tiny import TEXT, Kind, save_tiny_model, tiny_vocabulary, tokenizer_config, tokenizer_json
 from tests.trainer.made_runs import write_run
+from trainer.chats.jinja_template import JinjaTemplate
 from trainer.errors import UserError
 from trainer.evaluation.config import EvalConfig
+from trainer.manifest import MANIFEST, digest_file, write_manifest
 from trainer.plain_text import one_line
 from trainer.report.page import make_report
 from trainer.run_file import load_config
 from trainer.sources.config import DataConfig
 from trainer.sources.corpus import load_corpus
+from trainer.training.checkpoint_folder import STATE_FILE, CheckpointMetadata, newest_intact, write_state
 
-PROJECT_ERRORS = (TeacherError, UserError, TokenizerError, AlignmentError)
+PROJECT_ERRORS = (Rejection, TeacherError, UserError, TokenizerError, AlignmentError)
 MAX_MESSAGE_CHARS = 2000
 VOCAB_SIZE = 420
 SEPARATOR = b"\x00\x00"  # between the two files of a tokenizer
@@ -117,11 +127,18 @@ def boundaries(folder: Path) -> Iterator[Boundary]:
     yield Boundary("rows", (_stream(),), mutate_bytes, _read_rows)
     yield Boundary("card", (CARD.model_dump_json().encode(),), mutate_json_bytes, _read_card)
     yield Boundary("completion", (_completion(),), mutate_json_bytes, _read_completion)
+    yield Boundary("request", (REQUEST.model_dump_json().encode(),), mutate_json_bytes, _read_request)
     for kind in ("byte_level", "sentencepiece"):
         yield _tokenizer(kind)
     yield _run_file(folder)
     yield _metrics(folder)
     yield from _data(folder)
+    yield Boundary("template", (CHATML.encode(), LLAMA3.encode()), mutate_bytes, _render)
+    yield _files("model folder", save_tiny_model(folder / "model"), ("config.json", "model.safetensors"), _read_model)
+    checkpoints = _save_checkpoint(folder / "checkpoints")
+    yield _files(
+        "checkpoint", checkpoints, CHECKPOINT_FILES, partial(_read_checkpoint, (checkpoints / SHARD).read_bytes())
+    )
 
 
 def _stream() -> bytes:
@@ -242,3 +259,58 @@ def _data(folder: Path) -> Iterator[Boundary]:
     yield Boundary("chat lines", (chat_lines,), mutate_bytes, partial(read, "chats.jsonl", messages_column="messages"))
     yield Boundary("text", (TEXT.encode(),), mutate_bytes, partial(read, "data.txt"))
     yield Boundary("parquet", ((folder / "seed.parquet").read_bytes(),), mutate_bytes, partial(read, "data.parquet"))
+
+
+def _read_request(data: bytes) -> None:
+    request = decode_request(data, Limits())
+    check_request(request, CARD, Limits())
+    assert all(0 <= token < VOCAB_SIZE for sequence in request.sequences for token in sequence)
+
+
+def _render(data: bytes) -> None:
+    template = JinjaTemplate.from_files({"chat_template.jinja": data}, "fuzz", None, date(2026, 1, 1))
+    text = template.render([{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Fifty."}], ())
+    assert len(text) < 2 << 20
+
+
+def _files(name: str, folder: Path, files: tuple[str, ...], read_folder: Callable[[Path], None]) -> Boundary:
+    """Return a boundary that changes one of the files of a folder."""
+    intact = {file: (folder / file).read_bytes() for file in files}
+
+    def read(data: bytes) -> None:
+        number, _, content = data.partition(SEPARATOR)
+        changed = files[int(number)]
+        for file in files:
+            (folder / file).write_bytes(content if file == changed else intact[file])
+        read_folder(folder)
+
+    def mutate(random: Random, data: bytes) -> bytes:
+        number, _, content = data.partition(SEPARATOR)
+        return number + SEPARATOR + mutate_bytes(random, content)
+
+    seeds = tuple(str(number).encode() + SEPARATOR + intact[file] for number, file in enumerate(files))
+    return Boundary(name, seeds, mutate, read)
+
+
+def _read_model(folder: Path) -> None:
+    check_model_files(folder)
+
+
+SHARD = "step-00000004/shard-00000.safetensors"
+CHECKPOINT_FILES = (SHARD, f"step-00000004/{STATE_FILE}", f"step-00000004/{MANIFEST}")
+
+
+def _save_checkpoint(folder: Path) -> Path:
+    shard = folder / SHARD
+    shard.parent.mkdir(parents=True)
+    save_file({"weight": np.arange(64, dtype=np.float32)}, shard)
+    write_state(shard.parent, CheckpointMetadata(4, {"seed": 1}, "fp32"))
+    write_manifest(shard.parent, {path.name: digest_file(path) for path in shard.parent.iterdir()})
+    return folder
+
+
+def _read_checkpoint(shard: bytes, folder: Path) -> None:
+    checkpoint = newest_intact(folder)
+    assert checkpoint is not None
+    assert checkpoint.metadata == CheckpointMetadata(4, {"seed": 1}, "fp32")
+    assert (folder / SHARD).read_bytes() == shard

@@ -9,7 +9,7 @@ from tests.boundaries import Boundary, boundaries, fuzz
 
 pytestmark = pytest.mark.slow
 
-SECONDS, INPUTS = 4.0, 2000  # per boundary
+SECONDS, INPUTS = 3.0, 2000  # per boundary
 MAX_SECONDS, MAX_GROWTH_MB = 10.0, 400
 
 
@@ -18,8 +18,10 @@ def by_name(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Boundary]:
     return {boundary.name: boundary for boundary in boundaries(tmp_path_factory.mktemp("boundaries"))}
 
 
-NAMES = ("rows", "card", "completion", "tokenizer byte_level", "tokenizer sentencepiece", "run file", "metrics",
-         "text lines", "chat lines", "text", "parquet")  # fmt: skip
+NAMES = (
+    "rows", "card", "completion", "request", "tokenizer byte_level", "tokenizer sentencepiece", "run file", "metrics",
+    "text lines", "chat lines", "text", "parquet", "template", "model folder", "checkpoint",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,7 @@
 """Which requests a teacher accepts: checks of a score request against the card and the limits of the server."""
 
 from teachers.protocol.messages import Problem, ScoreRequest, TeacherCard
+from teachers.protocol.untrusted_text import clean
 from teachers.server.limits import Limits
 
 MAX_DETAIL_CHARS = 300
@@ -9,14 +10,13 @@ MAX_DETAIL_CHARS = 300
 class Rejection(Exception):
     """A request that is answered with a problem (RFC 9457). `close` ends the connection after it.
 
-    A detail may repeat what was received: it is cut to MAX_DETAIL_CHARS.
+    A detail may repeat what was received: it is cleaned and cut to MAX_DETAIL_CHARS.
     """
 
     def __init__(
         self, status: int, title: str, detail: str, retry_after_s: int | None = None, *, close: bool = False
     ) -> None:
-        if len(detail) > MAX_DETAIL_CHARS:
-            detail = detail[:MAX_DETAIL_CHARS] + "…"
+        detail = clean(detail, MAX_DETAIL_CHARS)
         super().__init__(detail)
         self.problem = Problem(title=title, status=status, detail=detail)
         self.retry_after_s = retry_after_s
