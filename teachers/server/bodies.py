@@ -23,8 +23,8 @@ from teachers.server.service import Service
 INLINE_BYTES = 64 * 1024  # smaller bodies are decoded on the event loop: that takes less than a change of threads
 _DECODING = ThreadPoolExecutor(1, "decode")  # one body at a time: more threads would keep the event loop waiting
 
-_Id = Annotated[int, msgspec.Meta(ge=0)]
-_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+_Positive = Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)]
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True):
