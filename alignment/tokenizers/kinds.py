@@ -12,10 +12,18 @@ from typing import Any, Protocol
 Spec = Mapping[str, Any]  # a parsed tokenizer.json, or one part of it
 
 MAX_REASON_CHARS = 300
+MAX_MESSAGE_CHARS = 1000
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be converted to bytes, with the file and the reason."""
+    """A tokenizer that cannot be converted to bytes, with the file and the reason.
+
+    A message may repeat text of the files: it becomes one line of printable characters of limited length.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join("".join(c if c.isprintable() else " " for c in message[:MAX_MESSAGE_CHARS]).split())
+        super().__init__(line if len(message) <= MAX_MESSAGE_CHARS else f"{line}…")
 
 
 @contextmanager
@@ -30,7 +38,7 @@ def tokenizer_errors(name: str, failed: str = "cannot be read") -> Iterator[None
     except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        reason = "".join(c if c.isprintable() else " " for c in str(error)[:MAX_REASON_CHARS])
+        reason = str(error)[:MAX_REASON_CHARS]
         kind = "" if type(error) in (Exception, ValueError) and reason else f"{type(error).__name__}: "
         raise TokenizerError(f"the tokenizer of {name} {failed}: {kind}{reason}") from error
 

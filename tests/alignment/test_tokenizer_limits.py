@@ -207,3 +207,10 @@ def test_the_growth_of_common_normalizers_is_within_the_limit() -> None:
     t5 = limits._growth({"type": "Sequence", "normalizers": [charsmap_, replace]}) * limits._growth(metaspace)
     assert t5 == 9
     assert limits._growth({"type": "Sequence", "normalizers": [charsmap_, charsmap_]}) == 33
+
+
+def test_a_message_with_text_of_a_file_is_one_short_printable_line() -> None:
+    message = str(TokenizerError("unknown token " + "\x1b[31m\n" + "x" * 5000))
+    assert message.isprintable()
+    assert len(message) <= 1001
+    assert message.startswith("unknown token [31m xxx")
