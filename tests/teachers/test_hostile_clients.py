@@ -28,6 +28,8 @@ from teachers.server.service import Service
 from teachers.server.shares import WAITING_S, FairShares
 from tests.serve import FormulaEngine, running, serving, until
 
+pytestmark = pytest.mark.slow
+
 REQUEST = {"sequences": [[1, 2, 3]], "starts": [1], "top_k": 4}
 JSON_HEAD = b"POST %s HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
 CHUNKED = b"transfer-encoding: chunked\r\n\r\n"

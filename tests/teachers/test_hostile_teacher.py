@@ -34,6 +34,8 @@ from tests.teachers.test_protocol import CARD
 from trainer.query.config import TeacherConfig
 from trainer.query.connect import checked_vocabulary
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 BOMB = gzip.compress(b"\0" * (64 << 20))
 Headers = dict[str, str]

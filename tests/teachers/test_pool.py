@@ -11,6 +11,8 @@ from teachers.protocol.errors import FingerprintMismatch, InvalidRows, Rejected,
 from teachers.protocol.rows import Rows
 from tests.serve import FormulaEngine, free_port, serving, until
 
+pytestmark = pytest.mark.slow
+
 
 async def score_many(addresses: list[TeacherAddress], count: int) -> list[Rows]:
     async with TeacherPool(addresses) as pool:
@@ -97,7 +99,6 @@ def test_a_restarted_replica_receives_requests_again(tiny_byte_level: Path) -> N
         assert asyncio.run(run(url)) >= 10
 
 
-@pytest.mark.slow
 def test_the_unavailable_timeout_excludes_queueing_behind_other_requests(tiny_byte_level: Path) -> None:
     engine = FormulaEngine(tiny_byte_level, delay_s=0.5)
 

@@ -294,6 +294,7 @@ def test_a_server_that_is_no_teacher_is_a_clear_error(tiny_byte_level: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's and torch's own
+@pytest.mark.slow
 def test_the_fake_server_conforms_to_vllms_own_classes() -> None:
     need("vllm")
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse

@@ -35,6 +35,8 @@ from trainer.training.loop import train
 from trainer.training.plan import StepPlan, plan_step
 from trainer.training.step import _non_finite
 
+pytestmark = pytest.mark.slow
+
 # --- the span loss ---
 
 

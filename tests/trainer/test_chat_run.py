@@ -25,6 +25,8 @@ from trainer.telemetry.collector import Collector
 from trainer.telemetry.jsonl import read_metrics
 from trainer.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 BYTE_LEVEL = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|eos|>\n{% endfor %}"
 SENTENCEPIECE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}<eos>{% endfor %}"
 

@@ -218,6 +218,7 @@ def test_values_that_libraries_cannot_take_are_rejected_by_name(tmp_path: Path, 
     "text",
     [b"\xff", b"x = " + b"[" * 100_000, b"x = " + b"9" * 100_000, b'x = "\\ud800"', b"a" + b".a" * 20_000 + b"=1"],
 )
+@pytest.mark.slow
 def test_a_run_file_that_is_not_toml_is_one_sentence(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "run.toml").write_bytes(text)
     with pytest.raises(ConfigError, match=r"run\.toml(:| is not TOML)"):

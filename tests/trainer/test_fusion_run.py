@@ -28,6 +28,8 @@ from trainer.training.optimizer import make_optimizer
 from trainer.training.plan import plan_step
 from trainer.training.step import train_step
 
+pytestmark = pytest.mark.slow
+
 LINES = TEXT.splitlines(keepends=True)
 
 

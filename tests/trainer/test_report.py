@@ -218,6 +218,7 @@ def test_sources_are_shown_without_python_syntax(tmp_path: Path) -> None:
     assert "{'" not in text
 
 
+@pytest.mark.slow
 def test_the_page_of_a_long_run_is_small_and_keeps_its_spike(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path, 20_000, teachers=("a", "b"), more=lambda step: {"grad_norm": 500.0 if step == 7_777 else 1.0}

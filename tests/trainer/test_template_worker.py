@@ -19,6 +19,8 @@ from trainer.chats import template_worker
 from trainer.chats.jinja_template import ChatError, JinjaTemplate, TemplateError
 from trainer.chats.template_worker import WORKER, RenderError, TemplateWorker
 
+pytestmark = pytest.mark.slow
+
 TODAY = date(2026, 1, 1)
 MESSAGES = chat("Guten Tag, é 😀 <b>", "  Hello {{ x }}\n", "more", "<think>\nhm\n</think>\n\nyes")
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"a": [1, 2.5, None, True], "ü": "\n"}}}
