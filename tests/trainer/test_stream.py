@@ -42,7 +42,8 @@ QUIET_S = 0.5
 class WatchedEngine(FormulaEngine):
     """Record the lengths of all requests in order, and the maximum of tokens requested but not yet consumed.
 
-    The request with index `held` receives its response only after `release` is set.
+    The request of the sample with `held` tokens receives its response only after `release` is set. Requests are
+    concurrent, so their order on the server may differ from that of the samples.
     """
 
     def __init__(self, folder: Path, delay_s: float = 0.0) -> None:
@@ -55,7 +56,7 @@ class WatchedEngine(FormulaEngine):
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
         self.lengths.append(len(sequence) - len(self.card.prefix))
         self.max_pending_tokens = max(self.max_pending_tokens, self.pending_tokens)
-        is_held = len(self.lengths) - 1 == self.held
+        is_held = self.lengths[-1] == self.held
         while is_held and not self.release.is_set():
             await asyncio.sleep(0.005)
         return await super().score(sequence, start, top_k)
@@ -180,8 +181,8 @@ def test_limits_below_one_batch_allow_exactly_one_batch(tmp_path: Path, tiny_byt
 
 def test_a_slow_sample_does_not_delay_the_requests_of_later_samples(tmp_path: Path, tiny_byte_level: Path) -> None:
     vocabulary, engine = Vocabulary.load(tiny_byte_level), WatchedEngine(tiny_byte_level)
-    engine.held = 0  # the first request waits for `release`
     samples = samples_of(vocabulary, 20)
+    engine.held = len(vocabulary.encode(samples[0].text))
     with serving(engine) as url:
         with stream_of(config_of(tiny_byte_level, tmp_path, [url]), vocabulary, pairs(samples)) as stream:
             assert engine.await_quiet(20) == 20
@@ -220,11 +221,10 @@ def test_an_error_is_raised_in_the_order_of_the_batches(tmp_path: Path, tiny_byt
 
 def test_closing_a_stream_early_ends_its_thread(tmp_path: Path, tiny_byte_level: Path) -> None:
     vocabulary, engine = Vocabulary.load(tiny_byte_level), WatchedEngine(tiny_byte_level)
-    engine.held = 4
+    samples = samples_of(vocabulary, 12)
+    engine.held = len(vocabulary.encode(samples[4].text))
     with serving(engine) as url:
-        with stream_of(
-            config_of(tiny_byte_level, tmp_path, [url]), vocabulary, pairs(samples_of(vocabulary, 12))
-        ) as stream:
+        with stream_of(config_of(tiny_byte_level, tmp_path, [url]), vocabulary, pairs(samples)) as stream:
             next(iter(stream))
         assert not [thread for thread in threading.enumerate() if thread.name == "stream"]
         engine.release.set()
