@@ -1,6 +1,6 @@
-"""The numba decorator of all packages, with a cache on disk that a damaged file cannot turn into wrong machine code.
+"""Numba decorator with a disk cache that verifies a digest before it loads machine code.
 
-Alignment, fusion and the protocol of the teachers use it. Requires numba only.
+Alignment, fusion and the wire protocol use it. It depends on numba only.
 """
 
 from kernel_cache.compiled import compiled as compiled

@@ -1,10 +1,10 @@
-"""Compile functions with numba, and cache the machine code in files whose digest is compared before they are loaded.
+"""Compile functions with numba, and cache the machine code in files with a digest that is verified before loading.
 
-numba's own cache unpickles an index and machine code as they are on the disk: a changed bit is a crash or another
-result. Here every signature of a function has one file, which begins with a SHA-256 digest. What does not verify is
-compiled again. The digest covers the version of numba and the time of the source file too. There is no index that two
-processes could overwrite with the entries of only one of them. The digest detects damage. It does not detect a person
-who may write to the cache.
+The cache of numba unpickles an index and machine code without verification, so a changed bit causes a crash or wrong
+results. Here each signature of a function has one file, which begins with a SHA-256 digest. A file whose digest differs
+is ignored, and the function is compiled again. The digest also covers the version of numba and the modification time of
+the source file. There is no shared index, so concurrent processes do not lose entries. The digest detects damage, not
+tampering: a person with write access to the cache can replace file and digest.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function at its first call, without the interpreter lock; cached on disk if a cache can be written."""
+    """Compile a function at its first call. It runs without the GIL, and is cached on disk if possible."""
     dispatcher = njit(nogil=True)(function)
     if isinstance(dispatcher, Dispatcher):  # not with NUMBA_DISABLE_JIT
         with suppress(RuntimeError):  # neither the folder of the source file nor the user's cache can be written
@@ -35,7 +35,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 class _VerifiedCache(FunctionCache):  # type: ignore[misc]  # numba has no types
-    """Cache of one function. A cache that cannot be written is done without."""
+    """Cache of one function. If the cache cannot be written, the function is compiled in every process."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
@@ -54,7 +54,7 @@ class _VerifiedCache(FunctionCache):  # type: ignore[misc]  # numba has no types
 
 
 class _VerifiedFiles(IndexDataCacheFile):  # type: ignore[misc]  # numba has no types
-    """The files of one function: digest, then the pickled key and the result of the compilation."""
+    """Cache files of one function. Each contains a digest and the pickled pair of key and compilation result."""
 
     def flush(self) -> None:
         for path in Path(self._cache_path).glob(f"{self._base}.*{SUFFIX}"):

@@ -1,9 +1,9 @@
-"""Checks of a model directory that somebody else wrote, from its files alone: needs no torch and no transformers.
+"""Validation of untrusted model directories, without torch and transformers.
 
-transformers, safetensors and tokenizers trust what they read. They allocate what config.json declares, load pickled
-weights and adapters, and raise anything, panics of Rust included. check_model_files reads config.json and the headers
-of the weights before anything is allocated, and model_errors turns whatever the libraries raise into one sentence. The
-student, every engine and doctor use both, so that they agree.
+transformers, safetensors and tokenizers trust their input: they allocate the sizes that config.json declares, load
+pickled weights and adapters, and raise errors of any class, including Rust panics. `check_model_files` validates
+config.json and the headers of the weights before memory is allocated. `model_errors` converts errors of the libraries
+into ModelError. Student, engines and doctor use both functions and therefore accept the same directories.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from teachers.protocol.errors import TeacherError
+from teachers.protocol.untrusted_text import clean
 
 MAX_JSON_BYTES = 1 << 26  # config.json is a few kilobytes, the index of a model with 100,000 tensors 10 MB
 MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
@@ -33,14 +34,14 @@ VOCABULARY = ("vocab_size",)
 
 
 class ModelError(TeacherError):
-    """A model directory that cannot be loaded. The trainer turns it into ConfigError for its student."""
+    """Raised if a model directory cannot be loaded. The trainer converts it into ConfigError for the student."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """What a model directory declares and stores.
+    """Content of a model directory, without the values of the weights.
 
-    config        config.json
+    config        parsed config.json
     num_tensors   number of stored tensors
     num_elements  number of stored values
     """
@@ -52,24 +53,24 @@ class ModelFiles:
 
 @contextmanager
 def model_errors(folder: Path, where: str = "", keep: type[Exception] = TeacherError) -> Iterator[None]:
-    """Turn every error of the block into ModelError, one sentence with the folder and the reason.
+    """Convert errors raised in the block into ModelError. The message contains the folder and the reason.
 
-    where  what follows the folder in the sentence, for example " on cuda"
-    keep   class of errors that are sentences already, besides TeacherError
+    where  text after the folder in the message, for example " on cuda"
+    keep   class of errors that pass unchanged, in addition to TeacherError
     """
     try:
         yield
     except (TeacherError, keep, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError):
         raise
-    except BaseException as error:  # the libraries raise anything, and panics of Rust are no Exception
+    except BaseException as error:  # the libraries raise any class; Rust panics do not derive from Exception
         raise ModelError(f"cannot load {folder}{where}: {_reason(error)}") from error
 
 
 def check_model_files(folder: Path) -> ModelFiles:
-    """Compare what a model directory declares with what it stores.
+    """Check config.json and the headers of the weights against each other.
 
-    Raises ModelError if config.json cannot be read, if the weights are pickled, damaged or beside an adapter, or if
-    config.json declares a larger model than the weights are.
+    Raises ModelError if config.json cannot be read, if the weights are pickled or damaged, if the directory contains an
+    adapter, or if config.json declares a larger model than the stored weights.
     """
     with model_errors(folder):
         config = read_json(folder / "config.json")
@@ -90,7 +91,7 @@ def check_model_files(folder: Path) -> ModelFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object of limited size. Raises ValueError."""
+    """Parse a JSON file of at most MAX_JSON_BYTES. Raises ValueError if it is missing, larger or not a JSON object."""
     if not path.is_file():
         raise ValueError(f"it has no file {path.name}")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -112,7 +113,7 @@ def _object(data: bytes, name: str) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the entries of all headers by name of the tensor. Raises ValueError."""
+    """Return the header entries of all safetensors files, by tensor name. Raises ValueError if a file is invalid."""
     paths = sorted(folder.glob("*.safetensors"))
     if not paths and any(path for pattern in PICKLES for path in folder.glob(pattern)):
         raise ValueError(
@@ -131,9 +132,9 @@ def _read_weights(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the entries of a safetensors file by name of the tensor, compared with the file's size."""
+    """Return the header entries of one safetensors file, by tensor name. Raises ValueError if they exceed the file."""
     if not path.is_file():
-        raise ValueError(f"{path.name} is no regular file")
+        raise ValueError(f"{path.name} is not a regular file")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -148,7 +149,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_entry(entry: Mapping[str, Any], name: str, num_bytes: int) -> None:
-    """Compare type and shape of one tensor with its bytes. Raises ValueError."""
+    """Check dtype, shape and offsets of one tensor. Raises ValueError if they are invalid or contradict each other."""
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
@@ -164,7 +165,7 @@ def _check_entry(entry: Mapping[str, Any], name: str, num_bytes: int) -> None:
 
 
 def _check_dtypes(tensors: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ValueError for weights that are not floats: without a quantization they are no weights."""
+    """Raise ValueError for integer weights, which are valid only in quantized models."""
     for name, entry in tensors.items():
         if name.endswith(".weight") and entry["dtype"] not in FLOATS:
             raise ValueError(f"tensor {name!r} is stored as {entry['dtype']}, expected one of {', '.join(FLOATS)}")
@@ -178,7 +179,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_numbers(files: ModelFiles, elements_per_stored: int) -> None:
-    """Compare the sizes in config.json with the stored weights. Raises ValueError."""
+    """Raise ValueError if config.json declares more layers, tokens or experts than the stored weights can hold."""
     text = files.config.get("text_config")
     section = text if isinstance(text, dict) else files.config
     layers, hidden, vocabulary = (_sizes(section, keys) for keys in (LAYERS, HIDDEN, VOCABULARY))
@@ -195,7 +196,7 @@ def _check_numbers(files: ModelFiles, elements_per_stored: int) -> None:
 
 
 def _sizes(section: Mapping[str, Any], keys: tuple[str, ...]) -> list[int]:
-    """Return the sizes that a section declares under any of the names. Raises ValueError if one is no size."""
+    """Return the values of the keys that a section contains. Raises ValueError if one is not a positive integer."""
     present = {key: section[key] for key in keys if key in section}
     for key, value in present.items():
         if type(value) is not int or value < 1:
@@ -211,12 +212,11 @@ def _object_of(parent: Mapping[str, Any], key: str, name: str) -> dict[str, Any]
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of an error without control characters; its type, if the line alone says nothing."""
+    """Return the first line of an error message, preceded by the class of the error if the message needs it."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own (auto_map), which is never executed: use a model that transformers knows"
     lines = [line for line in str(error).splitlines() if line.strip()]
-    line = "".join(c if c.isprintable() else " " for c in lines[0].strip()) if lines else ""
-    line = line if len(line) <= MAX_REASON_CHARS else line[:MAX_REASON_CHARS] + "…"
+    line = clean(lines[0], MAX_REASON_CHARS) if lines else ""
     if isinstance(error, OSError | ValueError | RuntimeError) and line and not isinstance(error, RecursionError):
         return line
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Return $TUTELAGE_CACHE, by default ~/.cache/tutelage; for a user without a home, a folder for temporary files."""
+    """Return $TUTELAGE_CACHE or ~/.cache/tutelage. Without a home directory, return a directory for temporary files."""
     folder = os.path.expanduser(os.environ.get("TUTELAGE_CACHE") or "~/.cache/tutelage")
     if folder.startswith("~"):  # a container runs as a user that it does not know
         return Path(tempfile.gettempdir()) / f"tutelage-{os.getuid()}"
@@ -34,9 +34,9 @@ def in_hub_cache(path: Path, kind: str) -> bool:
 
 
 def file_inside(folder: Path, name: str) -> Path | None:
-    """Return a regular file of a model directory; None if it is missing, no regular file or a link to elsewhere.
+    """Return the path of a file in a model directory, or None if it is missing, not regular, or a link out of it.
 
-    Links may lead to another file of the directory, and in a snapshot of a hub cache to the blobs of its own model.
+    A link may point to another file of the directory or, in a snapshot of a hub cache, to the blobs of the same model.
     """
     path, own = folder / name, folder.resolve()
     if not path.is_file():

@@ -1,8 +1,8 @@
 """Load a model directory with transformers, for students and teachers, and choose the type to compute in.
 
 transformers initializes missing weights at random with only a warning, and its default attention ignores soft caps.
-load_model treats both cases correctly. A directory is data: its code is never executed, and its config.json chooses no
-implementation of attention or experts, which transformers would download as kernels.
+load_model treats both cases correctly. Code in the directory is never executed. Implementations of attention and
+experts that config.json names are ignored, because transformers would download them as kernels.
 """
 
 import platform
@@ -26,9 +26,9 @@ MEASURE_S = 0.05  # per type, in bf16_is_native
 
 
 def load_config(folder: Path) -> Any:
-    """Read the configuration of a causal language model, and compare it with the headers of the weights.
+    """Read the configuration of a causal language model, and check it against the headers of the weights.
 
-    Implementations that config.json names are dropped. Raises ModelError.
+    Implementations that config.json names are ignored. Raises ModelError.
     """
     with model_errors(folder):
         if read_json(folder / "config.json").get("quantization_config") is not None:
@@ -44,7 +44,7 @@ def load_config(folder: Path) -> Any:
 
 
 def read_config(folder: Path) -> Any:
-    """Read the configuration with transformers, without the implementations that it names."""
+    """Read config.json with transformers. Implementations of attention and experts that it names are removed."""
     config: Any = AutoConfig.from_pretrained(folder, **NO_CODE)
     config._attn_implementation = None  # these two setters include the sections
     config._experts_implementation = None
@@ -82,7 +82,10 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise ValueError if a weight is NaN or infinite: the extremes show it, without a tensor of booleans."""
+    """Raise ValueError if a weight is NaN or infinite.
+
+    Minimum and maximum of a tensor detect both cases, and are computed faster than `torch.isfinite`.
+    """
     if weight.is_floating_point() and weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
         raise ValueError(f"the weight {name} has values that are NaN or infinite")
 
@@ -90,7 +93,7 @@ def check_finite(name: str, weight: Tensor) -> None:
 def _check_size(config: Any, files: ModelFiles) -> None:
     """Raise ValueError if the model that a configuration declares is much larger than the stored weights.
 
-    The model is built without memory. A few missing weights are left to load_model, which names them.
+    The model is built on the meta device, without memory. Individual missing weights are reported by `load_model`.
     """
     loader: Any = AutoModelForCausalLM
     with torch.device("meta"):

@@ -1,6 +1,6 @@
-"""Every boundary that reads input of others, with valid input to mutate: used by tests and by benchmarks/fuzz.py.
+"""Functions that read untrusted input, with valid inputs to mutate; for test_boundaries.py and benchmarks/fuzz.py.
 
-The property of every boundary: mutated input is a correct value, or it is rejected with one sentence.
+Property under test: mutated input gives a correct value, or is rejected with one sentence.
 """
 
 import json
@@ -60,7 +60,7 @@ CARD = TeacherCard(
 
 @dataclass(frozen=True)
 class Boundary:
-    """A function that reads input of others.
+    """A function that reads untrusted input.
 
     seeds   valid inputs
     mutate  returns a changed copy of a seed
@@ -88,7 +88,7 @@ class Tally:
 
 
 def fuzz(boundary: Boundary, random: Random, *, inputs: int, seconds: float) -> Tally:
-    """Read mutated inputs until their number or the time is reached."""
+    """Read mutated inputs until the number of inputs or the time is reached."""
     tally, end = Tally(), time.monotonic() + seconds
     while sum(tally.outcomes.values()) < inputs and time.monotonic() < end:
         data = boundary.mutate(random, random.choice(boundary.seeds))

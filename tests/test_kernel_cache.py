@@ -35,7 +35,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def load(source: Path) -> Any:
-    """Import the source as a module of its own, as another process would."""
+    """Import the source as a new module, as another process would."""
     spec = importlib.util.spec_from_file_location(f"kernels_{next(_numbers)}", source)
     assert spec is not None
     assert spec.loader is not None
@@ -45,7 +45,7 @@ def load(source: Path) -> Any:
 
 
 def is_loaded(kernel: Any) -> bool:
-    """Return whether the last call was served from the cache, not compiled."""
+    """Return whether the last call used the cache instead of compiling."""
     return bool(kernel.stats.cache_hits)
 
 

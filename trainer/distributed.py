@@ -186,7 +186,7 @@ def process_group(device: str, unavailable_timeout_s: float = 0.0) -> Iterator[R
 
 
 def _number_of_processes() -> int:
-    """Return WORLD_SIZE, 1 if it is not set. Raises ConfigError if a variable of torchrun is no number."""
+    """Return WORLD_SIZE, or 1 if it is not set. Raises ConfigError if a variable of torchrun is not an integer."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         text = os.environ.get(name, "0")
         if not text.isascii() or not text.isdigit() or len(text) > 9:

@@ -1,8 +1,8 @@
-"""The manifest of a folder: size and SHA-256 digest of every file, so that a changed bit is noticed before it is used.
+"""Manifest of a folder: size and SHA-256 digest of every file, verified before the files are used.
 
-The manifest is written after all other files. It contains the digest of its own list of files, and only its exact text
-is accepted, so that it protects itself too. It detects damage. It does not detect a person who writes a manifest that
-fits.
+The manifest is written after all other files. It contains a digest of its own list, and only its canonical text is
+accepted, so that damage of the manifest is detected too. It detects damage, not tampering: a person with write access
+can replace files and manifest.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class DamagedError(Exception):
-    """A folder is not what its manifest says; the message is the reason, without the name of the folder."""
+    """Raised if a folder differs from its manifest. The message is the reason, without the name of the folder."""
 
 
 class FileDigest(NamedTuple):
@@ -67,7 +67,7 @@ def write_manifest(folder: Path, digests: Mapping[str, FileDigest]) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and flush it to disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

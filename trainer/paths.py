@@ -35,7 +35,7 @@ def resolve_data_file(name: str) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Return whether a path exists. Raises ConfigError if that cannot be found out."""
+    """Return whether a path exists. Raises ConfigError if it cannot be examined, for example without permission."""
     try:
         return path.exists()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Text of unknown origin (names, paths, messages of libraries), made fit for a terminal, a log or a metrics file."""
+"""Sanitize names, paths and messages of libraries for terminals, logs and metrics files."""
 
 import re
 
@@ -9,9 +9,9 @@ MAX_SHOWN = 200
 
 
 def storable(text: str) -> str:
-    """Return the text without passwords in addresses; halves of surrogate pairs are written as escapes.
+    """Return the text without passwords in addresses, and with lone surrogates as escape sequences.
 
-    A file name that is not UTF-8 holds such halves. No encoder accepts them.
+    Python represents file names that are not UTF-8 with lone surrogates, which no encoder accepts.
     """
     if "@" in text:
         text = _USERINFO.sub("", text)
@@ -19,13 +19,13 @@ def storable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text in one line, without control characters, passwords in addresses and reordering of the text."""
+    """Return the text on one line, without control characters, bidirectional controls and passwords in addresses."""
     words = " ".join(storable(text).split())
     return _BIDI.sub("", "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in words))
 
 
 def excerpt(value: object) -> str:
-    """Return a short representation of a value for an error message; of a list or table only its type."""
+    """Return a short representation of a value for an error message; for a list or table, its type."""
     if isinstance(value, dict | list | tuple):
         return "a table" if isinstance(value, dict) else "a list"
     if isinstance(value, int) and abs(value) > 10**MAX_SHOWN:

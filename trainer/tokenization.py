@@ -83,8 +83,8 @@ def _tokenize_within_window(sample: Sample, tokenizer: SampleTokenizer, data: Da
 class Excess(NamedTuple):
     """A sample that is too long for a model.
 
-    tokenized   the sample as the model with the limit tokenizes it
-    limit       number of tokens
+    tokenized   tokens of the sample for the model whose limit is exceeded
+    limit       maximum number of tokens
     limited_by  name of the model or window, for error messages
     """
 
@@ -94,13 +94,13 @@ class Excess(NamedTuple):
 
 
 def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | None]], data: DataConfig) -> T:
-    """Return the result of `attempt` for the sample or, with data.too_long = "shorten", for a beginning that fits.
+    """Tokenize a sample with `attempt`. If it is too long and data.too_long is "shorten", use a prefix that fits.
 
-    A text keeps about its first `limit` tokens and ends at the end of a character. A chat ends with a supervised
-    assistant message: the last one with which it fits, found by bisection.
+    A text is cut after about `limit` tokens, at the end of a character. A chat is cut after a supervised assistant
+    message. Bisection finds the last message with which the chat fits.
 
-    attempt  tokenizes a sample for all models, and tells whether it is too long
-    Raises ChatError for a chat, DataError for a text, if data.too_long forbids shortening or nothing would be left.
+    attempt  tokenizes a sample for all models, and returns the excess if it is too long
+    Raises ChatError for a chat and DataError for a text if data.too_long is "error" or if no prefix fits.
     """
     result, excess = attempt(sample)
     if excess is None:
@@ -128,9 +128,9 @@ def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | Non
 
 
 def _beginnings(sample: Sample) -> list[Sample]:
-    """Return the beginnings of a chat that end with a supervised assistant message, shortest first, without the last.
+    """Return the proper prefixes of a chat that end with a supervised assistant message, shortest first.
 
-    A text has none.
+    For a text, the result is empty.
     """
     ends = [
         i + 1 for i, m in enumerate(sample.messages) if m.get("role") == "assistant" and m.get("train") is not False
@@ -150,11 +150,11 @@ def _too_long(sample: Sample, excess: Excess, data: DataConfig) -> ChatError | D
 
 
 def shorten_text(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:
-    """Return the beginning of a text of about `limit` tokens. Return None if nothing is left.
+    """Return the prefix of a text with about `limit` tokens, or None if no text remains.
 
-    If it is tokenized again, it can be one token longer than the limit, and must then be shortened again.
+    Tokenizing the prefix again can give one token more than `limit`; the caller then shortens it again.
 
-    tokens  tokens of the sample, which the limit refers to
+    tokens  tokens of the whole sample, in the tokenizer to which the limit applies
     """
     data = tokens.text
     cuts = [

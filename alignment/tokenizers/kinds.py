@@ -16,9 +16,9 @@ MAX_MESSAGE_CHARS = 1000
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be converted to bytes, with the file and the reason.
+    """Raised if a tokenizer cannot be read or converted to bytes. The message names the file and the reason.
 
-    A message may repeat text of the files: it becomes one line of printable characters of limited length.
+    The message can quote text from the file, so it is reduced to one line of printable characters of limited length.
     """
 
     def __init__(self, message: str) -> None:
@@ -28,10 +28,10 @@ class TokenizerError(ValueError):
 
 @contextmanager
 def tokenizer_errors(name: str, failed: str = "cannot be read") -> Iterator[None]:
-    """Turn every error of the block into TokenizerError.
+    """Convert every error raised in the block into a TokenizerError.
 
-    The files can contain any JSON, and the library `tokenizers` raises bare Exception and panics, which are no
-    Exception.
+    The files can contain arbitrary JSON. The library `tokenizers` raises plain Exception, and Rust panics, which do not
+    derive from Exception.
     """
     try:
         yield

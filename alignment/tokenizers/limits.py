@@ -1,7 +1,7 @@
-"""Limits of tokenizer files, which a teacher sends over the network: compared before anything is allocated.
+"""Limits of tokenizer files, checked before memory is allocated. Teachers send these files over the network.
 
-A file of a few kilobytes can declare an id of two billion, or a normalizer that multiplies every text. The growth of a
-text is computed from the components alone, as the product of their largest factors.
+A file of a few kilobytes can declare a token id of two billion, or a normalizer that multiplies the length of a text.
+The growth of a text is bounded by the product of the largest factors of all components.
 """
 
 import base64
@@ -20,7 +20,7 @@ CHARSMAP_GROWTH = 64  # the longest replacement of one character; NFKC has 33 by
 
 
 def parse_object(data: bytes, file: str, name: str) -> dict[str, Any]:
-    """Parse a JSON object of limited size. Raises TokenizerError."""
+    """Parse a JSON object of at most MAX_FILE_BYTES. Raises TokenizerError if it is larger or not a JSON object."""
     if len(data) > MAX_FILE_BYTES:
         raise TokenizerError(
             f"the tokenizer of {name} cannot be read: {file} has {len(data)} bytes, expected at most {MAX_FILE_BYTES}"
@@ -33,7 +33,7 @@ def parse_object(data: bytes, file: str, name: str) -> dict[str, Any]:
 
 
 def check_limits(spec: Spec, name: str) -> None:
-    """Compare a parsed tokenizer.json with all limits. Raises TokenizerError, with the reason."""
+    """Check a parsed tokenizer.json against all limits. Raises TokenizerError if it exceeds one."""
     with tokenizer_errors(name):
         _check_ids(spec)
         if spec["model"].get("dropout"):
@@ -46,7 +46,7 @@ def check_limits(spec: Spec, name: str) -> None:
 
 
 def _check_ids(spec: Spec) -> None:
-    """Compare number, size and length of the tokens with the limits. Raises ValueError."""
+    """Check the token ids and the token lengths. Raises ValueError if one is invalid or exceeds its limit."""
     model, added = spec["model"], spec.get("added_tokens") or []
     vocab = model["vocab"]
     pieces = [piece for piece, _ in vocab] if isinstance(vocab, list) else list(vocab)
@@ -66,7 +66,7 @@ def _check_ids(spec: Spec) -> None:
 
 
 def _growth(part: Any) -> float:
-    """Return the largest factor by which the components of a part multiply the bytes of a text."""
+    """Return the largest factor by which a normalizer or pre-tokenizer can multiply the bytes of a text."""
     total, has_charsmap = 1.0, False
     for component in components(part):
         kind = component.get("type")
@@ -97,7 +97,10 @@ def _component_growth(component: Spec) -> float:
 
 
 def _charsmap_growth(component: Spec) -> float:
-    """Return the length of the longest replacement: a charsmap is a trie, its size in front, and the replacements."""
+    """Return the length in bytes of the longest replacement in a charsmap, at least 1.
+
+    A charsmap consists of the size of a trie (4 bytes), the trie, and the replacements, which are separated by NUL.
+    """
     data = base64.b64decode(component.get("precompiled_charsmap") or "")
     trie_bytes = int.from_bytes(data[:4], "little")
     if data and not 4 + trie_bytes < len(data):

@@ -1,7 +1,7 @@
-"""Try tokenizer files of others in a process with limited memory and time, before this process loads them.
+"""Load the tokenizer file of a teacher in a subprocess with limited memory and time, before this process loads it.
 
-A regular expression or a charsmap can take any memory and time, and the library aborts the process that runs out of
-memory. The trial takes about 0.2 s and the time of loading; its result is remembered by the content of the file.
+A regular expression or a charsmap can require unbounded memory or time, and the library aborts the process if memory
+runs out. A trial takes about 0.2 s plus the time to load the file. Its result is cached by the hash of the file.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _lock = Lock()
 
 
 def try_tokenizer(tokenizer_json: bytes, name: str) -> None:
-    """Load tokenizer.json in a process of its own. Raises TokenizerError if that fails or exceeds a limit."""
+    """Load tokenizer.json in a subprocess. Raises TokenizerError if loading fails or exceeds a limit."""
     digest = hashlib.sha256(tokenizer_json).hexdigest()
     with _lock:
         if digest not in _results:
@@ -32,7 +32,7 @@ def try_tokenizer(tokenizer_json: bytes, name: str) -> None:
 
 
 def _trial(tokenizer_json: bytes) -> str:
-    """Return the error of the trial; empty if it passed."""
+    """Return the error message of a trial, or an empty string if the file was loaded."""
     command, environment = [sys.executable, "-P", str(_SCRIPT)], os.environ | _ONE_THREAD
     try:
         done = subprocess.run(
@@ -45,7 +45,6 @@ def _trial(tokenizer_json: bytes) -> str:
     if done.returncode < 0:
         return f"loading it exceeded the limits of memory or time (signal {-done.returncode})"
     try:
-        answer = str(json.loads(done.stdout).get("error", ""))
+        return str(json.loads(done.stdout).get("error", ""))
     except ValueError:
         return f"the process that tried it ended with {done.returncode}"
-    return "".join(c if c.isprintable() else " " for c in answer)

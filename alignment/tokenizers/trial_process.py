@@ -1,6 +1,7 @@
-"""A process that loads one tokenizer.json from standard input and tokenizes a text: see alignment/tokenizers/trial.py.
+"""Script of the subprocess in alignment/tokenizers/trial.py: load a tokenizer.json and tokenize a text with it.
 
-Run as a file, so that nothing but json and tokenizers is imported. Writes one JSON object: {"error": …} or {}.
+Reads the file from standard input and writes one JSON object to standard output: {} or {"error": message}. It is run as
+a script, so that it imports only json and tokenizers. The memory limit needs Linux.
 """
 
 import json
@@ -19,17 +20,18 @@ PROBE = (
 
 def main() -> None:
     data = sys.stdin.buffer.read()
-    with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    limit = used + MEMORY_BYTES + MEMORY_PER_BYTE * len(data)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        limit = used + MEMORY_BYTES + MEMORY_PER_BYTE * len(data)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        answer = _load(data.decode())
-    except BaseException as error:  # panics of Rust are no Exception
-        answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    sys.stdout.write(json.dumps(answer))
+        response = _load(data.decode())
+    except BaseException as error:  # Rust panics do not derive from Exception
+        response = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+    sys.stdout.write(json.dumps(response))
 
 
 def _load(text: str) -> dict[str, str]:

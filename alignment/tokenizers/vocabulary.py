@@ -62,7 +62,7 @@ class Vocabulary:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], *, name: str) -> "Vocabulary":
-        """Build from the tokenizer files of a teacher, by file name, which are tried in a process of their own first.
+        """Build from the tokenizer files of a teacher, by file name. They are first loaded in a subprocess with limits.
 
         Raises TokenizerError.
         """
@@ -72,7 +72,7 @@ class Vocabulary:
     def parse(
         cls, tokenizer_json: bytes, config_json: bytes = b"{}", *, name: str, trial: bool = False
     ) -> "Vocabulary":
-        """Build from the contents of the two files, with `trial` after a trial in a process of its own.
+        """Build from the contents of the two files. With `trial`, a subprocess with limits loads them first.
 
         Raises TokenizerError if the files exceed a limit or no registered kind can read them.
         """
@@ -236,6 +236,6 @@ def _load_tokenizer(tokenizer_json: str) -> Tokenizer:
 
 
 def _read(path: Path) -> bytes:
-    """Read at most one byte more than the limit, which parse_object compares."""
+    """Read a file up to one byte beyond the size limit; parse_object rejects longer content."""
     with path.open("rb") as file:
         return file.read(MAX_FILE_BYTES + 1)

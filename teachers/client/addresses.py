@@ -68,7 +68,7 @@ async def resolve_urls(address: TeacherAddress) -> list[str]:
 
 
 def reject_credentials(name: str, url: str) -> None:
-    """Raise TeacherError if an address contains user or password, which messages and reports would repeat."""
+    """Raise TeacherError if an address contains a user or a password, because messages and reports show addresses."""
     if "@" in url:
         raise TeacherError(
             f"teacher {name}: the address …@{url.rpartition('@')[2]} contains a user or password: remove it, and name "

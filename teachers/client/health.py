@@ -75,9 +75,9 @@ class ReplicaHealth:
     async def connect(self) -> tuple[TeacherCard, dict[str, bytes]]:
         """Return the card that every replica must have, and the tokenizer files.
 
-        A replica that is unavailable or sends rubbish is quarantined. Raises FingerprintMismatch if two replicas
-        differ, Unauthorized or another error that the user can correct, and the most useful error if no replica is
-        healthy.
+        Replicas that are unavailable or send invalid responses are quarantined. Raises FingerprintMismatch if two
+        replicas differ, Unauthorized or another error that only the user can correct, and the most specific error if no
+        replica is healthy.
         """
         for url in await resolve_urls(self._address):
             self._replicas[url] = Replica(url, self._make_client, self._address.concurrency)
@@ -263,9 +263,10 @@ class ReplicaHealth:
         return self._unavailable_since + self._address.unavailable_timeout_s - asyncio.get_running_loop().time()
 
     def _on_failed_trial(self, error: TeacherError) -> None:
-        """Lose the teacher without waiting if on_unavailable is `stop` or its only replica has a lasting fault.
+        """Declare the teacher lost if on_unavailable is `stop`, or if its only replica has a permanent fault.
 
-        A malformed response may be the fault of a moment or of a proxy, invalid rows are that of the model.
+        Invalid rows count as permanent, because the model produces them. A malformed response can be a transient fault
+        of the server or of a proxy.
         """
         self._record_failure(error)
         is_lasting = isinstance(error, (InvalidRows, VersionMismatch, Unauthorized))

@@ -2,9 +2,9 @@
 
 A request is sent over the network or by a Sender, which transports the same request and response by other means.
 
-Every response is read by the same function: within a total deadline and a limit of bytes, without content encoding, so
-that what is read is what was sent. Redirects are not followed and cookies are not kept. httpx limits the head of a
-response to 100 kB.
+One function reads every response, within a total deadline and a byte limit. Content encodings are rejected, so that the
+byte limit applies to the decoded body. Redirects are not followed, and cookies are not stored. httpx limits the head of
+a response to 100 kB.
 """
 
 import asyncio
@@ -140,7 +140,7 @@ async def send_to_app(app: Any, method: str, path: str, headers: Headers, body: 
 
 
 def check_url(name: str, url: str) -> str:
-    """Return the URL without trailing slashes. Raises TeacherError if it is not an HTTP address without password."""
+    """Return the URL without trailing slashes. Raises TeacherError if it is not an HTTP URL or contains credentials."""
     reject_credentials(name, url)
     try:
         parsed = httpx.URL(url.rstrip("/"))
@@ -175,7 +175,7 @@ class _NamedErrors:
 
 
 async def _raise_for_status(response: httpx.Response) -> NoReturn:
-    """Raise the error of a status other than 200."""
+    """Raise the error that corresponds to a status other than 200."""
     detail = _error_detail(response.status_code, await _read_body(response, MAX_SMALL_BYTES))
     match response.status_code:
         case 401 | 403:
@@ -212,13 +212,13 @@ class _VllmProblem(msgspec.Struct):
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """Return the Retry-After of a response, at most MAX_RETRY_AFTER_S; None for anything but a number of seconds."""
+    """Return Retry-After in seconds, at most MAX_RETRY_AFTER_S; None if it is absent or not a number of seconds."""
     value = response.headers.get("retry-after", "")
     return min(float(value), MAX_RETRY_AFTER_S) if re.fullmatch("[0-9]{1,6}", value) else None
 
 
 async def _read_body(response: httpx.Response, limit_bytes: int) -> bytes:
-    """Return the body as it was sent. Raises ProtocolError beyond the limit, and for any content encoding."""
+    """Return the body. Raises ProtocolError if it exceeds the limit or has a content encoding."""
     encoding = response.headers.get("content-encoding", "identity")
     if encoding.strip().lower() != "identity":
         raise ProtocolError(f"expected a response without content encoding, received {clean(encoding, 60)}")

@@ -2,7 +2,7 @@
 
 A request is sent to the healthy replica with the fewest tokens in flight, within that replica's concurrency limit
 (limits.py). A request that takes much longer than usual is hedged: sent to a second replica, and the first response
-counts. Failed requests are retried. A request with an invalid response is retried on every other healthy replica, and
+counts. Failed requests are retried. After an invalid response, the request is retried on every other healthy replica,
 at least once. The state of the replicas is managed in health.py.
 """
 
@@ -101,8 +101,8 @@ class LoadBalancer:
     async def score(self, request: ScoreRequest, sample: str = "") -> Rows:
         """Return the rows of one sequence. `sample` names it in messages.
 
-        Raises TeacherLost if the teacher is dropped, Rejected at once, ProtocolError after an invalid response of every
-        healthy replica, and the last Unavailable if the teacher is lost or only this request fails repeatedly.
+        Raises TeacherLost if the teacher is dropped, Rejected without a retry, ProtocolError if every healthy replica
+        sends an invalid response, and the last Unavailable if the teacher is lost or only this request keeps failing.
         """
         pending, finished = _PendingRequest(request, sample), False
         self._hedging.on_request()

@@ -99,9 +99,9 @@ class Replica:
 
 
 def may_recover(error: BaseException) -> bool:
-    """Return whether a replica with this error at the start of a run is tried again while the others are used.
+    """Return whether to quarantine a replica that fails with this error at the start of a run, instead of raising it.
 
-    Another version or model, a wrong key or a wrong address need a change by the user.
+    A different version or model, a wrong key and a wrong address are raised: only the user can correct them.
     """
     needs_change = isinstance(error, (FingerprintMismatch, VersionMismatch))
     return isinstance(error, Unavailable) or (isinstance(error, ProtocolError) and not needs_change)

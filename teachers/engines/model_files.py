@@ -23,7 +23,7 @@ Files = Mapping[str, Path]
 
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Return the tokenizer's files by name, without links out of the directory: clients receive their content.
+    """Return the tokenizer files by name. Links out of the directory are excluded, because clients download the files.
 
     Raises TeacherError if `folder` is not a model directory.
     """

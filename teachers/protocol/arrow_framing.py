@@ -1,8 +1,8 @@
-"""The frame of an Arrow stream, checked before any of its content is read: messages, their lengths and the end mark.
+"""Check the messages of an Arrow stream, their lengths and the end marker, before the content is decoded.
 
 A message consists of a prefix (marker and length of the metadata), the metadata (a flatbuffer, which Arrow verifies)
-and a body, whose length the metadata states. Uncompressed bodies are read in place, so that what a stream can occupy in
-memory is what was received. A compressed body of 10 kB can take gigabytes.
+and a body, whose length is part of the metadata. Uncompressed bodies are read in place, so a stream needs no memory
+beyond the received bytes. Compressed bodies are rejected: one of 10 kB can expand to gigabytes.
 Format: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc
 """
 
@@ -19,9 +19,9 @@ _HEADER, _COMPRESSION = 2, 3  # fields of the tables Message and RecordBatch, by
 
 
 def check_frame(data: bytes, num_batches: int) -> None:
-    """Raise unless `data` is a schema, at most `num_batches` uncompressed record batches and the end mark.
+    """Check that `data` is a schema, at most `num_batches` uncompressed record batches, and the end marker.
 
-    Raises Truncated if the stream ends early, and ProtocolError for any other fault, such as bytes after the end mark.
+    Raises Truncated if the stream ends early, and ProtocolError for any other fault, such as bytes after the marker.
     """
     source, received = pa.BufferReader(data), 0
     while True:
@@ -42,7 +42,7 @@ def check_frame(data: bytes, num_batches: int) -> None:
 
 
 def _read_message(data: bytes, source: pa.BufferReader, received: int, num_batches: int) -> pa.Message:
-    """Read one message. A message that is longer than the rest of the data was cut, unless the end mark is there."""
+    """Read one message. Raises Truncated if it is longer than the rest of the data and the end marker is missing."""
     try:
         return pa.ipc.read_message(source)
     except (pa.ArrowException, OSError, EOFError) as error:
@@ -60,7 +60,7 @@ def _check_message(message: pa.Message, is_first: bool) -> None:
 
 
 def _is_compressed(metadata: pa.Buffer) -> bool:
-    """Return whether the metadata of a record batch names a compression. Arrow has verified the flatbuffer."""
+    """Return whether a record batch is compressed. Arrow must have verified its metadata (a flatbuffer) before."""
     view = memoryview(metadata)
     header = _field(view, _int(view, "I", 0), _HEADER)
     return _field(view, header + _int(view, "I", header), _COMPRESSION) > 0
@@ -78,6 +78,6 @@ def _int(view: memoryview, format: str, position: int) -> int:
 
 
 def _truncated(received: int, num_batches: int) -> Truncated:
-    """Return the error of a stream that ends early after `received` messages, of which the first is the schema."""
+    """Return the error for a stream that ends early after `received` messages. The first message is the schema."""
     sequences = max(received - 1, 0)
     return Truncated(f"the response broke off after {sequences} of {num_batches} sequences, before its end mark")

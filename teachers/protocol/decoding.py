@@ -1,7 +1,7 @@
-"""The guard around everything that is decoded from a teacher: JSON, Arrow, tokenizer files.
+"""Convert errors of decoding libraries into ProtocolError, for JSON, Arrow and cards that a teacher sends.
 
-The libraries document few of the errors that they raise: recursion and memory errors for nested or huge input, Unicode
-errors for names, panics of Rust. A replica must not be able to end a run with any of them.
+The libraries raise more errors than they document: recursion and memory errors for nested or huge input, Unicode errors
+for names, and Rust panics. None of them may end a run.
 """
 
 import asyncio
@@ -18,20 +18,20 @@ PASSED_ON = (TeacherError, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio
 
 @contextmanager
 def decoding(what: str) -> Iterator[None]:
-    """Convert any error of a library into a ProtocolError of one sentence. `what` names the message.
+    """Convert errors raised in the block into ProtocolError. `what` is the name of the message in the error.
 
-    Errors of this project, cancellation and the end of the process pass unchanged.
+    Errors of this project, cancellation, KeyboardInterrupt and SystemExit pass unchanged.
     """
     try:
         yield
     except PASSED_ON:
         raise
-    except BaseException as error:  # of foreign libraries; a panic of Rust is no Exception
+    except BaseException as error:  # libraries raise any class; Rust panics do not derive from Exception
         raise ProtocolError(f"malformed {what}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """Return the reason as one short line; of a failed validation, the first wrong field."""
+    """Return the reason as one short line. For a failed validation, it contains the first invalid field."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole"

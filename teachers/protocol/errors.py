@@ -66,7 +66,7 @@ class VersionMismatch(ProtocolError):
 
 
 class RequestMismatch(ProtocolError):
-    """The response is that of another request: a proxy, a cache or the server has mixed up two of them."""
+    """The response belongs to another request: a proxy, a cache or the server has exchanged two responses."""
 
 
 class FingerprintMismatch(ProtocolError):

@@ -7,7 +7,8 @@ optional field may be added without a new version. Clients therefore compare the
 else and ignore unknown fields of responses. Requests are strict: a server rejects a field that it does not know, so a
 client sends an optional field only if the server's card states that it is supported (as `max_chosen` does).
 
-Numbers are strict: 6.0, "6" and true are no integers. Texts of a card are cleaned when it is built (untrusted_text.py).
+Integers are strict: 6.0, "6" and true are rejected. The texts of a card are sanitized when it is built
+(untrusted_text.py).
 """
 
 import hashlib
@@ -126,15 +127,15 @@ class ScoreRequest(RequestMessage):
 
 
 def id_array(ids: Sequence[int]) -> NDArray[np.uint32]:
-    """Return token ids as an array, three times faster than numpy for a list. Raises OverflowError beyond uint32."""
+    """Return token ids as a uint32 array, three times faster than numpy.array. Raises OverflowError for larger ids."""
     return np.frombuffer(array("I", ids), dtype=np.uint32)
 
 
 def request_digest(ids: NDArray[np.uint32], start: int, top_k: int, chosen: ArrayLike = ()) -> str:
-    """Return the digest of what is requested for one sequence. Every response carries it.
+    """Return the digest of the request for one sequence. The response contains it, and the client compares it.
 
-    The first 16 bytes of a SHA-256, in hex, over little-endian uint32: length, start, K, number of chosen ids, the ids
-    of the sequence, the chosen ids. A response without the digest of its request is that of another request.
+    The digest is the first 16 bytes of a SHA-256, in hexadecimal, over little-endian uint32 values: length, start, K,
+    number of chosen ids, the ids of the sequence, and the chosen ids.
     """
     chosen = np.asarray(chosen, dtype="<u4")
     head = struct.pack("<4I", ids.size, start, top_k, chosen.size)

@@ -1,8 +1,8 @@
-"""Text from a server, made harmless where it enters: in cards, in details of problems and in descriptions of faults.
+"""Sanitize text from a server when it is received: texts of cards, error details and names in error messages.
 
-Cleaned text is one short line of printable characters. It cannot forge a second line of a log or of `doctor`, move the
-cursor, set a title or reverse the direction of the text around it. It may contain markup: whoever prints through rich
-or writes HTML or Markdown escapes it there, as any other text.
+Sanitized text is one short line of printable characters. It cannot imitate further lines of a log or of `doctor`, and
+it cannot control the terminal. It may contain markup: code that prints with rich or writes HTML or Markdown must escape
+it.
 """
 
 import re
@@ -12,9 +12,9 @@ _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\
 
 
 def clean(text: object, max_chars: int = MAX_CHARS) -> str:
-    """Return `text` without terminal escapes, control and formatting characters, on one line of limited length.
+    """Return `text` on one line of at most `max_chars`, without escape sequences, control and formatting characters.
 
-    White space of any kind becomes one space. Text that is cut ends in "…". Cleaning twice changes nothing.
+    Every run of white space becomes one space. Truncated text ends in "…". The function is idempotent.
     """
     received = str(text)
     examined = received[: 8 * max_chars]  # limits the work

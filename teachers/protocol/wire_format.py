@@ -2,8 +2,8 @@
 
 On the wire a row consists of K uint32 ids, K float16 log-probabilities, the float32 log-probability of the actual token
 and the float32 tail: 392 bytes at K = 64. If the request has chosen ids, their float32 log-probabilities follow in the
-order of the request. The metadata of the schema hold protocol version, fingerprint and K, those of a record batch its
-sequence, its first position and the digest of its request (messages.request_digest).
+order of the request. The metadata of the schema contain protocol version, fingerprint and K. The metadata of a record
+batch contain the index of its sequence, its first position and the digest of the request (messages.request_digest).
 """
 
 import io
@@ -94,7 +94,7 @@ def _fixed_size_lists(values: NDArray[np.generic]) -> pa.FixedSizeListArray:
 
 
 def _digest(request: ScoreRequest, index: int, ids: NDArray[np.uint32]) -> str:
-    """Return the digest of sequence `index`, whose ids are `ids`."""
+    """Return the request digest of sequence `index`, whose token ids are given as the array `ids`."""
     chosen = request.chosen[index] if request.chosen else ()
     return request_digest(ids, request.starts[index], request.top_k, chosen)
 
@@ -145,7 +145,7 @@ def check_version(received: object) -> None:
 
 
 def _parse_metadata(metadata: Any) -> tuple[int, int, str]:
-    """Return the index of the sequence of a batch, its first position and the digest of its request."""
+    """Return index, first position and request digest from the metadata of a record batch."""
     values = [metadata[name] if metadata is not None and name in metadata else b"" for name in _BATCH_METADATA]
     if not all(map(re.fullmatch, _BATCH_METADATA.values(), values)):
         raise ProtocolError("received a batch without a usable index, start or request digest")

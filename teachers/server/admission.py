@@ -8,9 +8,9 @@ MAX_DETAIL_CHARS = 300
 
 
 class Rejection(Exception):
-    """A request that is answered with a problem (RFC 9457). `close` ends the connection after it.
+    """Raised to reject a request. `problem` is the response (RFC 9457); `close` ends the connection after it.
 
-    A detail may repeat what was received: it is cleaned and cut to MAX_DETAIL_CHARS.
+    The detail can quote the request, so it is sanitized and truncated to MAX_DETAIL_CHARS.
     """
 
     def __init__(

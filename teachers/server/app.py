@@ -35,7 +35,7 @@ ID_HEADER = "tutelage-request"  # id of a request in the request log
 
 
 def build_app(service: Service, guard: Guard | None = None) -> FastAPI:
-    """Return a complete application. `guard` authorizes every request under /v1; without it, see LoopbackGuard."""
+    """Return a complete application. `guard` authorizes requests under /v1; without a guard, LoopbackGuard is used."""
     app = FastAPI(title="Tutelage teacher", docs_url=None, redoc_url=None, redirect_slashes=False)
     if guard is None:
         app.add_middleware(LoopbackGuard, service=service)
@@ -67,7 +67,7 @@ def teacher_router(service: Service, guard: Guard | None = None) -> APIRouter:
 
     @router.get("/v1/teacher", dependencies=guarded, responses=documented(*refused, 503), response_model=TeacherCard)
     async def card() -> Response:
-        return service.answers.card()
+        return service.static_responses.card()
 
     @router.get(
         "/v1/teacher/tokenizer",
@@ -76,7 +76,7 @@ def teacher_router(service: Service, guard: Guard | None = None) -> APIRouter:
         responses=documented(*refused, 503),
     )
     async def listing() -> Response:
-        return service.answers.listing()
+        return service.static_responses.listing()
 
     @router.get(
         "/v1/teacher/tokenizer/{name}",
@@ -85,7 +85,7 @@ def teacher_router(service: Service, guard: Guard | None = None) -> APIRouter:
         responses=documented(*refused, 404, 503),
     )
     async def tokenizer_file(name: str) -> Response:
-        return service.answers.tokenizer_file(name)
+        return service.static_responses.tokenizer_file(name)
 
     @router.post(
         "/v1/score",
@@ -130,8 +130,10 @@ def _route(service: Service) -> type[APIRoute]:
 
 
 class _ScoreResponse(StreamingResponse):
-    """The chunks of a score response. It is aborted if the client receives nothing for `stall_s` seconds, and when the
-    service aborts its stream."""
+    """Streaming response of a score request.
+
+    It is aborted if the client receives nothing for `stall_s` seconds, or if the service aborts its stream.
+    """
 
     def __init__(self, stream: ScoreStream, record: RequestRecord, stall_s: float) -> None:
         super().__init__(stream, media_type=ARROW_STREAM)

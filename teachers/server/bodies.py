@@ -1,7 +1,7 @@
-"""Reception and decoding of the body of a score request, within the limits of size, time and concurrency.
+"""Receive and decode the body of a score request, within limits of size, time and concurrency.
 
-Decoding stops at the first error. ScoreRequest is the documented schema; _Body is the same schema for msgspec, which is
-strict about types: true, "6" and 6.0 are no integers.
+Decoding stops at the first error. ScoreRequest is the documented schema. _Body is the same schema for msgspec, which is
+strict about types: true, "6" and 6.0 are not accepted as integers.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ _PLACE = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
 
 
 async def receive_request(request: Request, service: Service, client: str) -> ScoreRequest:
-    """Return the score request in a body. Raises Rejection."""
+    """Receive the body of a request and decode it. Raises Rejection if it is invalid, too large or too slow."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise Rejection(415, "Not JSON", "send the request with content-type: application/json", close=True)
@@ -50,7 +50,7 @@ async def receive_request(request: Request, service: Service, client: str) -> Sc
 
 
 def decode_request(body: bytes, limits: Limits) -> ScoreRequest:
-    """Decode and validate a body. Raises Rejection for the first error."""
+    """Decode a JSON body into a ScoreRequest. Raises Rejection, which describes the first error."""
     num_lists, max_lists = body.count(b"["), 3 + 2 * limits.max_sequences + limits.max_request_tokens
     if num_lists > max_lists:  # before decoding, which takes longest for many short lists
         raise Rejection(413, "Too large", f"the body has {num_lists} lists; send at most {max_lists}")
@@ -66,7 +66,10 @@ def decode_request(body: bytes, limits: Limits) -> ScoreRequest:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Pause the garbage collector: while many lists are made, it would search all objects of torch, for 0.3 s."""
+    """Disable the garbage collector in the block.
+
+    Many new lists would trigger collections, each of which traverses all objects of torch (0.3 s in total).
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -77,7 +80,7 @@ def _without_collection() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """Return field and error, for example "sequences.0.1: Expected `int`, got `bool`"."""
+    """Return a validation error with its field first, as in: sequences.0.1: Expected `int`, got `bool`."""
     found = _PLACE.fullmatch(str(error))
     message, place = (found[1], found[2]) if found else (str(error), "")
     return f"{place.replace('[', '.').replace(']', '') or 'body'}: {message}"

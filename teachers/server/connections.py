@@ -6,7 +6,7 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 32 * 1024  # of one request: everything that is no body, so trailers and chunk extensions count too
+MAX_HEAD_BYTES = 32 * 1024  # of one request: all bytes outside the body, including trailers and chunk extensions
 MAX_UNREAD_BYTES = 2 << 20  # of a body that arrives after the response, so that a client with a wrong key can read it
 MAX_PIPELINED = 256  # requests that arrive before an earlier one is answered: each costs far more memory than bytes
 PIECE_BYTES = 8 * 1024  # unit in which bytes are parsed and counted: a head is found too large up to one piece late
@@ -15,12 +15,12 @@ STALL_CHECK_S = 40.0  # longer than Limits.max_stall_s, so that the application 
 
 
 class BoundedConnection(HttpToolsProtocol):
-    """Close a connection that sends or receives too slowly, or whose requests cost too much before they are read."""
+    """HTTP connection that is closed if its client is too slow, or sends too many bytes that are not part of a body."""
 
     _arrival_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _piece_bytes = 0  # size of the piece that is being parsed
-    _head_bytes = 0  # bytes of the current request that are no body
+    _head_bytes = 0  # bytes of the current request that are not part of the body
     _chunk_bytes = 0  # body bytes of the current chunk
     _unread_bytes = 0  # body bytes that arrived after the response
     _num_resumed = 0
@@ -64,7 +64,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._chunk_bytes += len(body)
 
     def on_chunk_complete(self) -> None:
-        """Exclude the size and the line ends of a chunk, so that a body may arrive in many small chunks."""
+        """Exclude the framing of a chunk from the limit of the head, so that a body may arrive in many small chunks."""
         self._head_bytes -= len(f"{self._chunk_bytes:x}") + 4
         self._chunk_bytes = 0
 
@@ -78,7 +78,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._num_resumed += 1
 
     def _check_stall(self, previous: tuple[int, int, bool]) -> None:
-        """Abort if the client has received nothing since the last check, or if a closing transport still waits."""
+        """Abort if the client has received nothing since the last check, or if closing takes too long."""
         closing = self.transport.is_closing()
         state = (self.transport.get_write_buffer_size(), self._num_resumed, closing)
         if state[0] and (state == previous or (closing and previous[2])):

@@ -1,7 +1,7 @@
-"""Who may send requests: clients with a key, and without a key on loopback everyone but web pages.
+"""Authorization of requests: by key or, for a server without a key on loopback, by the headers Host and Origin.
 
-Every page that a browser on this machine shows can send requests to loopback: directly, or, to read the responses too,
-under its own name, which it lets resolve to 127.0.0.1 (DNS rebinding). Host and Origin name the page in both cases.
+A web page in a browser on this machine can send requests to loopback. With DNS rebinding (a host name of the page that
+resolves to 127.0.0.1) it can also read the responses. In both cases Host or Origin contains the name of the page.
 """
 
 import ipaddress
@@ -24,7 +24,7 @@ _HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:[0-9]*)?")  # a name or address, an
 def key_guard(keys: Keys) -> Guard:
     """Return a guard that raises Rejection (401) unless the request has one of the keys.
 
-    With several keys, each key is one client of the fair shares.
+    If there are several keys, fair shares count each key as one client.
     """
 
     async def check(request: Request) -> None:
@@ -47,9 +47,9 @@ def is_loopback(host: str) -> bool:
 
 
 class LoopbackGuard:
-    """ASGI middleware of an application without a key: reject requests of web pages on connections over loopback.
+    """ASGI middleware that rejects requests of web pages on loopback connections, for servers without a key.
 
-    Connections to another address are not checked, because their Host may be any name of this machine.
+    Connections to other addresses are not checked, because their Host can be any name of this machine.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:

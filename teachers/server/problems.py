@@ -20,6 +20,6 @@ def problem_response(rejection: Rejection) -> Response:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the entries of these statuses in the OpenAPI document."""
+    """Return the entries of the OpenAPI document for these status codes."""
     content = {PROBLEM: {"schema": Problem.model_json_schema()}}
     return {status: {"description": "A problem (RFC 9457).", "content": content} for status in statuses}

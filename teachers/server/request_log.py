@@ -18,7 +18,7 @@ log = logging.getLogger("tutelage.requests")
 class RequestRecord:
     """The record of one request. It ends once; further ends are ignored.
 
-    client  who sent the request, for fair shares: the address without the port unless a guard sets it. Never logged
+    client  identity for fair shares: the address without the port, or the value that a guard sets. Not logged
     """
 
     def __init__(self, metrics: ServerMetrics, peer: str | None, route: str) -> None:

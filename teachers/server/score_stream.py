@@ -1,4 +1,4 @@
-"""The response to one score request: its unfinished work, its rows that the client has not taken, and its chunks."""
+"""Response stream of one score request, with its pending tasks and its rows that were not sent yet."""
 
 import asyncio
 import logging
@@ -14,14 +14,14 @@ OnEnd = Callable[["ScoreStream", Exception | None], None]
 
 
 class ScoreStream:
-    """The chunks of one Arrow stream, as the sequences are finished. An incomplete stream has no end marker.
+    """Asynchronous iterator over the chunks of one Arrow stream. An incomplete stream has no end marker.
 
-    The work starts before the first chunk is read, so `aclose` cancels it even if no chunk was ever read. A plain async
-    generator would not: closing one that has not started runs none of its code.
+    The tasks start before the first chunk is read, so `aclose` cancels them even if no chunk was read. A plain async
+    generator would not: if it is closed before its first step, none of its code runs.
 
-    tasks       the work on each sequence whose rows were not taken
-    held_bytes  rows that are scored and that the client has not received
-    on_abort    called when the service aborts the stream; whoever sends the chunks stops then
+    tasks       scoring tasks by index of the sequence, until their rows are encoded
+    held_bytes  size of the rows that are scored and not yet received by the client
+    on_abort    callback that stops the sender when the service aborts the stream
     """
 
     def __init__(self, writer: StreamWriter, record: RequestRecord, on_end: OnEnd) -> None:
@@ -45,12 +45,12 @@ class ScoreStream:
         await self._release()
 
     def hold(self, rows: Rows) -> None:
-        """Count the rows of a finished sequence until the client has received them."""
+        """Add the rows of a finished sequence to `held_bytes`."""
         if not self._aborted:
             self.held_bytes += _num_bytes(rows)
 
     def abort(self, reason: str) -> None:
-        """Give up the response and its rows."""
+        """Abort the response, and stop counting its rows."""
         self._record.abort(reason)
         self._aborted, self.held_bytes = True, 0
         if self.on_abort is not None:

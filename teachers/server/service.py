@@ -1,4 +1,4 @@
-"""One engine behind limits: admission of requests, deadlines, and rows that wait for their clients.
+"""Service of one engine: admission of requests, fair shares, deadlines, and limits of unsent rows.
 
 This module contains no HTTP: app.py serves it with FastAPI, vllm_plugin.py in a vLLM server, ray_serve.py in Ray.
 """
@@ -20,19 +20,19 @@ from teachers.protocol.messages import ScoreRequest
 from teachers.protocol.rows import Rows
 from teachers.protocol.wire_format import StreamWriter
 from teachers.server.admission import Rejection, check_request
-from teachers.server.answers import Answers
 from teachers.server.limits import Limits
 from teachers.server.metrics import metrics_of, new_registry
 from teachers.server.request_log import RequestRecord
 from teachers.server.score_stream import ScoreStream, Task
 from teachers.server.shares import FairShares
+from teachers.server.static_responses import StaticResponses
 
 CHECK_TIMEOUT_S = 20.0
 PROGRESS_S = 15.0  # an engine that started or finished a sequence within this time works, however long its queue is
 
 
 class Service:
-    """Admit requests in fair shares, count queued tokens and unread rows, and stream scores as they are finished.
+    """Score requests with one engine, within limits and fair shares, and stream the rows of each finished sequence.
 
     `engine` may be set after construction; until then every request is rejected with 503. The metrics are in
     `registry`, by default a new one.
@@ -51,7 +51,7 @@ class Service:
         self._checking: asyncio.Task[None] | None = None
         self.dead = False  # the engine needs a new process
         self._engine: Engine | None = None
-        self._answers: Answers | None = None
+        self._static_responses: StaticResponses | None = None
         if engine is not None:
             self.engine = engine
 
@@ -64,15 +64,15 @@ class Service:
 
     @engine.setter
     def engine(self, engine: Engine) -> None:
-        self._engine, self._answers = engine, Answers(engine)
+        self._engine, self._static_responses = engine, StaticResponses(engine)
         self.metrics.info.labels(engine.card.model, engine.card.fingerprint, engine.card.engine).set(1)
 
     @property
-    def answers(self) -> Answers:
-        """The constant answers. Raises Rejection while there is no engine."""
-        if self._answers is None:
+    def static_responses(self) -> StaticResponses:
+        """Card and tokenizer files as responses. Raises Rejection while there is no engine."""
+        if self._static_responses is None:
             raise _starting()
-        return self._answers
+        return self._static_responses
 
     @property
     def queued_tokens(self) -> int:
@@ -192,9 +192,9 @@ class Service:
             self._limit_held_rows()
 
     def _limit_held_rows(self) -> None:
-        """Abort responses until the rows that clients have not taken are within their limit.
+        """Abort responses until the unsent rows of all streams fit into `max_held_bytes`.
 
-        The client with the most of them loses its largest response, so that others are not affected.
+        The largest response of the client with the most unsent rows is aborted first.
         """
         while True:
             held: Counter[str] = Counter()

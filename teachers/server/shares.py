@@ -1,4 +1,4 @@
-"""Fair shares of a capacity: one client cannot keep the others out."""
+"""Fair division of a capacity between clients, so that one client cannot exclude the others."""
 
 import time
 from collections import Counter
@@ -8,10 +8,10 @@ WAITING_S = 60.0  # a client counts as waiting for this long after a refusal, lo
 
 
 class FairShares:
-    """A capacity, in tokens for example, that clients share.
+    """Capacity that clients share, for example tokens of a queue.
 
-    A client may take all of it while no other client waits. While others wait, it may take more only within an equal
-    share, so what it releases is left to them. A client that has nothing may always take what fits.
+    While no other client waits, a client may take the whole capacity. While others wait, it may take more only up to an
+    equal share. A client that has taken nothing may take any amount that is free.
     """
 
     def __init__(self, capacity: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -21,17 +21,17 @@ class FairShares:
 
     @property
     def taken(self) -> int:
-        """What all clients have taken together."""
+        """Amount that all clients have taken."""
         return self._taken.total()
 
     def taken_by(self, client: str) -> int:
-        """What one client has taken."""
+        """Amount that one client has taken."""
         return self._taken[client]
 
     def excess(self, client: str, amount: int) -> int:
-        """Return how much must be released until the client may take `amount`; 0 if it may now.
+        """Return the amount that must be released before the client may take `amount`, or 0 if it may take it now.
 
-        A client that may not counts as waiting from now on.
+        If the result is not 0, the client counts as waiting.
         """
         excess = max(self.taken + amount - self._capacity, self._excess_of_share(client, amount), 0)
         if excess:
@@ -40,11 +40,11 @@ class FairShares:
         return excess
 
     def take(self, client: str, amount: int) -> None:
-        """Add to what a client has taken."""
+        """Add an amount to the account of a client."""
         self._taken[client] += amount
 
     def release(self, client: str, amount: int) -> None:
-        """Subtract from what a client has taken."""
+        """Subtract an amount from the account of a client."""
         self._taken[client] -= amount
         if not self._taken[client]:
             del self._taken[client]

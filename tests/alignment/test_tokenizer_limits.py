@@ -1,4 +1,4 @@
-"""Tokenizer files of others: a vocabulary or a TokenizerError of one sentence, whatever the files contain."""
+"""Untrusted tokenizer files: every file gives a vocabulary or a one-sentence TokenizerError."""
 
 import base64
 import copy
@@ -114,7 +114,7 @@ def test_a_panic_of_a_later_text_is_a_tokenizer_error() -> None:
 
 @pytest.fixture
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget the results of earlier trials."""
+    """Clear the cached results of earlier trials."""
     monkeypatch.setattr(trial, "_results", {})
 
 

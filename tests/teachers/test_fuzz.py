@@ -1,4 +1,4 @@
-"""A real teacher process receives everything that its OpenAPI document allows, and malformed bodies and connections.
+"""Fuzz tests of a teacher process: requests generated from its OpenAPI document, malformed bodies and connections.
 
 No response is a 500, nothing hangs, memory does not grow, and the same request has the same response before and after.
 """

@@ -47,7 +47,7 @@ def await_that(condition: object, limit_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-# --- bytes that are no body ---
+# --- bytes outside a body ---
 
 
 def sent_before_the_end(sock: socket.socket, piece: bytes, most_bytes: int) -> int:
@@ -214,7 +214,7 @@ def post(url: str, body: bytes, **headers: str) -> httpx.Response:
     return httpx.post(f"{url}/v1/score", content=body, headers={"content-type": "application/json", **headers})
 
 
-# --- responses that nobody reads ---
+# --- unread responses ---
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_a_client_alone_takes_everything_and_leaves_a_share_to_others() -> None:
 
 
 def test_a_flood_does_not_keep_another_client_waiting(tiny_byte_level: Path) -> None:
-    """A queue of 10 sequences, 30 requests of one client that are repeated at once, and one of another at a time."""
+    """One client repeats 30 concurrent requests to a queue of 10 sequences; another client sends one at a time."""
     request = ScoreRequest(sequences=[[1] * 100], starts=[1], top_k=4)
 
     async def answered(service: Service, peer: str) -> None:
@@ -349,7 +349,7 @@ def test_clients_are_their_addresses_without_several_keys(tiny_byte_level: Path)
         assert send("127.0.0.2").status_code == 200
 
 
-# --- constant answers ---
+# --- static responses ---
 
 
 def test_answers_remain_those_of_the_start(tiny_byte_level: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hostile messages to the decoders: every one is a correct value or one short sentence, within bounded memory."""
+"""Hostile messages: decoders return a correct value or raise one short sentence, within bounded memory."""
 
 import asyncio
 import io
@@ -66,7 +66,7 @@ def test_the_texts_of_a_card_are_cleaned_and_equal_cards_remain_equal() -> None:
 
 
 class Panic(BaseException):
-    """As pyo3 raises a panic of Rust: no Exception."""
+    """Imitates a Rust panic of pyo3, which does not derive from Exception."""
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_damaged_card_is_within_its_bounds_or_is_one_short_sentence(data: byte
 
 
 def test_the_response_to_another_request_is_rejected() -> None:
-    """The same tokens at the scored positions behind another context: only the digest differs."""
+    """Both requests have the same tokens at the scored positions, after another context. Only the digest differs."""
     one = ScoreRequest(sequences=[[5, 6, 7, 40, 41]], starts=[3], top_k=8)
     rows = [random_rows(np.array(one.sequences[0]), VOCAB_SIZE, 8, seed=1, start=3)]
     data = stream(one, rows, [0])

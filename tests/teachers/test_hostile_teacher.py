@@ -1,6 +1,6 @@
-"""A teacher that attacks its client: every response is a correct value or one short sentence, within bounded memory.
+"""Hostile teachers: the client returns a correct value or raises one short sentence, within bounded memory.
 
-The application of a real teacher runs behind a function that changes its responses.
+A function changes the responses of a real teacher application.
 """
 
 import asyncio
@@ -157,7 +157,7 @@ def test_a_body_that_is_no_card_is_one_short_sentence(body: bytes) -> None:
 
 
 def test_a_vocabulary_that_the_tokenizer_cannot_explain_is_rejected(tiny_byte_level: Path) -> None:
-    """A table with an entry for every id is allocated later."""
+    """Without the check, a table with an entry for every id would be allocated."""
     card = FormulaEngine(tiny_byte_level, vocab_size=1 << 22).card
     files = {"tokenizer.json": (tiny_byte_level / "tokenizer.json").read_bytes()}
     config = TeacherConfig(name="t", urls=["http://t"], top_k=4)
@@ -281,7 +281,7 @@ def test_a_password_in_an_address_is_rejected_and_never_repeated(url: str) -> No
 
 
 def rubbish(path: str, number: int, headers: Headers, data: bytes) -> tuple[int, Headers, bytes]:
-    """Every score response has metadata that are not UTF-8."""
+    """Attack: the metadata of every score response are not UTF-8."""
     return 200, headers, data.replace(b"fingerprint", b"\xff\xfengerprint") if path == "/v1/score" else data
 
 

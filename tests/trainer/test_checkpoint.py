@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_byte_level: Path) -> RunC
 
 @pytest.fixture
 def copy(tmp_path: Path, run: RunConfig) -> RunConfig:
-    """The same run in a folder of its own."""
+    """A copy of the run in a separate folder."""
     shutil.copytree(run.output.dir, tmp_path / "out")
     return run.model_copy(update={"output": run.output.model_copy(update={"dir": str(tmp_path / "out")})})
 
@@ -91,7 +91,7 @@ def test_every_byte_of_a_manifest_is_protected(tmp_path: Path) -> None:
 
 
 class Pickled:
-    """An object whose pickle makes a file when it is loaded."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

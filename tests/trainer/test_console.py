@@ -129,7 +129,7 @@ def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.Capt
 
 
 class ClosedPipe(io.StringIO):
-    """A stream whose reader is gone after one line."""
+    """A stream whose reader closes the pipe after one line."""
 
     def write(self, text: str) -> int:
         if self.tell():

@@ -1,4 +1,4 @@
-"""Model directories of others: student, engine and doctor agree, execute nothing, and fail with one sentence."""
+"""Untrusted model directories: student, engine and doctor execute no code, agree, and fail with one sentence."""
 
 import json
 import os

@@ -65,7 +65,7 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path:
 def test_a_lease_of_another_machine_is_refused_while_it_is_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without flock, as on a shared disk that does not pass it on. The clock of the other machine is hours ahead."""
+    """Without flock, as on a shared disk without locks. The clock of the other machine is hours ahead."""
     monkeypatch.setattr("fcntl.flock", lambda *_: None)
     path = tmp_path / LOCK_FILE
     path.write_text(json.dumps(asdict(ELSEWHERE)))

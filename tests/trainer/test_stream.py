@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from alignment import Vocabulary
 from teachers.protocol.rows import Rows
-from teachers.server.answers import Answers
+from teachers.server.static_responses import StaticResponses
 from tests.serve import FormulaEngine, serving, until
 from tests.tiny import TEXT
 from tests.trainer.runs import run_config, write_corpus
@@ -350,13 +350,13 @@ def test_metrics_contain_the_times_of_every_step(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    listing = Answers.listing
+    listing = StaticResponses.listing
 
-    def slow_listing(answers: Answers) -> Response:
+    def slow_listing(responses: StaticResponses) -> Response:
         time.sleep(2.0)
-        return listing(answers)
+        return listing(responses)
 
-    monkeypatch.setattr(Answers, "listing", slow_listing)
+    monkeypatch.setattr(StaticResponses, "listing", slow_listing)
     fast, slow = FormulaEngine(tiny_byte_level), FormulaEngine(tiny_sentencepiece, delay_s=0.6)
     with serving(fast) as one, serving(slow) as two:
         config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [one, two])

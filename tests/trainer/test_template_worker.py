@@ -1,4 +1,4 @@
-"""Templates are programs of others: they render as in transformers, and exceed no limit of time, memory or output."""
+"""Untrusted chat templates: rendering equals that of transformers, within limits of time, memory and output."""
 
 import os
 import signal

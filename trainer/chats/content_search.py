@@ -4,8 +4,9 @@ The search does not rely on the words of the template. The chat is rendered a se
 one content. The text before the marker, the content, and the text after the marker must then be the first rendering,
 character by character. A content that the template rewrites, truncates, drops or repeats is a ChatError.
 
-One rendering with a marker for each content finds them all. Only where its text around the markers differs from the
-first rendering (a template that treats thoughts separately) are the contents searched in smaller groups, then alone.
+One rendering with a marker in place of every content usually locates all of them. If the text around the markers
+differs from the first rendering, for example because the template treats reasoning separately, smaller groups of
+contents are searched, and finally single contents.
 """
 
 import json
@@ -167,7 +168,7 @@ class Chat:
                 raise self.error(f"the template omits or rewrites {description}")
 
     def _find_contents(self, indices: Sequence[int], text: str, marker: str) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Yield index and bytes [start, stop) of the contents of these messages, as `_find_content` finds each."""
+        """Yield message index and byte range [start, stop) of each content, with the result of `_find_content`."""
         if len(indices) == 1:
             yield indices[0], self._find_content(indices[0], text, marker)
         elif (ranges := self._find_together(indices, text, marker)) is not None:
@@ -178,7 +179,7 @@ class Chat:
             yield from self._find_contents(indices[middle:], text, marker)
 
     def _find_together(self, indices: Sequence[int], text: str, marker: str) -> list[tuple[int, int]] | None:
-        """Find several contents by one rendering. Return None if it does not determine where each of them is."""
+        """Find several contents with one rendering. Return None if the rendering does not determine all positions."""
         contents = [self.messages[i - self.num_folded] for i in indices]
         replacements = {i: m | {"content": f"{marker}{i}x"} for i, m in zip(indices, contents, strict=True)}
         try:
@@ -241,7 +242,7 @@ def _unused_marker(text: str) -> str:
 
 
 def _forms(content: str) -> list[str]:
-    """Return a content and the ways in which templates strip it."""
+    """Return a content and its variants after the white-space stripping that templates apply."""
     forms = [content, content.strip(), content.rstrip(), content.lstrip()]
     return [*forms, content.strip("\n"), content.lstrip("\n")]
 

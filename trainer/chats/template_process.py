@@ -1,13 +1,14 @@
-"""The process that renders chat templates, with limited memory, time and output: see trainer/chats/template_worker.py.
+"""Script of the subprocess in trainer/chats/template_worker.py: render chat templates within limits.
 
-Run as a file, so that nothing but jinja2 is imported. It reads requests from standard input and writes one response for
-each to standard output, as JSON with its length in front (4 bytes, little-endian):
+The process reads requests from standard input and writes one response per request to standard output. Each message is
+JSON, preceded by its length (4 bytes, little-endian):
 
     request   {"source", "messages", "tools", "variables", "today", "max_chars"}
-    response  {"text"} or {"error"}; the first response, {}, says that the process is ready
+    response  {"text"} or {"error"}; a first response, {}, is sent when the process is ready
 
-It ends with its standard input, thus with its parent, and a render that its parent no longer waits for ends by alarm.
-The environment is the one of transformers: tests/trainer/test_template_worker.py compares the two.
+It is run as a script, so that it imports only jinja2. It ends when its standard input is closed, and so when its parent
+ends. An alarm ends a rendering that takes too long. The memory limit needs Linux. The Jinja environment equals that of
+transformers; tests/trainer/test_template_worker.py compares both.
 """
 
 import json
@@ -33,7 +34,7 @@ LENGTH = struct.Struct("<I")
 
 
 class Generation(jinja2.ext.Extension):
-    """The tag {% generation %}, which marks answers. Its content is rendered as it is."""
+    """The tag {% generation %}, which marks assistant messages. Its content is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012  # as jinja2 declares it
 
@@ -48,7 +49,7 @@ class Generation(jinja2.ext.Extension):
 
 @lru_cache(maxsize=64)
 def compiled(source: str) -> jinja2.Template:
-    """Compile a template in the environment of transformers."""
+    """Compile a template in the same environment as transformers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
@@ -68,7 +69,7 @@ def _raise_exception(message: str) -> None:
 
 
 def render(request: dict[str, Any]) -> str:
-    """Render one chat. Raises whatever the template does, and MemoryError if the text is too long."""
+    """Render one chat. Raises the errors of the template, and MemoryError if the text exceeds `max_chars`."""
     variables = {**request["variables"], "strftime_now": date.fromisoformat(request["today"]).strftime}
     chunks, num_chars = list[str](), 0
     stream = compiled(request["source"]).generate(
@@ -83,7 +84,7 @@ def render(request: dict[str, Any]) -> str:
 
 
 def respond(data: bytes) -> bytes:
-    """Return the response to one request: the rendered text, or the error of the template as one line."""
+    """Return the response to one request: the rendered text, or the error as one line."""
     try:
         return json.dumps({"text": render(json.loads(data))}).encode()
     except BaseException as error:  # a template can raise anything
@@ -92,9 +93,10 @@ def respond(data: bytes) -> bytes:
 
 
 def main() -> None:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     requests, responses = sys.stdin.buffer, sys.stdout.buffer
     response = b"{}"

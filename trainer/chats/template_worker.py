@@ -1,8 +1,8 @@
-"""Render chat templates in a process of its own: templates are programs of others.
+"""Render chat templates in a subprocess with limits of memory, time and output.
 
-A template may loop without end, recurse, or multiply its text. The process has limits of memory, output and time. A
-template that exceeds one is an error of this chat; the process is replaced if it ended. There is one process for each
-process that renders; its threads take turns.
+A template is a program, and the template of a teacher is untrusted: it can loop forever, recurse, or produce unbounded
+output. Exceeding a limit is an error of the rendered chat; the subprocess is restarted if necessary. Each process that
+renders has one subprocess, which its threads share.
 """
 
 import atexit
@@ -27,11 +27,11 @@ _SCRIPT = Path(__file__).with_name("template_process.py")
 
 
 class RenderError(Exception):
-    """A template that raised an error or exceeded a limit; the message is the predicate of a sentence."""
+    """Raised if a template raises an error or exceeds a limit. The message continues "the chat template …"."""
 
 
 class TemplateWorker:
-    """One process that renders. It is started by the first render, and again if it ended or after a fork."""
+    """Handle of the subprocess. It is started at the first rendering, and again after it has ended or after a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,18 +48,18 @@ class TemplateWorker:
         except (TypeError, ValueError, RecursionError) as error:
             raise RenderError(f"cannot receive the chat ({type(error).__name__}: {error})") from error
         with self._lock:
-            response = self._ask(data.encode())
+            response = self._exchange(data.encode())
         if "error" in response:
             raise RenderError(f"raised {response['error']}")
         return str(response["text"])
 
     def close(self) -> None:
-        """End the process. The next render starts another one."""
+        """End the subprocess. The next rendering starts a new one."""
         with self._lock:
             self._end()
 
-    def _ask(self, data: bytes) -> dict[str, Any]:
-        """Send one request and return its response. Whatever fails ends the process."""
+    def _exchange(self, data: bytes) -> dict[str, Any]:
+        """Send one request and return its response. Every failure ends the subprocess."""
         try:
             process = self._process if self._process is not None else self._start()
             assert process.stdin is not None
@@ -101,7 +101,7 @@ class TemplateWorker:
                 pass
 
     def _forget(self) -> None:
-        """Leave the process to the parent of a fork."""
+        """Release the subprocess after a fork: it belongs to the parent."""
         self._lock = threading.Lock()  # another thread may have held it at the fork
         if self._process is not None:
             self._of_parents.append(self._process)
@@ -109,7 +109,7 @@ class TemplateWorker:
 
 
 def _receive(stream: IO[bytes] | None, timeout_s: float) -> bytes:
-    """Read one message. Raises TimeoutError, or EOFError if the process ended."""
+    """Read one message. Raises TimeoutError, and EOFError if the subprocess has ended."""
     assert stream is not None
     deadline = time.monotonic() + timeout_s
     (length,) = LENGTH.unpack(_read(stream.fileno(), LENGTH.size, deadline))
@@ -117,7 +117,7 @@ def _receive(stream: IO[bytes] | None, timeout_s: float) -> bytes:
 
 
 def _read(descriptor: int, size: int, deadline: float) -> bytes:
-    """Read `size` bytes until `deadline`. Reads the descriptor, because a buffer could hide what has arrived."""
+    """Read `size` bytes before `deadline`, from the file descriptor: `poll` does not see buffered bytes."""
     data = bytearray()
     poll = select.poll()  # unlike select, it takes descriptors above 1023
     poll.register(descriptor, select.POLLIN)

@@ -32,8 +32,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 def one_sentence_errors(as_json: bool = False, result_is_output: bool = True) -> Iterator[None]:
     """Print an error that the user can fix as one sentence on standard error and exit with 1.
 
-    Other exceptions are faults of this program and keep their traceback. A closed terminal, a broken pipe and a full
-    disk never end the command (trainer/cli/streams.py); if its output is its result, it exits with 1 at its end.
+    Other exceptions are bugs of this program and keep their traceback. A closed terminal, a broken pipe and a full disk
+    do not end the command (trainer/cli/streams.py). A command whose output is its result then exits with 1.
     """
     from alignment import AlignmentError, TokenizerError
     from teachers.protocol.errors import TeacherError

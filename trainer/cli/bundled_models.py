@@ -82,8 +82,8 @@ def prepare(notify: Notify) -> None:
 def prepare_model(bundle: Bundle, notify: Notify) -> Path:
     """Download, check and convert a model, and return its directory. Several processes may call it at once.
 
-    An existing directory is complete, because a rename creates it. It is prepared again if it differs from its
-    manifest; a directory without one is the user's own. Raises BundleError.
+    An existing directory is complete, because a rename creates it. If it differs from its manifest, it is prepared
+    again. A directory without a manifest belongs to the user and is not changed. Raises BundleError.
     """
     folder = cache_dir() / "models" / bundle.name
     if _is_intact(folder):

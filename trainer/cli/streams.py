@@ -1,7 +1,7 @@
-"""Standard output and standard error that cannot end a command: what cannot be written is dropped.
+"""Standard output and standard error whose write errors do not end a command.
 
-A terminal that is closed, a pipe whose reader has ended and a log on a full disk make every write fail. A run goes on
-without its output; a command whose output is its result ends with exit code 1.
+Writes fail after the terminal is closed, after the reader of a pipe has ended, and if the disk of a log is full. A run
+continues without output. A command whose output is its result ends with exit code 1.
 """
 
 import io
@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 
 class LossyStream:
-    """A text stream that drops everything after the first write that fails.
+    """Text stream that discards all output after the first failed write.
 
-    Characters that the encoding lacks are written as escapes.
+    Characters that the encoding cannot represent are written as escape sequences.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -38,12 +38,12 @@ class LossyStream:
             self._lose()
 
     def _lose(self) -> None:
-        """Send what libraries and child processes write to the same file descriptor nowhere, too."""
+        """Redirect the file descriptor to /dev/null, for libraries and child processes that write to it directly."""
         self.lost = True
         try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
         except (OSError, ValueError):  # a stream without a descriptor, or no descriptor is left
             pass
 
@@ -58,9 +58,9 @@ class LossyStream:
 
 
 def guard_streams() -> None:
-    """Replace standard output and standard error by streams that cannot fail.
+    """Replace standard output and standard error by LossyStream.
 
-    A descriptor that is closed is opened on /dev/null, so that no file of the run takes its number.
+    A closed standard descriptor is opened on /dev/null. Otherwise the next opened file would receive its number.
     """
     for number in range(3):
         try:
@@ -76,7 +76,7 @@ def guard_streams() -> None:
 
 
 def output_is_lost() -> bool:
-    """Write what is buffered, and return whether some output of this process was dropped."""
+    """Flush both streams, and return whether any output was discarded."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, LossyStream)]
     for stream in streams:
         stream.flush()

@@ -116,11 +116,11 @@ def _public_name(value: str) -> str:
 
 
 class _Yaml(str):
-    """YAML of a library, which needs no escapes."""
+    """YAML text written by a library; it is inserted without escaping."""
 
 
 def _escape(value: Any) -> str:
-    """Escape a value for one line of Markdown: no markup, no HTML, no link."""
+    """Escape a value for one line of Markdown, so that it contains no markup, HTML or links."""
     if isinstance(value, _Yaml):
         return value
     before, after = str(value)[:1].isspace(), str(value)[1:][-1:].isspace()  # of a separator in the template

@@ -40,9 +40,9 @@ class Adaptive(FusionMethod):
         return self._running.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the averages by teacher name, in the order of this run; settings stay those of this run.
+        """Restore the running averages by teacher name. The settings remain those of this run.
 
-        Raises CheckpointError if the state belongs to other teachers or is not a state of this method.
+        Raises CheckpointError if the state belongs to other teachers or to another method.
         """
         try:
             saved = RunningBitsPerByte.from_state(state)

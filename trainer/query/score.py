@@ -85,7 +85,7 @@ class SampleScorer:
     def _first_excess(
         self, sample: Sample, student: TokenizedSample, teachers: tuple[TokenizedSample, ...]
     ) -> Excess | None:
-        """Return the first tokenization that exceeds its model's limit."""
+        """Return the first tokenization that exceeds the limit of its model, or None."""
         for teacher, tokenized in zip(self._connection.teachers, teachers, strict=True):
             limit = teacher.card.max_tokens - len(teacher.card.prefix)
             if len(tokenized) > limit:

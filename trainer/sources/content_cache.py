@@ -1,7 +1,7 @@
-"""Contents of the long documents that were read last, so that a document of many windows is parsed once.
+"""Cache of recently read long documents, so that a document with many windows is not parsed for each window.
 
-Samples are read in shuffled order by several threads. Without the cache, each window of a line of 8 MB takes as long as
-parsing the line.
+Several threads read samples in shuffled order. Without the cache, reading one window of an 8 MB line requires parsing
+the whole line.
 """
 
 import threading
@@ -13,7 +13,7 @@ MAX_BYTES = 1 << 27  # memory of all contents together; at least the last one is
 
 
 class ContentCache:
-    """Contents by key. Thread-safe; threads that ask for the same content at the same time load it once."""
+    """Thread-safe LRU cache of contents by key. Concurrent requests for the same key load its content once."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -23,7 +23,7 @@ class ContentCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, load: Callable[[], bytes]) -> bytes:
-        """Return the content of a key; `load` returns it if it is not kept."""
+        """Return the content of a key from the cache, or from `load`."""
         if (content := self._find(key)) is not None:
             return content
         with self._lock:

@@ -35,7 +35,7 @@ class SourceCounts:
     epoch_samples  number of samples that one epoch draws from the source
     invalid        number of lines and rows that cannot be read
     first_invalid  messages of the first of them
-    repeated       files that are not read again, because they are files of this or an earlier source by another name
+    repeated       files that are not read again, because this or an earlier source contains them under another name
     """
 
     name: str
@@ -169,7 +169,7 @@ def _draw_held_out(documents: Sequence[int], num_held_out: int, seed: int) -> li
 def _hold_out_together(
     found: Sequence[SourceInputs], indexes: Sequence[WindowIndex], held: Sequence[NDArray[np.bool_]]
 ) -> None:
-    """Hold out a line or row in every source that reads its file, if one of them holds it out. Changes `held`."""
+    """Hold out a line or row in every source that reads its file if one source holds it out. Modifies `held`."""
     readers: dict[Key, list[tuple[int, NDArray[np.int64]]]] = {}  # source, and its documents of one file
     for source, (inputs, index) in enumerate(zip(found, indexes, strict=True)):
         for number, key in enumerate(inputs.keys if len(found) > 1 else ()):

@@ -1,8 +1,8 @@
-"""The files of all sources of a run: patterns expanded, regular files only, each file and dataset once.
+"""Find the input files of all sources: expand patterns, accept regular files only, and remove duplicates.
 
-A file counts once however many names it has: paths, links, or several [[data.sources]]. If the same file is listed in
-sources that read different columns, all of them read it; the documents of one line or row are then held out together
-(trainer/sources/corpus.py), so that no document is in the training and in the held-out text.
+A file is read once, even if several paths, links or [[data.sources]] lead to it. Sources that read different columns of
+one file all read it. The documents of one line or row are then held out together (trainer/sources/corpus.py), so that
+no document is in both training and held-out text.
 """
 
 import os
@@ -30,11 +30,11 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class SourceInputs:
-    """What one source reads.
+    """Files or dataset of one source.
 
-    paths     its files, or its dataset as a path, in order
-    keys      a value for each that is equal exactly for the same file or dataset, whatever its name
-    repeated  files and datasets that are not read again, each described with both of its names
+    paths     files in order, or the dataset as a path
+    keys      identity of each path; two paths of the same file or dataset have equal keys
+    repeated  descriptions of files and datasets that are not read again, with both names
     """
 
     source: SourceConfig
@@ -44,9 +44,9 @@ class SourceInputs:
 
 
 def find_inputs(sources: Sequence[SourceConfig]) -> list[SourceInputs]:
-    """Find the files and datasets of all sources. A source of which nothing is left is omitted.
+    """Find the files and datasets of all sources. Sources without a remaining file are omitted.
 
-    Raises ConfigError for a name or pattern without a file, and DataError for what is not a regular file.
+    Raises ConfigError if a name or pattern matches no file, and DataError if a match is not a regular file.
     """
     first_paths: dict[tuple[Key, Key], Path] = {}  # by key and columns
     repeated_so_far: list[str] = []
@@ -83,7 +83,7 @@ def _inputs(source: SourceConfig) -> Iterator[tuple[Key, Path]]:
 
 
 def _regular_file_key(path: Path) -> Key:
-    """Return device, inode, size and time of a regular file, without opening it. A pipe would block for ever."""
+    """Return device, inode, size and modification time of a regular file. It is not opened: a pipe would block."""
     try:
         status = path.stat()
     except OSError as error:
@@ -111,9 +111,9 @@ def _expand(name: str) -> list[Path]:
 
 
 def _matches(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
-    """Yield the paths that match the parts of a pattern, as glob does: `*` and `**` match no hidden names.
+    """Yield the paths that match the parts of a pattern. As in glob, `*` and `**` do not match hidden names.
 
-    Unlike glob, `**` does not follow links to directories: they may lead back.
+    Unlike in glob, `**` does not follow links to directories, which can form loops.
     """
     if not parts:
         yield folder

@@ -100,7 +100,7 @@ class TableRows:
                 yield record
 
     def _rows(self) -> Iterator[Callable[[], Mapping[str, Any]]]:
-        """Yield a function for each row that returns its columns, or raises InvalidRecordError."""
+        """Yield one function per row. It returns the columns of the row, or raises InvalidRecordError."""
         row = 0
         while row < len(self._dataset):
             rows = iter(self._dataset.select(range(row, len(self._dataset))) if row else self._dataset)

@@ -1,8 +1,8 @@
 """The window index of a source: the position of every window, so that a text is cut once and stays on disk.
 
 An index is stored in the cache under a key of everything that determines it: sizes and times of the files, columns,
-tokenizer, window length. A later start compares it with its manifest and maps it into memory; a damaged index is built
-again. Without a cache that can be written the index is built for one start only. Each window has a checksum, so that a
+tokenizer, window length. A later start verifies its manifest and maps it into memory; a damaged index is rebuilt.
+If the cache cannot be written, the index is built for one start only. Each window has a checksum, so that a
 window whose bytes have changed since it was indexed is an error.
 """
 
@@ -140,7 +140,7 @@ def _load_or_build(folder: Path, build: Callable[[Path], _Stored]) -> _Stored:
 
 
 def _build_temporary(build: Callable[[Path], _Stored]) -> _Stored:
-    """Build an index in files that are deleted at once; the mapped memory keeps their content."""
+    """Build an index in temporary files. They are deleted at once, but remain available through the memory map."""
     try:
         with tempfile.TemporaryDirectory(prefix="tutelage-windows-") as scratch:
             return build(Path(scratch) / "index")

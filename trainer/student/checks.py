@@ -55,7 +55,7 @@ def check_folder(folder: Path, config: StudentConfig) -> StudentLimits:
 
 @contextmanager
 def student_errors() -> Iterator[None]:
-    """Turn the error of a model directory into ConfigError."""
+    """Convert errors of a model directory raised in the block into ConfigError."""
     try:
         yield
     except ModelError as error:

@@ -1,7 +1,7 @@
-"""Validation of the lines of a metrics file, which a disk may have damaged or somebody else written.
+"""Validation of the lines of a metrics file, which can be damaged or come from another person.
 
-Every reader goes through `parse_event`. The fields that readers use have the types of trainer/telemetry/events.py.
-Other fields may be absent or unknown, but they are plain JSON of finite numbers.
+All readers use `parse_event`. Fields that readers use must have the types of trainer/telemetry/events.py. Other fields
+may be absent or unknown, but must be plain JSON with finite numbers.
 """
 
 import json
@@ -22,7 +22,7 @@ BOUNDS = {"step": (int, 2**53), "time": (int | float, 253_402_300_799)}  # the l
 
 
 class _Fields(BaseModel):
-    """Fields of a start event, or of a record in it; further ones are allowed."""
+    """Base class of a start event and of its records. Additional fields are allowed."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -69,7 +69,7 @@ class _Start(_Fields):
 
 
 def parse_event(line: bytes) -> dict[str, Any]:
-    """Parse one line. Raises ValueError with a message that continues "FILE, line N"."""
+    """Parse one line. Raises ValueError, whose message continues "FILE, line N"."""
     if len(line) >= MAX_LINE_BYTES:
         raise ValueError(f" is longer than {MAX_LINE_BYTES >> 20} MiB: expected one event")
     try:
@@ -131,7 +131,7 @@ def _check_fields(record: Mapping[str, Any]) -> None:
 
 @cache
 def _field_types() -> dict[str, dict[str, tuple[type, ...]]]:
-    """Return the JSON types of the plain fields of each kind of event."""
+    """Return the expected types of the numeric, text and table fields, by kind of event."""
     json_types: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
     kinds: dict[str, dict[str, tuple[type, ...]]] = {}
     for event in EVENTS:

@@ -15,10 +15,10 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """Return `value` as JSON would return it: keys are strings, sequences are lists, paths are strings.
+    """Return `value` with JSON types: string keys, lists, and paths as strings.
 
-    Numbers that are not finite become None, because JSON has no NaN and no infinity. Passwords in addresses are left
-    out, and halves of surrogate pairs become escapes.
+    Numbers that are not finite become None, because JSON has no NaN and no infinity. Passwords in addresses are
+    removed, and lone surrogates become escape sequences.
     """
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -3,9 +3,9 @@
 A checkpoint is a folder step-N with one safetensors file per process, the metadata as JSON, and a manifest of digests
 (training/checkpoint_storage.py). A copy of the state is written to a temporary folder, on a background thread. The
 folder is renamed when every process has written its shard, so a folder step-N is always complete. Any number of
-processes can load it. Frozen weights are not saved: they are those of the base model. Random state is not saved: it is
-derived from the seed at every step (training/step.py). The position in the data is the step. The settings of the
-optimizer are not saved: the run file, the device and the step determine them.
+processes can load it. Frozen weights are not saved, because they equal those of the base model. Random state is not
+saved, because it is derived from the seed at every step (training/step.py). The position in the data is the step. The
+settings of the optimizer are not saved, because the run file, the device and the step determine them.
 """
 
 import os
@@ -61,7 +61,7 @@ class Checkpoints:
         self._writing: tuple[int, Future[Any]] | None = None
 
     def __enter__(self) -> "Checkpoints":
-        """Set aside what was not intact. Raises CheckpointError if the folder cannot be written."""
+        """Rename checkpoints that are not intact. Raises CheckpointError if the folder cannot be written."""
         if self._ranks.first:
             try:
                 set_aside_newer(self._folder, self._done)

@@ -1,8 +1,8 @@
 """The checkpoints in a run's folder: their names, their metadata, and the newest one that is intact.
 
 A checkpoint is a real directory step-N with N of at least eight digits. Links, files and other names are not
-checkpoints. Everything of a checkpoint is compared with its manifest before it is used. Only directories with a
-manifest are ever deleted.
+checkpoints. All files of a checkpoint are verified against its manifest before they are used. Only directories with a
+manifest are deleted.
 """
 
 import json
@@ -90,14 +90,14 @@ def newest_intact(folder: Path, ranks: Ranks = Ranks()) -> IntactCheckpoint | No
 
 
 def newest_written(folder: Path) -> Path | None:
-    """Return the newest checkpoint that was written completely, without reading its files; None without one."""
+    """Return the newest complete checkpoint, or None. Its files are not verified."""
     return max(_complete(folder), default=None, key=step_of)  # type: ignore[arg-type]  # every step is an int
 
 
 def set_aside_newer(folder: Path, step: int) -> None:
-    """Rename what is named like a checkpoint after `step`, which was not intact, and delete partial checkpoints.
+    """Rename checkpoints after `step`, which are not intact, and delete partial checkpoints.
 
-    Otherwise it would count as the newest checkpoint, and the ones that this run writes would be deleted first.
+    Otherwise they would count as the newest ones, and the checkpoints of this run would be deleted first.
     """
     for path in _candidates(folder):
         if (step_of(path) or 0) > step:
@@ -119,7 +119,7 @@ def write_state(folder: Path, metadata: CheckpointMetadata) -> None:
 
 
 def check_no_link(folder: Path) -> None:
-    """Raise CheckpointError if the folder of the checkpoints is a link: the lock covers the run's own folder only."""
+    """Raise CheckpointError if the folder of the checkpoints is a link: the lock does not protect its target."""
     if folder.is_symlink():
         raise CheckpointError(
             f"{folder} is a link, so that another run could write to the same checkpoints: put the whole run on the "
@@ -128,7 +128,7 @@ def check_no_link(folder: Path) -> None:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Return everything with the name of a checkpoint, newest first."""
+    """Return all paths with the name of a checkpoint, newest first, whether or not they are intact."""
     check_no_link(folder)
     try:
         paths = [path for path in folder.iterdir() if step_of(path) is not None]
@@ -151,7 +151,7 @@ def _free_name(path: Path) -> Path:
 
 
 def _inspect(path: Path, ranks: Ranks) -> tuple[IntactCheckpoint | None, str]:
-    """Return the checkpoint, or the reason for which it is not intact. Every process reads a share of the files."""
+    """Return the checkpoint, or None and the reason why it is not intact. Each process verifies some of the files."""
     reason, digests = "", dict[str, FileDigest]()
     if ranks.first:
         try:
@@ -202,7 +202,7 @@ def _read_state(path: Path) -> CheckpointMetadata:
 
 
 def _on_rank_0(ranks: Ranks, function: Callable[[], list[Path]]) -> list[Path]:
-    """Return the value of the function in rank 0, in all processes, or raise its error in all of them."""
+    """Call a function on rank 0, and return its result or raise its error in all processes."""
     value: list[Path] = []
     failure: CheckpointError | None = None
     if ranks.first:

@@ -1,8 +1,8 @@
 """The files of a checkpoint: one safetensors file per process, and a manifest. Nothing is pickled.
 
-The format is that of torch.distributed.checkpoint's Hugging Face storage, whose reader reshards on load: any number of
-processes can load a checkpoint of any number of processes. Its writer is replaced, because it copies a whole shard into
-one byte string before it writes, and computes no digests. This one writes tensor by tensor and hashes what it writes.
+The format is that of the Hugging Face storage of torch.distributed.checkpoint. Its reader reshards, so that any number
+of processes can load a checkpoint. Its writer copies a whole shard into one byte string and computes no digests. The
+writer in this module writes tensor by tensor and computes the digest of the file.
 """
 
 import hashlib
@@ -42,16 +42,16 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class _WrittenFile:
-    """The file that contains a tensor; sent to the process that writes the manifest."""
+    """Name and digest of the file that contains a tensor, for the process that writes the manifest."""
 
     name: str
     digest: FileDigest
 
 
 class CheckpointWriter(HuggingFaceStorageWriter):
-    """Write tensors only. The first process adds the manifest when all processes have written their files.
+    """Writer of tensors. Rank 0 adds the manifest after all processes have written their files.
 
-    other_files are in the folder already; the manifest contains them too.
+    other_files  names of files that exist already and become part of the manifest
     """
 
     def __init__(self, folder: Path, other_files: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ class CheckpointWriter(HuggingFaceStorageWriter):
 
 
 class CheckpointReader(HuggingFaceStorageReader):
-    """Read the tensors of the files that the manifest names, and of no others."""
+    """Reader of the safetensors files in the manifest. Other files in the folder are ignored."""
 
     def __init__(self, folder: Path, digests: Mapping[str, FileDigest]) -> None:
         super().__init__(str(folder))
@@ -129,7 +129,7 @@ def _tensor(data: Any) -> torch.Tensor:
 
 
 def _as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of the elements; numpy has no bfloat16."""
+    """Return the elements as bytes. A view is needed because numpy has no bfloat16."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.telemetry.jsonl import METRICS_FILE, read_metrics
 from trainer.training.loop import RunResult, train
 from trainer.training.run_lock import LOCK_FILE, run_lock
-from trainer.training.stop_signals import hang_up_as_terminated
+from trainer.training.stop_signals import treat_sighup_as_sigterm
 
 log = logging.getLogger("tutelage.launch")
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # environment variable of processes that `ray job submit` starts
@@ -59,7 +59,7 @@ def train_on_ray(
     on_gpu = config.student.device.startswith("cuda")
     if not ray.is_initialized():
         ray.init(address or "local")
-    hang_up_as_terminated()
+    treat_sighup_as_sigterm()
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"config": config.model_dump_json(), "stop_at": stop_at, "cwd": str(Path.cwd())},

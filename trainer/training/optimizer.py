@@ -33,7 +33,7 @@ def make_optimizer(student: Student, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """Return the learning rate of a step, counted from 0: linear warm-up, then cosine from lr to lr · min_lr_ratio.
 
-    The last step of the warm-up has the peak, and the last step of the run has the final value.
+    The learning rate reaches its peak at the last step of the warm-up, and its final value at the last step of the run.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

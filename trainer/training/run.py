@@ -131,7 +131,7 @@ class Run:
 def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock()) -> Run:
     """Load and check everything except the teachers. Errors are raised before anything is written.
 
-    `lock` is held by the caller; without one the result must not write.
+    The caller holds `lock`. Without a lock, the returned run must not write.
     """
     out = Path(config.output.dir).expanduser()
     last = newest_intact(out / "checkpoints", ranks) if resume else None

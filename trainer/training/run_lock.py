@@ -1,9 +1,9 @@
-"""The lock on a run's folder: one run writes to it at a time, from before the first check to its end.
+"""Exclusive lock on the folder of a run. A run holds it from before its first check until its end.
 
-Rank 0 locks the file `.lock` (flock), which the operating system releases when the process ends. flock may not reach
-other machines on a shared disk, so the file also contains a lease: machine and process of the holder. The holder renews
-its modification time. A lease of another machine counts as held as long as it is renewed. Modification times are
-compared with that of a file written now, so that the clocks of the machines do not matter.
+Rank 0 locks the file `.lock` with flock, which the operating system releases when the process ends. On a shared disk,
+flock may not be visible to other machines. The file therefore also contains a lease: machine and process of the holder,
+which renews the modification time of the file. A lease of another machine is valid while it is renewed. Modification
+times are compared with that of a new file, so that the clocks of the machines do not matter.
 """
 
 import errno
@@ -60,7 +60,7 @@ class Lease:
 
 
 class RunLock:
-    """The lock of one run, held by rank 0. `check` raises an error once another process has taken it."""
+    """Lock of one run, held by rank 0. `check` raises an error if the lock was lost."""
 
     def __init__(self, path: Path, descriptor: int, lease: Lease) -> None:
         self._path = path
@@ -104,7 +104,7 @@ class RunLock:
 
 
 class NoLock(RunLock):
-    """The lock in processes other than rank 0, which write nothing that rank 0 does not check."""
+    """Lock of the other ranks, and of a run that does not write. It does nothing."""
 
     def __init__(self) -> None:
         """Hold nothing."""
@@ -118,10 +118,10 @@ class NoLock(RunLock):
 
 @contextmanager
 def run_lock(folder: Path, ranks: Ranks = Ranks()) -> Iterator[RunLock]:
-    """Hold the lock on a folder, which is created if needed. All processes call this together.
+    """Hold the lock on a folder in the block, and create the folder if necessary. All processes must call it together.
 
-    If nothing was written to a folder that this call created, the folder is removed at the end. Raises CheckpointError,
-    naming the holder, if another process holds the lock, and ConfigError if the folder cannot be written.
+    A folder that this function created is removed at the end if it is empty. Raises CheckpointError, which names the
+    holder, if another process holds the lock, and ConfigError if the folder cannot be written.
     """
     created: list[Path] = []
     lock: RunLock = NoLock()
@@ -204,7 +204,7 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def _in_use(path: Path) -> CheckpointError:
-    """Return the error that names the holder. The holder may just be writing its lease."""
+    """Return the error that names the holder. Wait up to 1 s if the holder has not written its lease yet."""
     deadline = time.monotonic() + 1
     while (holder := _read_lease(path)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -215,9 +215,10 @@ def _in_use(path: Path) -> CheckpointError:
 
 
 def _await_stale(path: Path, own: Lease | None) -> None:
-    """Return when no other process renews the lease. Raises CheckpointError if one does.
+    """Wait until an existing lease is stale. Raises CheckpointError if it is renewed meanwhile.
 
-    A lease of this machine, which `own` names, is not waited for: flock has shown that its process has ended.
+    own  lease of this process if it has the flock. A lease of the same machine is then stale at once, because its
+         process has ended; None without flock
     """
     holder = _read_lease(path)
     if os.stat(path).st_size == 0 or (holder and own and holder.boot == own.boot):
@@ -235,7 +236,7 @@ def _await_stale(path: Path, own: Lease | None) -> None:
 
 
 def _file_time(folder: Path) -> float:
-    """Return the present time by the clock that sets the modification times in the folder."""
+    """Return the current time of the file system that contains the folder, in seconds."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{LOCK_FILE}-") as file:
         file.write(b"now")
         file.flush()
@@ -268,7 +269,7 @@ def _encode(lease: Lease) -> bytes:
 
 
 def _read_lease(path: Path) -> Lease | None:
-    """Return the lease in a file; None if there is none or it is damaged."""
+    """Return the lease in a file, or None if it is missing or damaged."""
     try:
         with path.open("rb") as file:
             lease = Lease(**json.loads(file.read(MAX_LEASE_BYTES)))

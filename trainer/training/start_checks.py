@@ -52,7 +52,7 @@ def check_settings(config: RunConfig, num_processes: int = 1) -> None:
 
 
 def _check_output(out: Path) -> None:
-    """Check that the run would write into its own folder only. Nothing is written through a link out of the folder."""
+    """Raise ConfigError if output.dir is a file or contains links through which the run would write elsewhere."""
     if exists(out) and not out.is_dir():
         raise ConfigError(f"output.dir: {out} is a file")
     for name in OUTPUT_NAMES:

@@ -1,6 +1,6 @@
 """Handling of SIGTERM and SIGHUP: the run saves its state and ends, and --resume continues it.
 
-A terminal that is closed sends SIGHUP. A process that was started with nohup ignores it, and goes on.
+A terminal sends SIGHUP when it is closed. A process that was started with nohup ignores SIGHUP and continues.
 """
 
 import signal
@@ -26,7 +26,7 @@ def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def hang_up_as_terminated() -> None:
-    """Handle SIGHUP as SIGTERM is handled, unless the process ignores it: the workers on Ray are stopped in order."""
+def treat_sighup_as_sigterm() -> None:
+    """Convert SIGHUP into SIGTERM, unless SIGHUP is ignored. Ray handles only SIGTERM and then stops its workers."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))

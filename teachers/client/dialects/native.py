@@ -131,7 +131,10 @@ class NativeClient:
 
 
 def _expected_files(listing: bytes, card: TeacherCard) -> dict[str, str]:
-    """Return the sha256 of every file to request. The card states those of tokenizer and chat template."""
+    """Return the expected SHA-256 of every file to download, by name.
+
+    The card is authoritative for the tokenizer and the chat template, the listing for the other files.
+    """
     with decoding("list of tokenizer files"):
         entries = _LISTING.validate_json(listing)
     files: dict[str, str] = {}
@@ -161,6 +164,6 @@ def parse_card(data: bytes) -> TeacherCard:
 
 
 def parse(model: type[M], data: bytes, name: str) -> M:
-    """Parse a message, which `name` names in errors. Raises ProtocolError naming the wrong field."""
+    """Parse a message. Raises ProtocolError, which contains `name` and the invalid field."""
     with decoding(name):
         return model.model_validate_json(data)

@@ -30,7 +30,7 @@ MAX_NAME_CHARS = 300  # of a model, which requests and messages repeat, and of i
 
 
 class Model(msgspec.Struct):
-    """An entry of `/v1/models`. An entry with a parent is an adapter. Names that `clean` would change are rejected."""
+    """Entry of `/v1/models`. An entry with a parent is an adapter. Names with unprintable characters are rejected."""
 
     id: str
     max_model_len: int | None = None

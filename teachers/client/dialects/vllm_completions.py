@@ -4,9 +4,9 @@ Format of vLLM 0.32: a response has one entry of `prompt_logprobs` per token of 
 Each other entry has the K most probable tokens, with ranks 1 … K, and the actual token if it is not among them, so K or
 K + 1 tokens, keyed by id. −∞ is sent as −9999.0. The parser skips decoded tokens and generated text.
 
-A response has no digest of its request. What it repeats of the request is compared: name of the model, prompt ids,
-number of positions, and that every position has the actual token. A response to the same prompts from other weights of
-the same name passes.
+A response has no digest of its request. The parser compares the fields that repeat the request: model name, prompt ids,
+number of positions, and the actual token of every position. It cannot detect a response to the same prompt that was
+computed with other weights under the same model name.
 """
 
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ def _rows(choice: Choice, request: ScoreRequest, card: TeacherCard) -> Rows:
 
 
 def _check_prompt(choice: Choice, sequence: list[int]) -> None:
-    """Compare the prompt of a completion with the request."""
+    """Raise RequestMismatch if the prompt ids in a completion differ from those of the request."""
     received = choice.prompt_token_ids
     if received is None:
         raise ProtocolError(

@@ -1,4 +1,4 @@
-"""The constant answers of a teacher, computed once: card, list of tokenizer files, and the files themselves."""
+"""Responses that do not change while a server runs: the card, the list of tokenizer files, and their contents."""
 
 import hashlib
 import mimetypes
@@ -14,8 +14,8 @@ from teachers.server.admission import Rejection
 CHUNK_BYTES = 64 * 1024  # a slow reader holds up one chunk
 
 
-class Answers:
-    """What a teacher answers the same to every request. The files are kept as they were when they were hashed."""
+class StaticResponses:
+    """Responses of a teacher that are computed once. The contents of the files are those that were hashed."""
 
     def __init__(self, engine: Engine) -> None:
         self._files = {name: path.read_bytes() for name, path in engine.tokenizer_files.items()}
