@@ -113,7 +113,7 @@ def align_byte_chain(
             f"received {int(rows.ids.max())}"
         )
     cuts = block_cuts(teacher, student, translation)
-    if translation.is_identity:  # every row is about its own token, whatever a normalizer did to the text
+    if translation.is_identity:  # rows and tokens correspond one to one, even if a normalizer changed the text
         teacher, student = replace(teacher, placement=None), replace(student, placement=None)
     valid = _valid_positions(cuts, first_row, teacher, student)
     if teacher.placement is not None:

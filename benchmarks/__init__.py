@@ -1,4 +1,4 @@
-"""Measured comparisons: `python -m benchmarks.NAME [--json FILE]`; what was last kept is in baselines/NAME.json."""
+"""Benchmarks: `python -m benchmarks.NAME [--json FILE]`. baselines/NAME.json contains the results of an earlier run."""
 
 import os
 

@@ -214,7 +214,7 @@ def _object_of(parent: Mapping[str, Any], key: str, name: str) -> dict[str, Any]
 def _reason(error: BaseException) -> str:
     """Return the first line of an error message, preceded by the class of the error if the message needs it."""
     if "trust_remote_code" in str(error):
-        return "it needs code of its own (auto_map), which is never executed: use a model that transformers knows"
+        return "it requires custom code (auto_map), which is never executed: use a model that transformers supports"
     lines = [line for line in str(error).splitlines() if line.strip()]
     line = clean(lines[0], MAX_REASON_CHARS) if lines else ""
     if isinstance(error, OSError | ValueError | RuntimeError) and line and not isinstance(error, RecursionError):

@@ -48,7 +48,7 @@ def wire_bytes() -> bytes:
 
 
 def platform() -> str:
-    """Return what the last bits of a float32 run depend on: torch, the model of the CPU, and the number of threads."""
+    """Return the properties that determine the last bits of a float32 run: torch, CPU model and number of threads."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
     values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     cpu = " ".join(values.get(key, "?") for key in ("model name", "cpu family", "model", "stepping"))

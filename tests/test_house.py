@@ -30,7 +30,7 @@ def names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words that occur in no name of a file, class, function, method or parameter, whatever the other words of the name.
+# Words that must not occur in names of files, classes, functions, methods and parameters.
 REMOVED_WORDS = names(
     """ahead apart asking fleet heard hear hears lesson lessons roster spelling spellings straggler stragglers
     taught told twin twins unaligned"""

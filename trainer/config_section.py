@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-MAX_INT = 2**31 - 1  # of every integer without a bound of its own: larger ones overflow in torch, numpy or tokenizers
+MAX_INT = 2**31 - 1  # of integers without a separate bound: larger ones overflow in torch, numpy or tokenizers
 MAX_BYTES = 2**53
 MAX_SEED = 2**63 - 1
 FLOATS = 1e-12, 1e12  # magnitudes of every number but 0: float32 computes with them and with their products

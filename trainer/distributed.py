@@ -1,7 +1,7 @@
 """Process group of a run: ranks, shards of sequences, and collectives for Python values.
 
 torchrun or Ray Train starts the processes and sets the environment variables that describe them. With one process the
-collectives do not communicate. Python values are exchanged over gloo, whatever backend the weights use.
+collectives do not communicate. Python values are always exchanged over gloo.
 """
 
 import os

@@ -75,7 +75,7 @@ def check_chosen(rows: Rows, request: ScoreRequest, index: int) -> None:
     with np.errstate(over="ignore"):
         too_probable = ~matches.any(axis=2) & (np.exp(rows.chosen) > rows.tail[:, None] + MASS_TOLERANCE)
     for fault, description in (
-        (not_a_logprob, "which is no log-probability"),
+        (not_a_logprob, "which is not a log-probability"),
         (contradiction, "which contradicts its listed log-probability"),
         (too_probable, "which is unlisted and more probable than the whole tail"),
     ):

@@ -12,7 +12,7 @@ class Limits:
     max_queued_tokens   tokens of all unfinished sequences
     max_body_bytes      size of a request
     max_bodies          requests whose bodies are received at the same time
-    max_seconds         work on one request, whatever its own deadline
+    max_seconds         work on one request, even if its own deadline is later
     max_body_s          from the head of a request to the end of its body
     max_stall_s         time in which the client receives nothing of its response
     max_held_bytes      rows that are scored and that no client has received yet; beyond it, responses are aborted

@@ -1,4 +1,4 @@
-"""The registry of dialects: detection, extension, and what it imports."""
+"""The registry of dialects: detection, extension, and imports."""
 
 import asyncio
 import subprocess

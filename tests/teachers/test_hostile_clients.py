@@ -89,7 +89,7 @@ def test_endless_bytes_besides_the_body_close_the_connection(
     ],
     ids=["body-without-key", "body-without-route", "pipelined-requests"],
 )
-def test_endless_bytes_that_nobody_reads_close_the_connection(tiny_byte_level: Path, head: bytes, piece: bytes) -> None:
+def test_endless_unread_bytes_close_the_connection(tiny_byte_level: Path, head: bytes, piece: bytes) -> None:
     with serving(FormulaEngine(tiny_byte_level), key="k") as url, connect(url) as sock:
         sock.sendall(head)
         assert sent_before_the_end(sock, piece, 64 << 20) < 32 << 20
@@ -276,7 +276,7 @@ def test_a_client_alone_takes_everything_and_leaves_a_share_to_others() -> None:
     assert shares.excess("a", 10) == 0, "within its share"
     assert shares.excess("b", 60) == 20, "the share of b is 50 too"
     now = WAITING_S + 1
-    assert shares.excess("a", 50) == 0, "nobody has waited lately"
+    assert shares.excess("a", 50) == 0, "no client has waited recently"
     shares.release("a", 40)
     shares.release("b", 10)
     assert (shares.taken, shares.taken_by("a")) == (0, 0)

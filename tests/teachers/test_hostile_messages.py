@@ -80,7 +80,7 @@ class Panic(BaseException):
         UnicodeError(),
     ],
 )
-def test_whatever_a_library_raises_is_a_protocol_error(error: BaseException) -> None:
+def test_every_error_of_a_library_becomes_a_protocol_error(error: BaseException) -> None:
     with pytest.raises(errors.ProtocolError, match="malformed thing: ") as caught, decoding("thing"):
         raise error
     assert_one_short_sentence(caught.value)

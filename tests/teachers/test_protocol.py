@@ -92,9 +92,9 @@ def test_without_chosen_ids_request_and_stream_contain_no_chosen_field() -> None
 @pytest.mark.parametrize(
     ("value", "m", "message"),
     [
-        (np.nan, 1, "which is no log-probability"),
-        (-np.inf, 1, "which is no log-probability"),
-        (0.25, 2, "which is no log-probability"),
+        (np.nan, 1, "which is not a log-probability"),
+        (-np.inf, 1, "which is not a log-probability"),
+        (0.25, 2, "which is not a log-probability"),
         (-0.001, 1, "which is unlisted and more probable than the whole tail"),
         (-30.0, 0, "which contradicts its listed log-probability"),
     ],

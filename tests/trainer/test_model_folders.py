@@ -97,7 +97,7 @@ def index(shard: str) -> Change:
 GATE = "model.layers.0.mlp.gate_proj.weight"
 REFUSED: dict[str, tuple[Change, str]] = {
     "pickle": (pickled, "weights are pickled.*convert them to safetensors"),
-    "code": (with_code(model_type="weird"), r"needs code of its own \(auto_map\), which is never executed"),
+    "code": (with_code(model_type="weird"), r"requires custom code \(auto_map\), which is never executed"),
     "adapter": (write("adapter_config.json", b"{}"), "merge the adapter into the weights"),
     "named weights": (settings(transformers_weights="../x.safetensors"), "names a file of weights"),
     "quantization": (settings(quantization_config={"quant_method": "fp8"}), "quantized.*serve it with --engine vllm"),

@@ -122,4 +122,4 @@ def test_a_chat_of_many_answers_is_shortened_in_a_few_renderings(monkeypatch: py
     sample = sample_of(*["How heavy is it?", "14.5 kilograms"] * 200)
     (fitting,) = tokenize_samples([sample], TOKENIZER, data("shorten", window_tokens=400))
     assert 300 < len(fitting) <= 400
-    assert len(calls) <= 4 * 10  # three renderings of each of the nine beginnings tried, whatever the number of answers
+    assert len(calls) <= 4 * 10  # three renderings for each of nine prefixes

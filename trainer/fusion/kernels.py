@@ -20,7 +20,7 @@ MASS_TOLERANCE = 1e-4  # allowed error of a row's sum; rows of the alignment are
 
 @compiled
 def first_invalid_row(rows: Any, vocab_size: int) -> Any:
-    """Return teacher and position of the first valid row that is no distribution over distinct ids; −1, −1 if none.
+    """Return teacher and position of the first valid row that is not a distribution over distinct ids; −1, −1 if none.
 
     A distribution has distinct ids from 0 to V − 1, probabilities and a tail ≥ 0, and a sum of 1.
     """

@@ -99,7 +99,7 @@ def checked_vocabulary(config: TeacherConfig, card: TeacherCard, files: Mapping[
     if card.vocab_size > max(2 * len(vocabulary), len(vocabulary) + MAX_PADDING_IDS):
         raise ProtocolError(
             f"teacher {config.name}: its card states a vocabulary of {card.vocab_size} ids, its tokenizer has "
-            f"{len(vocabulary)}: that is no padding; serve the model with its own tokenizer"
+            f"{len(vocabulary)}: more than padding explains; serve the model with its own tokenizer"
         )
     vocabulary = vocabulary.within(card.vocab_size)
     bos = vocabulary.roles.get("bos")

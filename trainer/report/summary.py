@@ -209,7 +209,7 @@ def _differences(run: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[st
 
 
 def sentence(summary: Summary, comparison: Comparison | None) -> str:
-    """Describe the result of a run, with its numbers; what was not measured is stated."""
+    """Describe the result of a run with its numbers, and name missing measurements."""
     held_out = summary.held_out
     incomplete = not summary.finished and summary.planned_steps
     done = f"After {summary.steps:,}" + (f" of {summary.planned_steps:,} planned steps" if incomplete else " steps")

@@ -85,7 +85,7 @@ class TeacherStep(Record):
     """One teacher in one step."""
 
     weight: float
-    """Mean weight of the teacher in what the student learns from teachers, over the samples of the batch (0 to 1)."""
+    """Mean weight of the teacher in the distillation loss, over the samples of the batch (0 to 1)."""
     missing: int
     """Positions at which this teacher has no distribution to fuse."""
     unavailable: int

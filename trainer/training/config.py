@@ -1,4 +1,4 @@
-"""Settings of the optimizer, of batches and their order, and of what a run writes."""
+"""Settings of the optimizer, of batches and their order, and of the output of a run."""
 
 from typing import Annotated, Literal
 

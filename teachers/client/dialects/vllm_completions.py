@@ -184,7 +184,7 @@ def _columns(entries: list[Entry], shape: tuple[int, int], first: _Position) -> 
 
 
 def _tail(logprobs: NDArray[np.float64], vocab_size: int, first: _Position) -> NDArray[np.float32]:
-    """Return the probability outside the candidates. Rejects values that are no log-probabilities, such as logits.
+    """Return the probability outside the candidates. Rejects values that are not log-probabilities, such as logits.
 
     The whole vocabulary has mass 1. The candidates have at most that mass. They have at least that mass once every
     unlisted token counts as much as the last candidate, which no unlisted token exceeds.

@@ -1,4 +1,4 @@
-"""Interface of the trackers: what they receive, and which run of the tool they continue after --resume."""
+"""Interface of the trackers: the entries that they receive, and the tool's run that they continue after --resume."""
 
 import json
 from collections.abc import Mapping
