@@ -56,19 +56,23 @@ class SampleTokenizer:
 
 
 def tokenize_samples(
-    samples: Iterable[Sample], tokenizer: SampleTokenizer, data: DataConfig
+    samples: Iterable[Sample],
+    tokenizer: SampleTokenizer,
+    data: DataConfig,
+    on_skip: Callable[[ChatError], object] = lambda error: None,
 ) -> Iterator[TokenizedSample]:
     """Tokenize samples with the student's tokenizer.
 
     Long samples are handled according to data.too_long, chats that cannot be rendered according to
-    data.invalid_chats.
+    data.invalid_chats. `on_skip` is called for each chat that is skipped.
     """
     for sample in samples:
         try:
             yield _tokenize_within_window(sample, tokenizer, data)
-        except ChatError:
+        except ChatError as error:
             if data.invalid_chats != "skip":
                 raise
+            on_skip(error)
 
 
 def _tokenize_within_window(sample: Sample, tokenizer: SampleTokenizer, data: DataConfig) -> TokenizedSample:

@@ -30,6 +30,8 @@ def step_record(step: int, step_s: float = 1.0, wait_s: float = 0.0, **more: Any
         "tokens_per_s": 900.0,
         "step_s": step_s,
         "wait_s": wait_s,
+        "skipped": 0,
+        "tokens": 900,
         **more,
     }
 

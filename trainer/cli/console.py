@@ -31,6 +31,7 @@ class _Progress:
         self._printed_at = 0.0
         self._recent_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._wait_s = 0.0
+        self._num_skipped = self._num_without_update = 0
         self._teacher_wait_s: dict[str, float] = {}
 
     def show(self, record: EventRecord) -> None:
@@ -42,19 +43,24 @@ class _Progress:
                 for line in _start_remarks(record):
                     console.print(one_line(line), soft_wrap=True)
             case "step":
-                self._add_times(record)
+                self._add_step(record)
                 if time.monotonic() - self._printed_at > REFRESH_S or record["step"] == self._num_steps:
                     self._printed_at = time.monotonic()
                     console.print(self._step_line(record), highlight=False, soft_wrap=True)
             case "eval":
                 bpb = _number(record["held_out_bpb"])
                 console.print(f"held-out text after step {record['step']}: {bpb} bits per byte", style="bold")
-            case "end" if record["model"]:
-                console.print(one_line(f"student exported to {record['model']}"))
             case "end":
-                console.print(f"checkpoint saved after step {record['step']}: continue with --resume")
+                if self._num_skipped:
+                    console.print(f"{self._skipped()} since this start")
+                if record["model"]:
+                    console.print(one_line(f"student exported to {record['model']}"))
+                else:
+                    console.print(f"checkpoint saved after step {record['step']}: continue with --resume")
 
-    def _add_times(self, record: EventRecord) -> None:
+    def _add_step(self, record: EventRecord) -> None:
+        self._num_skipped += record["skipped"]
+        self._num_without_update += not record["tokens"]
         self._recent_s.append(record["step_s"] + record["wait_s"])
         self._wait_s += record["wait_s"]
         for name, teacher in record.get("teachers", {}).items():
@@ -66,12 +72,18 @@ class _Progress:
             f"loss {_number(record['loss'])}",
             f"{record['tokens_per_s']:5.0f} tokens/s",
             f"waited {self._wait_s:.1f} s{self._slowest_teacher()}",
-            *(f"{name} {teacher['weight']:.0%}" for name, teacher in record.get("teachers", {}).items()),
+            *(f"{name} {_percent(teacher['weight'])}" for name, teacher in record.get("teachers", {}).items()),
         ]
+        if self._num_skipped:
+            parts.append(self._skipped())
         num_left = self._num_steps - record["step"]
         if num_left > 0:
             parts.append(f"{duration(num_left * median(self._recent_s))} left")
         return "  ".join(parts)
+
+    def _skipped(self) -> str:
+        without = f" ({self._num_without_update} steps without an update)" if self._num_without_update else ""
+        return f"{self._num_skipped} chats skipped{without}"
 
     def _slowest_teacher(self) -> str:
         name, seconds = max(self._teacher_wait_s.items(), key=lambda item: item[1], default=("", 0.0))
@@ -89,6 +101,10 @@ def duration(seconds: float) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _start_remarks(start: EventRecord) -> Iterator[str]:

@@ -6,6 +6,7 @@ cannot be checked without the student.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,15 +85,22 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[Sequence[Samp
         findings += [Finding("data", True, f"warning: {each}") for source in corpus.sources for each in source.repeated]
         samples = _evenly_spaced(corpus)
         tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
-        num_tokenized = sum(1 for _ in tokenize_samples(samples, tokenizer, config.data))
-        if num_tokenized < len(samples):
-            skipped = f"{len(samples) - num_tokenized} of {len(samples)} samples are chats that cannot be rendered"
-            findings.append(Finding("data", True, f"{skipped}; they are skipped"))
+        skipped: list[ChatError] = []
+        deque(tokenize_samples(samples, tokenizer, config.data, on_skip=skipped.append), maxlen=0)
+        findings += _describe_skipped("data", skipped, len(samples))
         detail = f"{len(corpus.train)} windows to train on, {len(corpus.held_out)} held out, {num_steps} steps"
         findings.append(Finding("data", True, detail))
     except (UserError, TokenizerError) as error:
         findings.append(Finding("data", False, str(error)))
     return samples, findings
+
+
+def _describe_skipped(subject: str, skipped: Sequence[ChatError], num_samples: int) -> list[Finding]:
+    """Report the chats that are skipped because one model cannot represent them. A run needs one that is not."""
+    if not skipped:
+        return []
+    detail = f"{len(skipped)} of {num_samples} samples are chats that are skipped (the first one: {skipped[0]})"
+    return [Finding(subject, len(skipped) < num_samples, detail)]
 
 
 def _describe(source: SourceCounts) -> str:
@@ -128,26 +136,28 @@ async def _check_teacher(config: TeacherConfig, samples: Sequence[Sample], data:
             findings.append(Finding(subject, True, detail))
             num_tokens = len(teacher.tokenizer.vocabulary)
             findings.append(Finding(subject, True, f"the tokenizer of {num_tokens} tokens matches the card"))
-            findings.append(_check_lengths(teacher, samples, data))
+            findings += _check_lengths(teacher, samples, data)
             findings.append(await _check_bos(pool, teacher))
     except (UserError, TeacherError, TokenizerError, AlignmentError) as error:
         findings.append(Finding(subject, False, str(error).removeprefix(subject).lstrip(": ")))
     return findings
 
 
-def _check_lengths(teacher: ConnectedTeacher, samples: Sequence[Sample], data: DataConfig) -> Finding:
-    """Compare the longest sample with the teacher's limit, BOS and EOS included."""
-    lengths, card = [0], teacher.card
+def _check_lengths(teacher: ConnectedTeacher, samples: Sequence[Sample], data: DataConfig) -> list[Finding]:
+    """Compare the longest sample with the teacher's limit, BOS and EOS included. Count the skipped chats."""
+    lengths, card, skipped = [0], teacher.card, list[ChatError]()
     for sample in samples:
         try:
             lengths.append(len(card.prefix) + len(teacher.tokenizer.tokenize(sample)))
-        except ChatError:
+        except ChatError as error:
             if data.invalid_chats != "skip":
                 raise
+            skipped.append(error)
     detail = f"takes {card.max_tokens} tokens; the longest of {len(samples)} samples has {max(lengths)}"
     fits, shortens = max(lengths) <= card.max_tokens, data.too_long == "shorten"
     advice = "" if fits else "; it is shortened for all models" if shortens else ": lower data.window_tokens"
-    return Finding(f"teacher {teacher.config.name}", fits or shortens, detail + advice)
+    subject = f"teacher {teacher.config.name}"
+    return [Finding(subject, fits or shortens, detail + advice), *_describe_skipped(subject, skipped, len(samples))]
 
 
 async def _check_bos(pool: TeacherPool, teacher: ConnectedTeacher) -> Finding:

@@ -49,10 +49,10 @@ class SampleScorer:
         """Tokenize a sample for every model, shortened to the limits of all. Return None for a skipped chat."""
         try:
             tokenizations, seconds = await in_thread(self._tokenize, sample)
-        except ChatError:
+        except ChatError as error:
             if self._data.invalid_chats != "skip":
                 raise
-            collector.skipped += 1
+            collector.skipped, collector.skip_reason = collector.skipped + 1, str(error)
             return None
         collector.record("tokenize", seconds)
         collector.shortened += tokenizations.sample is not sample

@@ -64,7 +64,7 @@ class Collector:
     valid          those whose target is valid; mass and tail are sums of probability over them
     fallbacks      positions where a geometric mean has no common token and the arithmetic mean is used
     shortened      samples that exceeded the limit of a model
-    skipped        chats that could not be rendered for every model
+    skipped        chats that could not be rendered for every model; skip_reason is the error of one of them
     folded_system  chats whose system message was moved into the first user message
     """
 
@@ -82,6 +82,7 @@ class Collector:
     fallbacks: int = 0
     shortened: int = 0
     skipped: int = 0
+    skip_reason: str = ""
     folded_system: int = 0
 
     def teacher(self, name: str) -> TeacherTelemetry:
@@ -105,6 +106,7 @@ class Collector:
             self.record(stage, seconds)
         if other.last_response is not None:
             self.respond(other.last_response)
+        self.skip_reason = self.skip_reason or other.skip_reason
         for count in ("examples", "positions", "valid", "mass", "tail", "fallbacks"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
         for count in ("shortened", "skipped", "folded_system"):

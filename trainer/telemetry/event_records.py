@@ -84,8 +84,9 @@ class PoolStep(Record):
 class TeacherStep(Record):
     """One teacher in one step."""
 
-    weight: float
-    """Mean weight of the teacher in the distillation loss, over the samples of the batch (0 to 1)."""
+    weight: float | None
+    """Mean weight of the teacher in the distillation loss, over the samples of the batch (0 to 1); null if all of them
+    were skipped."""
     missing: int
     """Positions at which this teacher has no distribution to fuse."""
     unavailable: int

@@ -67,8 +67,8 @@ class StartEvent(Event):
 
 
 class StepEvent(Event):
-    """One optimizer step. Counts and means cover the batches of all ranks; times are those of the rank that waited
-    longest."""
+    """One step of the run. Counts and means cover the batches of all ranks; times are those of the rank that waited
+    longest. A step whose samples were all skipped updates nothing: its losses and norm are null, its `tokens` 0."""
 
     kind: ClassVar[str] = "step"
 
@@ -76,13 +76,13 @@ class StepEvent(Event):
     """Steps completed, this one included."""
     ce_weight: float
     """Weight of the cross-entropy in the loss (0 to 1)."""
-    loss: float
+    loss: float | None
     """Training loss, in nats per token."""
-    cross_entropy: float
+    cross_entropy: float | None
     """Cross-entropy of the text, in nats per token."""
     lr: float
     """Learning rate."""
-    grad_norm: float
+    grad_norm: float | None
     """Norm of the gradient before clipping."""
     tokens: int
     """Predicted tokens in the batch."""

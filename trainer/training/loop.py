@@ -15,9 +15,11 @@ from trainer.sources.sample_order import batch_indices
 from trainer.telemetry.collector import Collector
 from trainer.telemetry.events import TEACHER_EVENTS, EndEvent
 from trainer.telemetry.jsonl import Listener, Metrics
+from trainer.training.optimizer import num_updates
 from trainer.training.plan import plan_step
 from trainer.training.run import Run, begin
 from trainer.training.run_lock import run_lock
+from trainer.training.skipped_chats import SkippedChats
 from trainer.training.step import train_step
 from trainer.training.step_metrics import step_event
 from trainer.training.stop_signals import on_stop_signal
@@ -58,6 +60,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResul
     evaluator, done, fusion_state = run.evaluator, run.done, run.fuser.state
     end = min(run.num_steps, stop_at or run.num_steps)
     samples = _batches(config, run.corpus, ranks, range(done, end))
+    skipped_chats = SkippedChats(config, run.corpus.order, done)
     with ExampleStream(config, run.tokenizer, samples, fuser=run.fuser, first_step=done) as stream:
         items = iter(stream)
         first = list(islice(items, 1))  # nothing is written before every teacher has been checked
@@ -72,7 +75,9 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResul
                 plan = plan_step(config, done, run.num_steps, ranks.size)
                 result = train_step(run.student, run.optimizer, batch.examples, plan, ranks)
                 done, fusion_state, step_s = done + 1, batch.fusion_state, time.monotonic() - began
-                metrics.write(step_event(done, ranks.all_gather(telemetry), plan, result, step_s))
+                collectors = ranks.all_gather(telemetry)
+                metrics.write(step_event(done, collectors, plan, result, step_s))
+                skipped_chats.check_step(done, result.num_tokens, collectors)
                 if done == end or _is_due(done, config.eval.every_steps):
                     evaluator.evaluate(metrics, done, fusion_state)
                 if _is_due(done, config.output.checkpoint_every_steps):
@@ -80,6 +85,8 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResul
                 run.finish_save(metrics)
             run.save_last(metrics, done, fusion_state)
             ended = done == run.num_steps or evaluator.early_stopped
+            if ended:
+                skipped_chats.check_end(num_updates(run.optimizer))
             model = evaluator.finish(metrics, done) if ended else None
             metrics.write(EndEvent(step=done, model=str(model) if model else None, reason=evaluator.reason(done)))
     terminated = done < end and not evaluator.early_stopped

@@ -30,6 +30,11 @@ def make_optimizer(student: Student, config: OptimConfig) -> torch.optim.AdamW:
     return optimizer
 
 
+def num_updates(optimizer: torch.optim.Optimizer) -> int:
+    """Return how often the optimizer has updated the parameters, in all starts of a run."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """Return the learning rate of a step, counted from 0: linear warm-up, then cosine from lr to lr · min_lr_ratio.
 

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from trainer.distributed import Ranks
-from trainer.errors import DataError, NonFiniteLoss
+from trainer.errors import NonFiniteLoss
 from trainer.losses.head import head_loss
 from trainer.losses.labels import labels_from
 from trainer.records import DistillationExample
@@ -23,14 +23,14 @@ class StepResult:
     """Means over the batch's supervised tokens in nats, and the gradient norm before clipping.
 
     divergence is None if it has weight 0 and is not computed. auxiliary has the unweighted loss of each teacher whose
-    signal is not fused, by name.
+    signal is not fused, by name. Without supervised tokens there was no update: losses and norm are None.
     """
 
-    loss: float
-    cross_entropy: float
+    loss: float | None
+    cross_entropy: float | None
     divergence: float | None
     num_tokens: int
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     auxiliary: Mapping[str, float] = field(default_factory=dict)
 
@@ -44,16 +44,14 @@ def train_step(
 ) -> StepResult:
     """Update the student once. `examples` are this process's shard of the batch.
 
-    Raises DataError if no process has a supervised token, and NonFiniteLoss, naming the samples, if a loss or the
-    gradient norm is NaN or infinite. After an error the weights are unchanged.
+    If no process has a supervised token, because all chats of the batch were skipped, nothing is updated, in all
+    processes alike. Raises NonFiniteLoss, naming the samples, if a loss or the gradient norm is NaN or infinite. After
+    an error the weights are unchanged.
     """
-    names = ", ".join(example.sample.name for example in examples) or "(none: all were skipped)"
     num_tokens = _num_tokens(student, examples, ranks)
     if num_tokens == 0:
-        raise DataError(
-            f"no supervised token in the samples {names}: nothing was updated; fix the data or raise "
-            "train.batch_samples"
-        )
+        return StepResult(None, None, None, num_tokens=0, grad_norm=None, lr=plan.lr)
+    names = ", ".join(example.sample.name for example in examples) or "(none: all were skipped)"
     torch.manual_seed(int(np.random.SeedSequence([*plan.seed, ranks.rank]).generate_state(1)[0]))  # dropout
     sums = torch.zeros(2 + len(plan.auxiliary), dtype=torch.float64)
     num_microbatches = plan.gradient_accumulation_steps

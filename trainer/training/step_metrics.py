@@ -9,6 +9,8 @@ from trainer.telemetry.events import StepEvent
 from trainer.training.plan import StepPlan
 from trainer.training.step import StepResult
 
+MIN_S = 1e-9  # a step without tokens may take no measurable time
+
 
 def step_event(
     step: int, collectors: Sequence[Collector], plan: StepPlan, result: StepResult, step_s: float
@@ -27,7 +29,7 @@ def step_event(
         "lr": result.lr,
         "grad_norm": result.grad_norm,
         "tokens": result.num_tokens,
-        "tokens_per_s": result.num_tokens / (step_s + slowest.wait_s),
+        "tokens_per_s": result.num_tokens / max(step_s + slowest.wait_s, MIN_S),
         "step_s": step_s,
         "wait_s": slowest.wait_s,
         "queued_batches": slowest.queued_batches,
@@ -63,8 +65,9 @@ def _teacher_step(
     for telemetry in of_ranks:
         total.add(telemetry)
     pool = {key: value for key, value in of_ranks[0].pool.items() if key != "tokens_per_s"}
+    examples = sum(collector.examples for collector in collectors)
     return TeacherStep(
-        weight=total.weight / sum(collector.examples for collector in collectors),
+        weight=total.weight / examples if examples else None,
         missing=total.missing,
         unavailable=total.unavailable,
         mass=_finite(total.report.mean_mass),
