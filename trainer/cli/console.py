@@ -115,7 +115,8 @@ def _start_remarks(start: EventRecord) -> Iterator[str]:
             yield f"{source['name']}: {source['invalid']} invalid records are skipped ({examples})"
         yield from (f"warning: {each}" for each in source.get("repeated", ()))
     for key, (old, new) in start.get("changed", {}).items():
-        yield f"changed since the previous start: {key} {old} → {new}"
+        warning = "warning: " if key in start.get("changed_results", ()) else ""
+        yield f"{warning}changed since the previous start: {key} {old} → {new}"
 
 
 def show_preview(preview: Preview) -> None:

@@ -60,6 +60,8 @@ class StartEvent(Event):
     """The student before training."""
     changed: dict[str, list[Any]]
     """Settings that differ from the previous start, by key: old value, new value."""
+    changed_results: list[str]
+    """Those of them with which the results differ from those of a run without the change."""
     teachers: dict[str, TeacherIdentity]
     """Identity of each teacher, by name."""
     software: dict[str, str]

@@ -1,10 +1,12 @@
 """The identity of a run: everything that must not change when it is resumed, or between its processes.
 
-A checkpoint stores the identity. A run with another identity cannot be resumed from it. Other settings may change on
---resume; the changes are reported.
+A checkpoint stores the identity. A run with another identity cannot be resumed from it. RESUME_RULES defines what else
+may change on --resume, and which of the changes are reported with a warning.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,85 @@ from trainer.sources.corpus import Corpus
 Identity = Mapping[str, Any]
 StartValues = Mapping[str, Any]  # a start event of metrics.jsonl
 
-_HINTS = {"samples": ": other texts, or other settings in [data] or eval.held_out_documents"}
+ALLOWED, WARNED, REJECTED = "allowed", "allowed with a warning", "rejected"
 
 
-def run_identity(config: RunConfig, base_weights: str, corpus: Corpus) -> Identity:
+@dataclass(frozen=True)
+class ResumeRule:
+    """Whether a change is accepted on --resume.
+
+    effect  ALLOWED, WARNED or REJECTED
+    what    what changes, for docs/running.md
+    keys    patterns of keys of the run file
+    """
+
+    effect: str
+    what: str
+    keys: tuple[str, ...] = ()
+
+
+RESUME_RULES = (
+    ResumeRule(
+        REJECTED,
+        "the samples of each step",
+        ("train.seed", "train.batch_samples", "data.sources*.weight"),
+    ),
+    ResumeRule(
+        REJECTED,
+        "the training samples: their contents, their number, their windows or their domains. A chat that is corrected "
+        "or removed is another sample; skip it instead, with `data.invalid_chats`",
+    ),
+    ResumeRule(REJECTED, "the student's weights or its tokenizer"),
+    ResumeRule(REJECTED, "the trained parameters", ("student.train_layers", "student.lora")),
+    ResumeRule(REJECTED, "the method of fusion; with `adaptive`, also the names of the teachers", ("fusion.method",)),
+    ResumeRule(REJECTED, "the model of a teacher. Another model is allowed under another name"),
+    ResumeRule(REJECTED, "the held-out samples", ("eval.max_samples",)),
+    ResumeRule(REJECTED, "fewer steps than the checkpoint has, by `train.steps` or `train.epochs`"),
+    ResumeRule(
+        ALLOWED,
+        "the same student and the same samples elsewhere",
+        ("student.model", *(f"data.sources*.{key}" for key in ("files", "dataset")), "data.max_invalid"),
+    ),
+    ResumeRule(
+        ALLOWED,
+        "speed and memory, with the number of processes. Results differ by rounding and by other masks of dropout",
+        (
+            *(f"student.{key}" for key in ("device", "activation_checkpointing", "compile")),
+            "loss.chunk_tokens",
+            *(f"train.{key}" for key in ("gradient_accumulation_steps", "deterministic", "target_cache_bytes")),
+            "train.prefetch_*",
+        ),
+    ),
+    ResumeRule(
+        ALLOWED,
+        "addresses and limits of the same teachers",
+        (
+            *(f"teachers.*.{key}" for key in ("urls", "urls_file", "key_env", "key_file", "ca_file", "timeout_s")),
+            *(f"teachers.*.{key}" for key in ("unavailable_timeout_s", "concurrency", "serve")),
+        ),
+    ),
+    ResumeRule(
+        ALLOWED,
+        "the output",
+        ("output.dir", "output.checkpoint_every_steps", "output.keep_checkpoints", "tracking.*"),
+    ),
+    ResumeRule(
+        WARNED,
+        "every other key: the schedule (`train.steps`, `train.epochs`, `[optim]`), `[loss]`, the names, weights and "
+        "signals of the teachers, templates, and so on. The steps before the change keep the old value",
+        ("*",),
+    ),
+)
+"""The first rule that has a pattern for a key decides. Rules without keys are checks of files and of teachers."""
+
+_HINTS = {"samples": " (other texts or chats, or other settings in [data] or eval.held_out_documents)"}
+
+
+def run_identity(config: RunConfig, base_weights: str, tokenizer: str, corpus: Corpus) -> Identity:
     """Return the identity as JSON values: base weights, trained parameters, samples and their order, evaluation.
 
-    base_weights is the hash that `base_weights_sha256` returns.
+    base_weights  the hash that `base_weights_sha256` returns
+    tokenizer     fingerprint of the student's vocabulary
     """
     return {
         "train.seed": config.train.seed,
@@ -33,6 +107,7 @@ def run_identity(config: RunConfig, base_weights: str, corpus: Corpus) -> Identi
         "student.lora": config.student.lora.model_dump() if config.student.lora else None,
         "fusion.method": config.fusion.method,
         "student weights": base_weights[:16],
+        "student tokenizer": tokenizer[:16],
         "data.sources.weight": [source.weight for source in config.data.sources],
         "samples": corpus.fingerprint[:16],
         "eval.max_samples": config.eval.max_samples,
@@ -59,8 +134,19 @@ def check_identity(saved: Identity, current: Identity, checkpoint: Path) -> None
     """Raise CheckpointError, naming the first difference, if a checkpoint belongs to another run."""
     for key, value in current.items():
         if saved.get(key) != value:
-            difference = f"{checkpoint} was written with {key} = {saved.get(key)!r}, this run has {value!r}"
-            raise CheckpointError(difference + _HINTS.get(key, ""))
+            raise CheckpointError(
+                f"{checkpoint} was written with {key} = {saved.get(key)!r}, this run has {value!r}"
+                f"{_HINTS.get(key, '')}: restore the previous one, or begin another run with another output.dir"
+            )
+
+
+def check_num_steps(done: int, num_steps: int) -> None:
+    """Raise ConfigError if a run is to end before the step of its checkpoint."""
+    if done > num_steps:
+        raise ConfigError(
+            f"the checkpoint was written after step {done}, and the run file ends the run after step {num_steps}: "
+            "raise train.steps or train.epochs"
+        )
 
 
 def process_settings(config: RunConfig, identity: Identity) -> dict[str, Any]:
@@ -87,9 +173,10 @@ def check_same_teachers(before: StartValues, cards: Mapping[str, TeacherCard]) -
     """Raise ConfigError if a teacher was another model before the run was resumed."""
     for name, card in cards.items():
         previous = before.get("teachers", {}).get(name, {})
-        if previous and previous["fingerprint"] != card.fingerprint:
+        if previous and previous.get("fingerprint") != card.fingerprint:
+            fingerprint = str(previous.get("fingerprint"))[:16]
             raise ConfigError(
-                f"teacher {name} was {previous['model']} with fingerprint {previous['fingerprint'][:16]} in this run, "
+                f"teacher {name} was {previous.get('model')} with fingerprint {fingerprint} in this run, "
                 f"and is now {card.model} with {card.fingerprint[:16]}: serve the previous model again, or give "
                 "the new one another name in the run file"
             )
@@ -101,10 +188,30 @@ def changed_settings(before: StartValues, config: RunConfig) -> dict[str, list[A
     return {key: [previous[key], value] for key, value in present.items() if key in previous and previous[key] != value}
 
 
+def changed_results(changed: Iterable[str]) -> list[str]:
+    """Return the keys of changed settings with which the results differ from those of a run without the change."""
+    return [key for key in changed if resume_rule(key).effect == WARNED]
+
+
+def resume_rule(key: str) -> ResumeRule:
+    """Return the rule of a key of the run file, as `changed_settings` writes it."""
+    return next(rule for rule in RESUME_RULES if any(fnmatchcase(key, pattern) for pattern in rule.keys))
+
+
 def _flat(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a run file. A start event can be damaged, so that its sections can have any value."""
     for section, values in run.items():
         if section == "teachers":
             yield section, [teacher["name"] for teacher in values]
-            yield from _flat({f"teachers.{teacher['name']}": teacher for teacher in values})
-        else:
-            yield from ((f"{section}.{key}", value) for key, value in values.items())
+            for teacher in values:
+                yield from _with_prefix(f"teachers.{teacher['name']}", teacher)
+        elif isinstance(values, Mapping):
+            yield from _with_prefix(section, {key: value for key, value in values.items() if key != "sources"})
+            sources = values.get("sources")
+            for number, source in enumerate(sources if isinstance(sources, list) else ()):
+                if isinstance(source, Mapping):
+                    yield from _with_prefix(f"{section}.sources[{number}]", source)
+
+
+def _with_prefix(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from ((f"{prefix}.{key}", value) for key, value in values.items())

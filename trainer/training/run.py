@@ -28,8 +28,10 @@ from trainer.training.checkpoint_folder import CheckpointMetadata, newest_intact
 from trainer.training.identity import (
     Identity,
     base_weights_sha256,
+    changed_results,
     changed_settings,
     check_identity,
+    check_num_steps,
     check_same_settings,
     check_same_teachers,
     process_settings,
@@ -95,6 +97,7 @@ class Run:
             yield metrics
 
     def _facts(self) -> dict[str, Any]:
+        changed = changed_settings(self.evaluator.earlier.start, self.config)
         return {
             "steps": self.num_steps,
             "ranks": self.ranks.size,
@@ -102,7 +105,8 @@ class Run:
             "samples": len(self.corpus.train),
             "sources": [asdict(source) for source in self.corpus.sources],
             "identity": dict(self.identity),
-            "changed": changed_settings(self.evaluator.earlier.start, self.config),
+            "changed": changed,
+            "changed_results": changed_results(changed),
             **self.evaluator.facts(),
         }
 
@@ -148,10 +152,12 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
         corpus, num_steps = check_data(config, student.vocabulary)
     tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
     optimizer = make_optimizer(student, config.optim)
-    identity = run_identity(config, base_weights_sha256(student.folder, ranks), corpus)
+    weights = base_weights_sha256(student.folder, ranks)
+    identity = run_identity(config, weights, student.vocabulary.fingerprint, corpus)
     check_same_settings(ranks.all_gather(process_settings(config, identity)))
     if last:
         check_identity(last.metadata.identity, identity, last.path)
+        check_num_steps(last.metadata.step, num_steps)
     done = load_checkpoint(last, student, optimizer, ranks) if last else 0
     fusion_state = metadata.fusion_state if metadata else None
     fuser = Fuser(config, len(student.vocabulary), num_steps, fusion_state, all_gather=ranks.all_gather_fusion)
