@@ -8,7 +8,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+import trainer.peers as peers
 from trainer.errors import ConfigError
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Ranks:
     local_rank  index among the processes of the same machine
     saving      process group of the thread that writes checkpoints
     fusing      process group of the thread that fuses targets
+    timeout_s   time after which a collective gives up
 
     Each thread needs its own group, because the order of collectives of different threads is not defined.
     """
@@ -45,6 +47,7 @@ class Ranks:
     local_rank: int = 0
     saving: Any = None
     fusing: Any = None
+    timeout_s: float = 0.0
 
     @property
     def first(self) -> bool:
@@ -55,12 +58,17 @@ class Ranks:
         """Return this process's contiguous shard of the items. The shards of all ranks, concatenated, are the items."""
         return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
 
+    def reported_wait(self, what: str = "another process of this run") -> AbstractContextManager[None]:
+        """Return a context manager that logs what this process waits for, if its block takes long."""
+        return peers.reported_wait(self.rank, self.timeout_s, what) if self.size > 1 else nullcontext()
+
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums over all processes, in float64."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        with self.reported_wait():
+            dist.all_reduce(total)
         return total.tolist()
 
     def any(self, value: bool) -> bool:
@@ -76,7 +84,8 @@ class Ranks:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        with self.reported_wait():
+            dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def all_gather(self, value: T) -> list[T]:
@@ -84,7 +93,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.reported_wait():
+            dist.all_gather_object(values, value)
         return values
 
     def all_gather_fusion(self, value: T) -> list[T]:
@@ -105,8 +115,9 @@ class Ranks:
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         work = dist.all_gather(gathered, tensor, group=self.fusing, async_op=True)
         assert work is not None
-        while not work.is_completed():
-            time.sleep(POLL_S)
+        with self.reported_wait():
+            while not work.is_completed():
+                time.sleep(POLL_S)
         work.wait()
         return gathered
 
@@ -166,20 +177,22 @@ def process_group(device: str, unavailable_timeout_s: float = 0.0) -> Iterator[R
 
     unavailable_timeout_s is the time that a process may wait for a teacher. Without WORLD_SIZE the run has one process.
     Raises ConfigError if the device or the environment does not give each process its own GPU, or if torchrun would
-    restart processes on several machines with a shared store.
+    restart processes on several machines with a shared store, and PeerError if another process does not respond.
     """
     num_processes = _number_of_processes()
     if num_processes > 1 and device.startswith("cuda"):
         _set_cuda_device(device)
     if dist.is_initialized():  # by Ray Train
-        yield _ranks(unavailable_timeout_s)
+        with peers.peer_errors(dist.get_rank(), dist.get_world_size()):
+            yield _ranks(unavailable_timeout_s)
     elif num_processes > 1:
         _check_environment(num_processes)
         backend = "gloo" if device.startswith("cpu") else "cpu:gloo,cuda:nccl"
-        store, rank, size = _rendezvous_store()
-        timeout = collective_timeout(unavailable_timeout_s)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        yield _ranks(unavailable_timeout_s)
+        with peers.peer_errors(int(os.environ["RANK"]), num_processes):
+            store, rank, size = _rendezvous_store()
+            timeout = collective_timeout(unavailable_timeout_s)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            yield _ranks(unavailable_timeout_s)
         dist.destroy_process_group()  # not after an error: it would wait for processes that have not failed
     else:
         yield Ranks()
@@ -232,8 +245,8 @@ def _rendezvous_store() -> tuple[Any, int, int]:
     restarted process would wait for a process that has ended; each attempt therefore has its own prefix. Agents of
     different machines may count attempts differently, so ConfigError is raised for several machines.
     """
-    store, rank, size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     env = os.environ.get
+    store, rank, size = _meet(int(env("RANK", "0")), int(env("WORLD_SIZE", "1")))
     if env("TORCHELASTIC_USE_AGENT_STORE") != "True" or env("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return store, rank, size
     if env("GROUP_WORLD_SIZE", "1") != "1":
@@ -246,6 +259,16 @@ def _rendezvous_store() -> tuple[Any, int, int]:
     return PrefixStore(f"attempt {env('TORCHELASTIC_RESTART_COUNT')}", store), rank, size
 
 
+def _meet(rank: int, size: int) -> tuple[Any, int, int]:
+    """Wait until all processes have started. Raises PeerError after peers.RENDEZVOUS_S."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank:
+        peers.await_first_process(address, port, rank, size)
+    with peers.rendezvous_errors(rank, size, f"{address}:{port}"):
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=peers.RENDEZVOUS_S)))
+    return store, rank, size
+
+
 def collective_timeout(unavailable_timeout_s: float) -> timedelta:
     """Return the timeout of collectives: COLLECTIVE_TIMEOUT more than a process may wait for a teacher."""
     return COLLECTIVE_TIMEOUT + timedelta(seconds=unavailable_timeout_s)
@@ -255,5 +278,6 @@ def _ranks(unavailable_timeout_s: float) -> Ranks:
     if dist.get_world_size() == 1:
         return Ranks()
     timeout = collective_timeout(unavailable_timeout_s)
-    groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in ("saving", "fusing")]
-    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), *groups)
+    saving, fusing = (dist.new_group(backend="gloo", timeout=timeout) for _ in ("saving", "fusing"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, saving, fusing, timeout.total_seconds())

@@ -6,6 +6,7 @@ UserError
 ├── MetricsError        a metrics file that cannot be written or read
 ├── TrackingError       a tracker that is not installed or cannot be opened
 ├── CheckpointError     a checkpoint that cannot be written or read, or that belongs to another run
+├── PeerError           another process of the run has ended or does not respond; a restart can mend it
 ├── NonFiniteLoss       a loss or gradient norm of NaN or infinity, in a step before the optimizer, or on held-out text
 ├── ChatError           a chat that cannot be rendered (trainer/chats/jinja_template.py)
 └── BundleError         a model of the demo that cannot be prepared (trainer/cli/bundled_models.py)
@@ -38,3 +39,7 @@ class CheckpointError(UserError):
 
 class NonFiniteLoss(UserError):
     """A loss or a gradient norm is NaN or infinite."""
+
+
+class PeerError(UserError):
+    """Another process of the run has ended, cannot be reached, or does not respond."""

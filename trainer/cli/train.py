@@ -1,7 +1,6 @@
 """`tutelage train RUN.toml`: train the student, in one process, under torchrun, or on Ray."""
 
 import os
-import signal
 from dataclasses import asdict
 from typing import Annotated
 
@@ -25,7 +24,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train the student of a run file. Under torchrun, every process runs this command."""
-    with one_sentence_errors(as_json, result_is_output=False):
+    from trainer.training.torchrun import permanent_failure, recorded_failures
+
+    if permanent_failure() is not None:  # printed by the previous attempt
+        raise typer.Exit(1)
+    with one_sentence_errors(as_json, result_is_output=False), recorded_failures():
         from trainer.cli.console import progress_listener
         from trainer.run_file import load_config
 
@@ -45,4 +48,6 @@ def train(
         if as_json and os.environ.get("RANK", "0") == "0":
             print_json(asdict(result) | {"model": str(result.model) if result.model else None})
         if result.terminated:
-            raise typer.Exit(128 + signal.SIGTERM)
+            from trainer.training.stop_signals import stopped_exit_code
+
+            raise typer.Exit(stopped_exit_code())

@@ -22,7 +22,7 @@ from trainer.training.run_lock import run_lock
 from trainer.training.skipped_chats import SkippedChats
 from trainer.training.step import train_step
 from trainer.training.step_metrics import step_event
-from trainer.training.stop_signals import on_stop_signal
+from trainer.training.stop_signals import StopSource, on_stop_signal
 
 StreamItem = tuple[Batch, Collector]
 
@@ -44,18 +44,23 @@ class RunResult:
 
 
 def train(
-    config: RunConfig, *, resume: bool = False, stop_at: int | None = None, listener: Listener | None = None
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    listener: Listener | None = None,
+    on_stop: StopSource = on_stop_signal,
 ) -> RunResult:
-    """Train to the end, or save and return after step `stop_at` or on SIGTERM.
+    """Train to the end, or save and return after step `stop_at` or on a request of `on_stop`, by default SIGTERM.
 
     All processes must call this with the same config. Raises UserError, TeacherError, TokenizerError or AlignmentError.
     """
     folder = Path(config.output.dir).expanduser()
     with process_group(config.student.device, config.unavailable_timeout_s) as ranks, run_lock(folder, ranks) as lock:
-        return _train(begin(config, ranks, resume, lock), stop_at, listener)
+        return _train(begin(config, ranks, resume, lock), stop_at, listener, on_stop)
 
 
-def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResult:
+def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: StopSource) -> RunResult:
     config, ranks = run.config, run.ranks
     evaluator, done, fusion_state = run.evaluator, run.done, run.fuser.state
     end = min(run.num_steps, stop_at or run.num_steps)
@@ -65,7 +70,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResul
         items = iter(stream)
         first = list(islice(items, 1))  # nothing is written before every teacher has been checked
         run.check_teachers(evaluator.snapshot_teachers(stream))
-        with on_stop_signal(stream.stop), run.opened(listener, stream.connect_s) as metrics:
+        with on_stop(stream.stop), run.opened(listener, stream.connect_s) as metrics:
             evaluator.evaluate(metrics, done, fusion_state)
             logged = _log_teacher_events(chain(first, items), stream, metrics)
             while not evaluator.early_stopped and not ranks.any((item := next(logged, None)) is None):
@@ -73,7 +78,8 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResul
                 batch, telemetry = item
                 began = time.monotonic()
                 plan = plan_step(config, done, run.num_steps, ranks.size)
-                result = train_step(run.student, run.optimizer, batch.examples, plan, ranks)
+                with ranks.reported_wait(f"step {done + 1}, which another process of this run may delay"):
+                    result = train_step(run.student, run.optimizer, batch.examples, plan, ranks)
                 done, fusion_state, step_s = done + 1, batch.fusion_state, time.monotonic() - began
                 collectors = ranks.all_gather(telemetry)
                 metrics.write(step_event(done, collectors, plan, result, step_s))
