@@ -68,12 +68,12 @@ def _check_value(value: Any, has_bound: bool) -> None:
 
 @dataclass(frozen=True)
 class _OneOf:
-    """Validator of a name in a registry."""
+    """Validator of a name in a registry. None, the value of an optional field, is valid."""
 
     registry: Mapping[str, str]
 
-    def __call__(self, name: str) -> str:
-        if name in self.registry:
+    def __call__(self, name: str | None) -> str | None:
+        if name is None or name in self.registry:
             return name
         nearest = difflib.get_close_matches(name, self.registry, n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -25,12 +25,15 @@ class TeacherAddress:
     urls_file              file with further addresses, read again during the run
     key                    bearer key, None for an open teacher
     ca_file                certificates to trust besides the system's
-    tokenizer              directory with tokenizer.json, for a plain vLLM server, which provides none
+    tokenizer              directory with tokenizer.json, for a server that provides none
+    dialect                name in DIALECTS; None to detect it
+    model                  name of the model, for a server of several
     timeout_s              total time for one request
     unavailable_timeout_s  time without a healthy replica after which the teacher is lost
     on_unavailable         `wait`: a lost teacher ends the run; `drop`: the run continues without it; `stop`: the run
                            ends as soon as no replica is healthy
     concurrency            largest number of concurrent requests per replica; the actual number is adapted
+    tokens_per_minute      largest number of tokens sent in any minute; None for no limit
     """
 
     name: str
@@ -39,10 +42,13 @@ class TeacherAddress:
     key: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
     tokenizer: Path | None = None
+    dialect: str | None = None
+    model: str | None = None
     timeout_s: float = 120.0
     unavailable_timeout_s: float = 600.0
     on_unavailable: Literal["wait", "drop", "stop"] = "wait"
     concurrency: int = 32
+    tokens_per_minute: int | None = None
 
     @property
     def may_change(self) -> bool:

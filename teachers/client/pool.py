@@ -49,7 +49,16 @@ class TeacherPool:
 
 def _client_factory(address: TeacherAddress) -> ClientFactory:
     async def connect(url: str) -> ReplicaClient:
-        replica = ReplicaAddress(address.name, url, address.key, address.ca_file, address.tokenizer)
-        return await connect_replica(replica)
+        return await connect_replica(
+            ReplicaAddress(
+                address.name,
+                url,
+                address.key,
+                address.ca_file,
+                address.tokenizer,
+                dialect=address.dialect,
+                model=address.model,
+            )
+        )
 
     return connect

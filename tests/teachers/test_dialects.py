@@ -41,7 +41,7 @@ class EchoDialect:
 
 
 def test_a_new_dialect_needs_one_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TeacherError, match=r"teacher t at echo://x:1: .*known dialects: native, vllm_openai, ray_hand"):
+    with pytest.raises(TeacherError, match=r"teacher t at echo://x:1: .*known dialects: native, sglang, "):
         detect("echo://x:1")
     monkeypatch.setitem(dialects.DIALECTS, "echo", "tests.teachers.test_dialects:EchoDialect")
     assert type(detect("echo://x:1")).__name__ == "EchoDialect"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignment import Vocabulary
-from teachers.client.dialects.vllm_card import TokenizerFolder
+from teachers.client.dialects.tokenizer_folder import TokenizerFolder
 from teachers.engines.model_files import bos_id, fingerprint, tokenizer_files
 from teachers.engines.transformers import TransformersEngine
 from teachers.model_dirs import file_sha256, name_of, weights_sha256

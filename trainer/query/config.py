@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from teachers.client.addresses import reject_credentials
+from teachers.client.dialects import DIALECTS
 from teachers.server.ray_options import RayServeOptions
 from trainer.config_section import (
     Address,
@@ -40,7 +41,16 @@ class TeacherConfig(Section):
     ca_file: PathText | None = None
     """Certificates to trust for https, in addition to the system's."""
     tokenizer: PathText | None = None
-    """Folder with tokenizer.json. For a stock vLLM server only, which does not serve its tokenizer's files."""
+    """Folder with tokenizer.json, and config.json if possible. Only for servers that do not serve their tokenizer's
+    files: stock vLLM, SGLang, and OpenAI-compatible endpoints."""
+    dialect: Annotated[str | None, one_of(DIALECTS)] = None
+    """Protocol of the server. Default: detected when the teacher is connected. For a server that is taken for another
+    one, or for a gateway that hides the routes by which it would be recognized."""
+    model: str | None = None
+    """Name of the model in requests. Only for OpenAI-compatible endpoints (openai_echo), if the server has several."""
+    tokens_per_minute: Positive | None = None
+    """Maximum number of tokens sent to the teacher in any minute, by all processes of the run together. Default: no
+    limit. A limit that the server reports (429 with Retry-After, x-ratelimit-…) is respected in any case."""
     top_k: Positive = 64
     """Number of candidates requested at every position."""
     signal: Annotated[str, one_of(SIGNALS)] = "byte_chain"

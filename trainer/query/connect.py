@@ -120,6 +120,8 @@ def teacher_address(config: TeacherConfig) -> TeacherAddress:
         key=_key(config),
         ca_file=Path(config.ca_file) if config.ca_file else None,
         tokenizer=resolve_tokenizer_dir(config.tokenizer) if config.tokenizer else None,
+        dialect=config.dialect,
+        model=config.model,
         timeout_s=config.timeout_s,
         unavailable_timeout_s=config.unavailable_timeout_s,
         on_unavailable=config.on_unavailable,

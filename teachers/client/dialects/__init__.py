@@ -6,6 +6,7 @@ a class that implements `base.Dialect`, and one line here. The objects are resol
 
 DIALECTS = {
     "native": "teachers.client.dialects.native:NativeDialect",
+    "sglang": "teachers.client.dialects.sglang:SglangDialect",
     "vllm_openai": "teachers.client.dialects.vllm_openai:VllmOpenAIDialect",
     "ray_handle": "teachers.client.dialects.ray_handle:RayHandleDialect",
 }

@@ -20,6 +20,8 @@ class ReplicaAddress:
     key        bearer key, None for an open teacher
     ca_file    certificates to trust besides the system's
     tokenizer  directory with tokenizer.json, for a server that provides none
+    dialect    name in DIALECTS; None to detect it
+    model      name of the model, for a server of several
     """
 
     teacher: str
@@ -27,6 +29,8 @@ class ReplicaAddress:
     key: str | None = field(default=None, repr=False)
     ca_file: Path | None = None
     tokenizer: Path | None = None
+    dialect: str | None = None
+    model: str | None = None
 
     @property
     def scheme(self) -> str:

@@ -8,14 +8,19 @@ from teachers.protocol.errors import TeacherError
 
 
 async def detect_dialect(address: ReplicaAddress) -> Dialect:
-    """Return the first dialect in DIALECTS that accepts the replica.
+    """Return the dialect that the address names, else the first one in DIALECTS that accepts the replica.
 
     Raises TeacherError if none does, and Unavailable if the server does not respond.
     """
-    for target in DIALECTS.values():
-        dialect: Dialect = pkgutil.resolve_name(target)()
+    for name in [address.dialect] if address.dialect else DIALECTS:
+        dialect: Dialect = pkgutil.resolve_name(DIALECTS[name])()
         if await dialect.accepts(address):
             return dialect
+    if address.dialect:
+        raise TeacherError(
+            f"teacher {address.teacher} at {address.url}: the server does not use the dialect {address.dialect}: "
+            f"correct or remove teachers.{address.teacher}.dialect"
+        )
     raise TeacherError(
         f"teacher {address.teacher} at {address.url}: the address is not that of a teacher (known dialects: "
         f"{', '.join(DIALECTS)}); start one with `tutelage serve MODEL` and use its address, http://HOST:PORT"

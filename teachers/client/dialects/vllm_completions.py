@@ -9,7 +9,6 @@ number of positions, and the actual token of every position. It cannot detect a 
 computed with other weights under the same model name.
 """
 
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Annotated, Any
 
@@ -17,14 +16,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from teachers.client.dialects.top_k_rows import RowPosition, tail_of
 from teachers.protocol.decoding import decoding
-from teachers.protocol.errors import InvalidRows, ProtocolError, RequestMismatch
-from teachers.protocol.kernels import MASS_TOLERANCE
+from teachers.protocol.errors import ProtocolError, RequestMismatch
 from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows, check_rows
 from teachers.protocol.untrusted_text import clean
 
 MINUS_INFINITY = -9999.0  # as vLLM writes −∞; no log-probability of a model is that low
+REMEDY = "start the server with --logprobs-mode raw_logprobs"
 MAX_ENTRY_BYTES = 512  # of one candidate with its text; 72 for SmolLM2
 
 Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
@@ -92,17 +92,6 @@ def read_completion(data: bytes, request: ScoreRequest, card: TeacherCard) -> li
     return [_rows(by_index[i], request, card) for i in range(len(choices))]
 
 
-@dataclass(frozen=True)
-class _Position:
-    """Sequence and first position, for messages."""
-
-    index: int
-    start: int
-
-    def error(self, row: int, fault: str) -> InvalidRows:
-        return InvalidRows(f"sequence {self.index}, position {self.start + row}: {fault}")
-
-
 def _rows(choice: Choice, request: ScoreRequest, card: TeacherCard) -> Rows:
     sequence, start, top_k = request.sequences[choice.index], request.starts[choice.index], request.top_k
     _check_prompt(choice, sequence)
@@ -112,7 +101,7 @@ def _rows(choice: Choice, request: ScoreRequest, card: TeacherCard) -> Rows:
         raise ProtocolError(
             f"sequence {choice.index}: expected prompt_logprobs of {len(sequence)} tokens, received {received}"
         )
-    first = _Position(choice.index, start)
+    first = RowPosition(choice.index, start)
     ids, entries, actual = _flatten(positions[start:], sequence[start:], top_k, first)
     shape = (len(actual), top_k)
     columns = _columns(entries, shape, first)
@@ -123,7 +112,7 @@ def _rows(choice: Choice, request: ScoreRequest, card: TeacherCard) -> Rows:
     infinite = (logprobs <= MINUS_INFINITY).any(axis=1) | (np.array(actual) <= MINUS_INFINITY)
     if infinite.any():
         raise first.error(int(np.argmax(infinite)), "a value that is not finite: −9999, as vLLM writes −∞")
-    tail = _tail(logprobs, card.vocab_size, first)
+    tail = tail_of(logprobs, card.vocab_size, first, REMEDY)
     with np.errstate(over="ignore"):  # check_rows rejects a value that overflows to infinity
         actual_logprobs = np.array(actual).astype(np.float32)
     rows = Rows(start, sorted_ids, logprobs.astype(np.float32), actual_logprobs, tail)
@@ -147,7 +136,7 @@ def _check_prompt(choice: Choice, sequence: list[int]) -> None:
 
 
 def _flatten(
-    positions: list[dict[int, Entry] | None], tokens: list[int], top_k: int, first: _Position
+    positions: list[dict[int, Entry] | None], tokens: list[int], top_k: int, first: RowPosition
 ) -> tuple[list[int], list[Entry], list[float]]:
     """Return ids and entries of the candidates, row after row, and the actual tokens' log-probabilities."""
     ids: list[int] = []
@@ -169,7 +158,7 @@ def _flatten(
     return ids, entries, actual
 
 
-def _columns(entries: list[Entry], shape: tuple[int, int], first: _Position) -> NDArray[np.int64]:
+def _columns(entries: list[Entry], shape: tuple[int, int], first: RowPosition) -> NDArray[np.int64]:
     """Return the column of each candidate in its row [S, K]: its rank − 1. Raises InvalidRows for a duplicate rank."""
     columns = np.fromiter(map(_RANK, entries), np.int64, len(entries)).reshape(shape) - 1
     in_range = (columns >= 0) & (columns < shape[1])
@@ -181,25 +170,3 @@ def _columns(entries: list[Entry], shape: tuple[int, int], first: _Position) -> 
         missing = np.setdiff1d(np.arange(shape[1]), columns[row])[0] + 1
         raise first.error(row, f"expected each rank from 1 to {shape[1]} once, and {missing} is missing")
     return columns
-
-
-def _tail(logprobs: NDArray[np.float64], vocab_size: int, first: _Position) -> NDArray[np.float32]:
-    """Return the probability outside the candidates. Rejects values that are not log-probabilities, such as logits.
-
-    The whole vocabulary has mass 1. The candidates have at most that mass. They have at least that mass once every
-    unlisted token counts as much as the last candidate, which no unlisted token exceeds.
-    """
-    with np.errstate(over="ignore"):
-        probs = np.exp(logprobs)
-        mass = probs.sum(axis=1)
-        upper_bound = mass + probs[:, -1] * (vocab_size - probs.shape[1])
-    wrong = (mass > 1 + MASS_TOLERANCE) | (upper_bound < 1 - MASS_TOLERANCE)
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        raise first.error(
-            row,
-            f"expected log-probabilities, but the {probs.shape[1]} candidates have mass {mass[row]:.3g} and all tokens "
-            f"together at most {upper_bound[row]:.3g}, not 1: start the server with --logprobs-mode raw_logprobs",
-        )
-    tail: NDArray[np.float64] = np.maximum(1.0 - mass, 0.0)
-    return tail.astype(np.float32)

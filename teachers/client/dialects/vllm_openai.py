@@ -15,7 +15,6 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,15 +23,9 @@ import msgspec
 
 from teachers.bos import bos_probes, prefers_bos
 from teachers.client.dialects.base import ReplicaAddress, has_route
-from teachers.client.dialects.vllm_card import (
-    PROBE_TEXT,
-    Model,
-    TokenizerFolder,
-    VllmCard,
-    check_ids,
-    check_probe,
-    draft_card,
-)
+from teachers.client.dialects.probed_card import PROBE_TEXT, check_probe, largest_accepted
+from teachers.client.dialects.tokenizer_folder import TokenizerFolder, check_ids
+from teachers.client.dialects.vllm_card import Model, VllmCard, draft_card
 from teachers.client.dialects.vllm_completions import completion_request, read_completion, response_limit_bytes
 from teachers.client.http import Transport
 from teachers.protocol.decoding import decoding
@@ -64,13 +57,13 @@ class _Tokens(msgspec.Struct):
 
 
 class VllmOpenAIDialect:
-    """Servers that have the route /v1/models."""
+    """Servers that have the routes /v1/models, with max_model_len, and /version."""
 
     async def accepts(self, address: ReplicaAddress) -> bool:
         if address.scheme not in ("http", "https"):
             return False
         client = VllmOpenAIClient.of(address)
-        return await has_route(client, lambda: client.model(TIMEOUT_S))
+        return await has_route(client, client.describe)
 
     def client(self, address: ReplicaAddress) -> "VllmOpenAIClient":
         _warn_about_cost(address.teacher)
@@ -116,6 +109,14 @@ class VllmOpenAIClient:
     async def ping(self, timeout_s: float) -> None:
         await self._http.get("/health", timeout_s)
 
+    async def describe(self) -> None:
+        """Raise NotFound if the server is not vLLM."""
+        try:
+            await self.model(TIMEOUT_S)
+            await self._get("/version", _Version)
+        except ProtocolError as error:  # another server with the same routes
+            raise NotFound(str(error)) from error
+
     async def score(self, request: ScoreRequest, card: TeacherCard, timeout_s: float) -> list[Rows]:
         with self._http.named_errors():
             if request.chosen:
@@ -135,7 +136,7 @@ class VllmOpenAIClient:
             return folder.files
 
     async def check(self, card: TeacherCard, timeout_s: float) -> None:
-        """Compare name, tokenization and scores of a text: see vllm_card.PROBE_TOLERANCE."""
+        """Compare name, tokenization and scores of a text: see probed_card.PROBE_TOLERANCE."""
         deadline = time.monotonic() + timeout_s
         model = await self.model(timeout_s)
         with self._http.named_errors():
@@ -185,7 +186,9 @@ class VllmOpenAIClient:
     # --- fields of the card ---
 
     async def _vocab_size(self, model: Model) -> int:
-        largest = await _largest(MAX_VOCAB_SIZE, lambda i: self._is_accepted(model.id, 1, logit_bias={str(i): 0.0}))
+        largest = await largest_accepted(
+            MAX_VOCAB_SIZE, lambda i: self._is_accepted(model.id, 1, logit_bias={str(i): 0.0})
+        )
         with self._http.named_errors():
             if largest == MAX_VOCAB_SIZE:
                 raise TeacherError(
@@ -194,7 +197,7 @@ class VllmOpenAIClient:
             return largest + 1
 
     async def _max_top_k(self, card: VllmCard) -> int:
-        largest = await _largest(min(MAX_TOP_K, card.vocab_size), lambda k: self._is_accepted(card.model, k))
+        largest = await largest_accepted(min(MAX_TOP_K, card.vocab_size), lambda k: self._is_accepted(card.model, k))
         with self._http.named_errors():
             if largest == 0:
                 raise TeacherError("the server returns no prompt_logprobs: start it with --max-logprobs 64 or more")
@@ -256,14 +259,3 @@ class VllmOpenAIClient:
     def _parse(self, data: bytes, kind: type[T]) -> T:
         with self._http.named_errors(), decoding(f"vLLM {kind.__name__.strip('_')}"):
             return msgspec.json.decode(data, type=kind)
-
-
-async def _largest(maximum: int, accepts: Callable[[int], Awaitable[bool]]) -> int:
-    """Return the largest number from 1 to `maximum` that is accepted, 0 if none is. Binary search."""
-    if await accepts(maximum):
-        return maximum
-    low, high = 0, maximum  # invariant: low is accepted (or 0), high is not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if await accepts(middle) else (low, middle)
-    return low

@@ -1,0 +1,103 @@
+"""The tokenizer of a server that provides no files: a local directory, named in the run file."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from teachers.bos import bos_id_of, declared_bos
+from teachers.client.dialects.probed_card import PROBE_TEXT
+from teachers.protocol.errors import FingerprintMismatch, TeacherError
+from teachers.protocol.messages import TOKENIZER_FILES
+
+
+@dataclass(frozen=True)
+class TokenizerFolder:
+    """A directory with tokenizer.json and, optionally, the model's config.json."""
+
+    path: Path
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """Contents of the tokenizer's files by name."""
+        return {n: (self.path / n).read_bytes() for n in TOKENIZER_FILES if (self.path / n).is_file()}
+
+    def sha256(self, name: str) -> str | None:
+        """Return the hash of one file, None if it does not exist."""
+        return hashlib.sha256(self.files[name]).hexdigest() if name in self.files else None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the language model; empty if it does not exist."""
+        path = self.path / "config.json"
+        config = _parse_json(path, path.read_bytes()) if path.is_file() else {}
+        return config.get("text_config", config)  # type: ignore[no-any-return]
+
+    def declared_bos(self, bos_id: int | None) -> bool | None:
+        """Return whether the files declare that BOS is expected; None if they declare nothing."""
+        return declared_bos(bos_id, self._tokenizer_config_bytes)
+
+    def special_id(self, role: str) -> int | None:
+        """Return the id of "bos" or "eos" in config.json; the tokenizer's id if config.json has none."""
+        if f"{role}_token_id" in self.config:
+            value = self.config[f"{role}_token_id"]
+        else:
+            token = self._tokenizer_config.get(f"{role}_token")
+            value = self._tokenizer.token_to_id(token.get("content") if isinstance(token, dict) else token or "")
+        first = value[0] if isinstance(value, list) else value
+        return None if first is None else int(first)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of BOS: see teachers.bos.bos_id_of."""
+        return bos_id_of(self.files["tokenizer.json"], self._tokenizer_config_bytes, self.special_id("bos"))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text without special tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def _tokenizer_config_bytes(self) -> bytes:
+        return self.files.get("tokenizer_config.json", b"{}")
+
+    @cached_property
+    def _tokenizer_config(self) -> dict[str, Any]:
+        return _parse_json(self.path / "tokenizer_config.json", self._tokenizer_config_bytes)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer  # the native dialect does not need it
+
+        try:
+            tokenizer = Tokenizer.from_buffer(self.files["tokenizer.json"])
+        except Exception as error:  # tokenizers raises bare Exception
+            raise TeacherError(f"cannot load {self.path}/tokenizer.json: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise TeacherError(f"{path}: expected a JSON object: {error}") from error
+
+
+def check_ids(expected: Sequence[int], received: Sequence[int], source: str) -> None:
+    """Compare two tokenizations of PROBE_TEXT. Raises FingerprintMismatch naming the first different token."""
+    if list(expected) == list(received):
+        return
+    pairs = zip(expected, received, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(received)))
+    raise FingerprintMismatch(
+        f"the server's tokenizer differs from {source}: token {first} of {PROBE_TEXT[:20]!r}… should be "
+        f"{_token_at(expected, first)} and is {_token_at(received, first)}"
+    )
+
+
+def _token_at(ids: Sequence[int], index: int) -> str:
+    return str(ids[index]) if index < len(ids) else "missing"

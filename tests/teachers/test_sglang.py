@@ -1,0 +1,250 @@
+"""An SGLang server as a teacher: its card is built from requests, and every response is compared with its request."""
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+import teachers.protocol.errors as errors
+from teachers.client.dialects.base import ReplicaAddress
+from teachers.client.dialects.detect import connect_replica
+from teachers.client.dialects.probed_card import ProbedCard
+from teachers.client.dialects.sglang import SglangClient
+from teachers.protocol.messages import ScoreRequest
+from teachers.protocol.rows import LEAST_LOGPROB, Rows
+from tests.fake_sglang import FakeSglangServer
+from tests.rows import random_rows
+from tests.serve import FormulaEngine
+
+T = TypeVar("T")
+REQUEST = ScoreRequest(sequences=[[5, 6, 7, 8, 9, 2], [1, 2, 3, 4]], starts=[1, 3], top_k=6)
+
+
+def call(url: str, do: Callable[[SglangClient], Awaitable[T]], tokenizer: Path | None = None, **address: Any) -> T:
+    async def run() -> T:
+        client = SglangClient(ReplicaAddress("t", url, tokenizer=tokenizer, **address))
+        try:
+            return await do(client)
+        finally:
+            await client.aclose()
+
+    return asyncio.run(run())
+
+
+def card_of(server: FakeSglangServer, tokenizer: Path | None) -> ProbedCard:
+    with server.serving() as url:
+        return call(url, lambda c: c.card(), tokenizer)
+
+
+def scores(server: FakeSglangServer, folder: Path, request: ScoreRequest = REQUEST) -> list[Rows]:
+    card = card_of(server, folder)
+    with server.serving() as url:
+        return call(url, lambda c: c.score(request, card, 10), folder)
+
+
+@pytest.fixture
+def folder(tiny_byte_level: Path, tmp_path: Path) -> Path:
+    """A directory with the tokenizer and a config.json."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_byte_level / name).read_bytes())
+    vocab_size = FormulaEngine(tiny_byte_level).card.vocab_size
+    (tmp_path / "config.json").write_text(f'{{"vocab_size": {vocab_size}}}')
+    return tmp_path
+
+
+@pytest.mark.parametrize("prefix", ["", "get_"])
+def test_the_card_is_built_from_requests(folder: Path, prefix: str) -> None:
+    engine = FormulaEngine(folder)
+    card = card_of(FakeSglangServer(engine, prefix=prefix), folder)
+    for name in ("vocab_size", "tokenizer_sha256", "bos_id", "eos_id"):
+        assert getattr(card, name) == getattr(engine.card, name)
+    assert (card.engine, card.dtype, card.model) == ("sglang 0.5.23", "bfloat16", "org/model")
+    assert card.max_tokens == 123, "one token below the scheduler's limit, which is below the context"
+    assert card.max_top_k == engine.card.vocab_size, "a K above the vocabulary would end the server's process"
+
+
+@pytest.mark.parametrize("has_flat", [True, False])
+def test_rows_are_those_of_the_engine(folder: Path, has_flat: bool) -> None:
+    engine = FormulaEngine(folder)
+    received = scores(FakeSglangServer(engine, has_flat), folder)
+    for rows, sequence, start in zip(received, REQUEST.sequences, REQUEST.starts, strict=True):
+        # the engine of the fake server scores from position 1 on
+        all_rows = random_rows(np.array(sequence), engine.card.vocab_size, 6, seed=len(sequence), start=1)
+        assert rows.start == start
+        np.testing.assert_array_equal(rows.ids, all_rows.ids[start - 1 :])
+        np.testing.assert_allclose(rows.logprobs, all_rows.logprobs[start - 1 :], rtol=1e-6)
+        np.testing.assert_allclose(rows.actual, all_rows.actual[start - 1 :], rtol=1e-6)
+        np.testing.assert_allclose(rows.tail, all_rows.tail[start - 1 :], atol=1e-6)
+
+
+def test_logprobs_are_requested_from_the_position_before_the_first_one(folder: Path) -> None:
+    server = FakeSglangServer(FormulaEngine(folder))
+    scores(server, folder)
+    assert server.requests[-1]["logprob_start_len"] == [0, 2]
+
+
+class WithoutRepetition(FormulaEngine):
+    """Give token 5 the probability 0 everywhere."""
+
+    async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
+        rng = np.random.default_rng(len(sequence))
+        logits = rng.normal(size=(len(sequence) - start, self.card.vocab_size))
+        logits[:, 5] = -np.inf
+        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        order = np.argsort(-logprobs, axis=1)[:, :top_k]
+        listed = np.maximum(np.take_along_axis(logprobs, order, axis=1), LEAST_LOGPROB).astype(np.float32)
+        actual = np.maximum(logprobs[np.arange(len(logprobs)), sequence[start:]], LEAST_LOGPROB).astype(np.float32)
+        tail = np.maximum(1 - np.exp(listed).sum(axis=1), 0).astype(np.float32)
+        return Rows(start, order.astype(np.uint32), listed, actual, tail)
+
+
+@pytest.mark.parametrize("has_flat", [True, False])
+def test_a_probability_of_zero_is_accepted(folder: Path, has_flat: bool) -> None:
+    engine = WithoutRepetition(folder)
+    vocab_size = engine.card.vocab_size
+    request = ScoreRequest(sequences=[[6, 5, 7]], starts=[1], top_k=vocab_size)
+    rows = scores(FakeSglangServer(engine, has_flat), folder, request)[0]
+    assert rows.actual[0] == LEAST_LOGPROB
+    assert rows.ids[0, -1] == 5
+    assert rows.logprobs[0, -1] == LEAST_LOGPROB
+
+
+def test_the_last_id_of_the_vocabulary_is_written_as_zero(folder: Path) -> None:
+    engine = FormulaEngine(folder)
+    last = engine.card.vocab_size - 1
+    request = ScoreRequest(sequences=[[5, last, 7]], starts=[1], top_k=4)
+    assert len(scores(FakeSglangServer(engine), folder, request)[0]) == 2
+
+
+def first(results: list[dict[str, Any]]) -> Any:
+    return results[0]["meta_info"]
+
+
+def nan_values(meta: dict[str, Any]) -> None:
+    rows, top_k = meta["input_top_logprobs_shape"]
+    meta["input_top_logprobs_val_flat_b64"] = base64.b64encode(np.full(rows * top_k, np.nan, "<f4").tobytes()).decode()
+
+
+def tops(meta: dict[str, Any]) -> Any:
+    return meta["input_top_logprobs"]
+
+
+def tokens(meta: dict[str, Any]) -> Any:
+    return meta["input_token_logprobs"]
+
+
+def values(text: str) -> Callable[[Any], object]:
+    return lambda meta: meta.update(input_top_logprobs_val_flat_b64=text)
+
+
+FAULTS: dict[str, tuple[type[Exception], str, Callable[[Any], object]]] = {
+    "another token": (
+        errors.RequestMismatch,
+        "token 6, received 9",
+        lambda m: tokens(m).__setitem__(1, [-1.0, 9, None]),
+    ),
+    "a missing token": (errors.RequestMismatch, "scores of 6 of 6 tokens, received 5", lambda m: tokens(m).pop()),
+    "another prompt length": (errors.RequestMismatch, "received 6 of 7", lambda m: m.update(prompt_tokens=7)),
+    "flat: a cut array": (errors.ProtocolError, "in 4 and", values("AAAAAA==")),
+    "flat: no base64": (errors.ProtocolError, "arrays of candidates", values("?")),
+    "flat: another K": (errors.ProtocolError, "expected cand", lambda m: m.update(input_top_logprobs_shape=[5, 5])),
+    "flat: NaN": (errors.InvalidRows, "not a number", nan_values),
+    "no candidates": (errors.ProtocolError, "received None", lambda m: m.pop("input_top_logprobs")),
+    "a missing list": (errors.ProtocolError, "5 lists of candidates, received 4", lambda m: tops(m).pop()),
+    "no first null": (errors.ProtocolError, "expected null", lambda m: tops(m).__setitem__(0, [])),
+    "a null list": (errors.ProtocolError, "6 candidates, received 0", lambda m: tops(m).__setitem__(2, None)),
+    "a missing candidate": (errors.ProtocolError, "6 candidates, received 5", lambda m: tops(m)[1].pop()),
+    "null for NaN": (errors.InvalidRows, "not a number", lambda m: tops(m)[1][0].__setitem__(0, None)),
+    "an id twice": (errors.InvalidRows, "listed twice", lambda m: tops(m)[1][1].__setitem__(1, tops(m)[1][0][1])),
+    "unsorted": (errors.InvalidRows, "descending", lambda m: tops(m)[1].reverse()),
+    "a large mass": (errors.InvalidRows, "have mass", lambda m: tops(m)[1][0].__setitem__(0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_response_is_rejected(folder: Path, name: str) -> None:
+    kind, message, change = FAULTS[name]
+    server = FakeSglangServer(FormulaEngine(folder), has_flat=name.startswith("flat"))
+    card = card_of(server, folder)
+
+    def alter(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        change(first(results))
+        return results
+
+    server.alter = alter  # type: ignore[method-assign]
+    with server.serving() as url, pytest.raises(kind, match=f"teacher t at .*{message}"):
+        call(url, lambda c: c.score(REQUEST, card, 10), folder)
+
+
+def test_fewer_results_are_rejected(folder: Path) -> None:
+    server = FakeSglangServer(FormulaEngine(folder))
+    card = card_of(server, folder)
+    server.alter = lambda results: results[:1]  # type: ignore[method-assign]
+    with server.serving() as url, pytest.raises(errors.ProtocolError, match="expected 2 results, received 1"):
+        call(url, lambda c: c.score(REQUEST, card, 10), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("tokenizer.json", "teachers.t.tokenizer"), ("config.json", "config.json")]
+)
+def test_a_missing_file_is_named(folder: Path, name: str, message: str) -> None:
+    server = FakeSglangServer(FormulaEngine(folder))
+    (folder / name).unlink()
+    with pytest.raises(errors.TeacherError, match=f"teacher t at .*{message}"):
+        card_of(server, folder)
+
+
+def test_another_tokenization_is_rejected(folder: Path) -> None:
+    server = FakeSglangServer(FormulaEngine(folder))
+    server.special = [7]
+    with pytest.raises(errors.FingerprintMismatch, match="the server's tokenizer differs"):
+        card_of(server, folder)
+
+
+def test_bos_is_expected_if_the_tokenizer_of_the_server_adds_it(folder: Path) -> None:
+    engine = FormulaEngine(folder)
+    (folder / "tokenizer_config.json").write_text(
+        (folder / "tokenizer_config.json").read_text().replace('"add_bos_token"', '"no_declaration"')
+    )
+    server = FakeSglangServer(engine)
+    assert engine.card.bos_id is not None
+    server.special = [engine.card.bos_id]
+    assert card_of(server, folder).expects_bos
+
+
+def test_updated_weights_are_noticed(folder: Path) -> None:
+    server = FakeSglangServer(FormulaEngine(folder))
+    card = card_of(server, folder)
+    with server.serving() as url:
+        call(url, lambda c: c.check(card, 10), folder)
+        server.model_info["weight_version"] = "1"
+        with pytest.raises(errors.FingerprintMismatch, match=r"other weights \(1, expected default\)"):
+            call(url, lambda c: c.check(card, 10), folder)
+
+
+def test_other_scores_under_the_same_name_are_noticed(folder: Path) -> None:
+    class OtherWeights(FormulaEngine):
+        async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
+            return random_rows(np.array(sequence), self.card.vocab_size, top_k, seed=7 + len(sequence), start=start)
+
+    card = card_of(FakeSglangServer(FormulaEngine(folder)), folder)
+    other = FakeSglangServer(OtherWeights(folder))
+    with other.serving() as url, pytest.raises(errors.FingerprintMismatch, match="restarted with other weights"):
+        call(url, lambda c: c.check(card, 10), folder)
+
+
+def test_an_sglang_server_is_not_taken_for_vllm(folder: Path) -> None:
+    with FakeSglangServer(FormulaEngine(folder)).serving() as url:
+        client = asyncio.run(connect_replica(ReplicaAddress("t", url, tokenizer=folder)))
+    assert isinstance(client, SglangClient)
+
+
+def test_the_dialect_of_the_run_file_is_the_only_one_tried(folder: Path) -> None:
+    with FakeSglangServer(FormulaEngine(folder)).serving() as url:
+        address = ReplicaAddress("t", url, tokenizer=folder, dialect="vllm_openai")
+        with pytest.raises(errors.TeacherError, match="does not use the dialect vllm_openai: correct or remove teach"):
+            asyncio.run(connect_replica(address))
