@@ -32,8 +32,8 @@ class RunConfig(Section):
 
     @property
     def unavailable_timeout_s(self) -> float:
-        """Largest unavailable_timeout_s of the teachers; 0 without teachers."""
-        return max((teacher.unavailable_timeout_s for teacher in self.teachers), default=0.0)
+        """Longest time that a process may wait for a teacher, at the start of the run or later; 0 without teachers."""
+        return max((max(t.unavailable_timeout_s, t.start_timeout_s) for t in self.teachers), default=0.0)
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

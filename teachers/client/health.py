@@ -7,14 +7,16 @@ that turns out to be another teacher is banned. The teacher is lost only if no r
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from teachers.client.addresses import TeacherAddress, resolve_urls
+from teachers.client.background_tasks import BackgroundTasks
 from teachers.client.limits import backoff_s
-from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, may_recover, most_useful_error
+from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, may_recover
+from teachers.client.start_wait import StartWait
 from teachers.protocol.errors import (
     FingerprintMismatch,
     InvalidRows,
@@ -52,11 +54,12 @@ class ReplicaHealth:
         self._trial_s = max(MIN_TRIAL_S, address.timeout_s)  # a trial may wait behind requests of other clients
         self._replicas: dict[str, Replica] = {}
         self._card: TeacherCard | None = None
+        self._tokenizer_files: dict[str, bytes] = {}
         self._changed = asyncio.Event()
         self._unavailable_since: float | None = None  # time of the first failure after the last response
         self._last_error = TeacherError(f"teacher {address.name}: no request was sent yet")
         self._lost: TeacherError | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks(f"teacher {address.name}")
 
     @property
     def replicas(self) -> list[Replica]:
@@ -73,29 +76,41 @@ class ReplicaHealth:
         return self._card
 
     async def connect(self) -> tuple[TeacherCard, dict[str, bytes]]:
-        """Return the card that every replica must have, and the tokenizer files.
+        """Return the card that every replica must have, and the tokenizer files, once a replica is healthy.
 
-        Replicas that are unavailable or send invalid responses are quarantined. Raises FingerprintMismatch if two
-        replicas differ, Unauthorized or another error that only the user can correct, and the most specific error if no
-        replica is healthy.
+        Waits up to `start_timeout_s` for the first one (start_wait.py), and quarantines the others that may recover.
+        Raises errors that only the user can correct, and the most specific error if no replica is healthy in time.
         """
-        for url in await resolve_urls(self._address):
-            self._replicas[url] = Replica(url, self._make_client, self._address.concurrency)
-        results = await asyncio.gather(*map(self._connect_replica, self.replicas), return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if self._card is None or not self.healthy or not all(map(may_recover, errors)):
-            raise most_useful_error(errors)
+        wait = StartWait(self._address.name, self._address.start_timeout_s)
+        while errors := await self._connect_replicas():
+            await wait.pause(errors)
+        wait.end()
+        if self._address.may_change:
+            self._tasks.start(self._follow_address())
+        return self.card, self._tokenizer_files
+
+    async def _connect_replicas(self) -> Sequence[BaseException]:
+        """Connect to all replicas. Return the errors that prevent the start, none if a replica is healthy."""
+        try:
+            urls = await resolve_urls(self._address)
+            self._replicas = {url: self._replicas.get(url) or self._new_replica(url) for url in urls}
+            results = await asyncio.gather(*map(self._connect_replica, self.replicas), return_exceptions=True)
+            errors = [result for result in results if isinstance(result, BaseException)]
+            if self._card is None or not self.healthy or not all(map(may_recover, errors)):
+                return errors
+            self._tokenizer_files = await (await self.healthy[0].client()).tokenizer_files(self._card)
+        except TeacherError as error:
+            return [error]
         for replica, result in zip(self.replicas, results, strict=True):
             if isinstance(result, TeacherError):
                 self.quarantine(replica, result)
-        if self._address.may_change:
-            self._start(self._follow_address())
-        return self._card, await (await self.healthy[0].client()).tokenizer_files(self._card)
+        return []
+
+    def _new_replica(self, url: str) -> Replica:
+        return Replica(url, self._make_client, self._address.concurrency)
 
     async def aclose(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.aclose()
         for replica in self.replicas:
             await replica.aclose()
 
@@ -156,7 +171,7 @@ class ReplicaHealth:
             log.warning("%s; the replica is quarantined and trial requests are sent to it", error)
             replica.healthy, replica.quarantined = False, True
             replica.failures += 1
-            self._start(self._recover(replica))
+            self._tasks.start(self._recover(replica))
 
     def ban(self, replica: Replica, error: FingerprintMismatch) -> None:
         """Quarantine a replica that is another teacher. The teacher is lost if all its replicas are banned."""
@@ -171,7 +186,7 @@ class ReplicaHealth:
         """Check whether the process of a slow replica responds; abort its requests if it does not."""
         if not replica.probing and not replica.quarantined:
             replica.probing = True
-            self._start(self._ping(replica))
+            self._tasks.start(self._ping(replica))
 
     # --- life cycle of a replica ---
 
@@ -241,12 +256,12 @@ class ReplicaHealth:
                 log.warning("teacher %s at %s was removed", self._address.name, url)
                 removed = self._replicas.pop(url)
                 if not removed.quarantined:  # otherwise _recover closes it
-                    self._start(removed.drain())
+                    self._tasks.start(removed.drain())
             for url in [url for url in urls if url not in self._replicas]:
                 log.warning("teacher %s at %s was added", self._address.name, url)
-                replica = self._replicas[url] = Replica(url, self._make_client, self._address.concurrency)
+                replica = self._replicas[url] = self._new_replica(url)
                 replica.quarantined = True
-                self._start(self._recover(replica))
+                self._tasks.start(self._recover(replica))
 
     # --- a lost teacher ---
 
@@ -283,13 +298,3 @@ class ReplicaHealth:
                 for replica in self.healthy:  # overloaded all the time: only a trial can let the teacher join again
                     self.quarantine(replica, error)
             self.notify()
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finish)
-
-    def _finish(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()):
-            log.error("a task for teacher %s failed unexpectedly", self._address.name, exc_info=error)

@@ -9,7 +9,6 @@ a response to 100 kB.
 
 import asyncio
 import re
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -19,7 +18,8 @@ from typing import Any, NoReturn
 import httpx
 import msgspec
 
-from teachers.client.addresses import reject_credentials
+from teachers.client.addresses import canonical_url
+from teachers.client.connection_errors import connection_error, speaks_tls, tls_context
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import (
     NotFound,
@@ -27,6 +27,7 @@ from teachers.protocol.errors import (
     ProtocolError,
     Rejected,
     TeacherError,
+    TlsError,
     Truncated,
     Unauthorized,
     Unavailable,
@@ -59,6 +60,8 @@ class Transport:
     ) -> None:
         self.url = url if sender else check_url(name, url)
         self._label = f"teacher {name} at {self.url}"
+        self._ca_file = ca_file
+        self._may_need_tls = sender is None and self.url.startswith("http:")  # until the first valid response
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._http = httpx.AsyncClient(
             base_url=self.url,
@@ -67,7 +70,7 @@ class Transport:
             trust_env=False,
             follow_redirects=False,
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # keeps none
-            verify=_tls_context(self._label, ca_file),
+            verify=tls_context(self._label, httpx.create_ssl_context(trust_env=False), ca_file),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEP_ALIVE_S),
             transport=_SenderTransport(sender) if sender else None,
         )
@@ -91,7 +94,10 @@ class Transport:
     ) -> bytes:
         async with self._deadline(timeout_s), self._http.stream(method, path, **content) as response:
             if response.status_code != 200:
-                await _raise_for_status(response)
+                if response.status_code == 400:
+                    await self._reject_tls_port()
+                await _raise_for_status(response, path)
+            self._may_need_tls = False
             if expect is not None:
                 media_type = response.headers.get("content-type", "").partition(";")[0]
                 if media_type != expect:
@@ -112,11 +118,20 @@ class Transport:
             except TimeoutError as error:
                 raise Unavailable(f"no complete response within {timeout_s:g} s") from error
             except httpx.RemoteProtocolError as error:
+                await self._reject_tls_port()
                 raise Truncated("the connection was closed before the response was complete") from error
             except httpx.TransportError as error:
-                raise Unavailable(f"no response ({type(error).__name__})") from error
+                if isinstance(error, httpx.ReadError):
+                    await self._reject_tls_port()
+                raise connection_error(error, self._ca_file) from error
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
                 raise ProtocolError(f"invalid HTTP response: {clean(error)}") from error
+
+    async def _reject_tls_port(self) -> None:
+        """Raise TlsError if the address is http:// and the server, which has never responded, expects TLS."""
+        url = self._http.base_url
+        if self._may_need_tls and await speaks_tls(url.host, url.port or 80):
+            raise TlsError("the server expects TLS: write https:// in the address")
 
 
 class _SenderTransport(httpx.AsyncBaseTransport):
@@ -140,24 +155,11 @@ async def send_to_app(app: Any, method: str, path: str, headers: Headers, body: 
 
 
 def check_url(name: str, url: str) -> str:
-    """Return the URL without trailing slashes. Raises TeacherError if it is not an HTTP URL or contains credentials."""
-    reject_credentials(name, url)
-    try:
-        parsed = httpx.URL(url.rstrip("/"))
-    except httpx.InvalidURL as error:
-        raise TeacherError(f"teacher {name}: {url!r} is not an address ({error})") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or not 0 < (parsed.port or 80) < 65536:
+    """Return the URL without trailing slashes. Raises TeacherError if it is not an HTTP URL or contains secrets."""
+    canonical_url(name, url)  # for its checks: a dialect may have added a path that ends in /v1
+    if not url.lower().startswith(("http://", "https://")):
         raise TeacherError(f"teacher {name}: {url!r} is not an address: expected http://HOST:PORT")
-    return str(parsed).rstrip("/")
-
-
-def _tls_context(label: str, ca_file: Path | None) -> ssl.SSLContext | bool:
-    if ca_file is None:
-        return True
-    try:
-        return ssl.create_default_context(cafile=str(ca_file.expanduser()))
-    except OSError as error:
-        raise TeacherError(f"{label}: cannot read certificates from {ca_file}: {error}") from error
+    return str(httpx.URL(url)).rstrip("/")
 
 
 class _NamedErrors:
@@ -174,7 +176,7 @@ class _NamedErrors:
             error.args = (f"{self._label}: {error}",)
 
 
-async def _raise_for_status(response: httpx.Response) -> NoReturn:
+async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
     """Raise the error that corresponds to a status other than 200."""
     detail = _error_detail(response.status_code, await _read_body(response, MAX_SMALL_BYTES))
     match response.status_code:
@@ -190,7 +192,16 @@ async def _raise_for_status(response: httpx.Response) -> NoReturn:
         case status if status >= 400:
             raise Rejected(detail)
         case status:
-            raise ProtocolError(f"expected status 200, received {status}")
+            raise ProtocolError(f"expected status 200, received {status}{_redirection(response, route)}")
+
+
+def _redirection(response: httpx.Response, route: str) -> str:
+    """Return the advice for a redirect, such as that of a proxy to https://; empty without a whole address."""
+    target = clean(response.headers.get("location", "").partition("?")[0], 300)
+    if not response.is_redirect or not target.startswith(("http://", "https://")):
+        return ""
+    base = target.rstrip("/").removesuffix(route)
+    return f": redirects are not followed; if {base} is the teacher, write this address"
 
 
 def _error_detail(status: int, data: bytes) -> str:

@@ -1,11 +1,18 @@
 """One replica of a teacher: its state, its concurrency limit and its requests in flight."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from teachers.client.dialects.base import ReplicaClient
 from teachers.client.limits import ConcurrencyLimiter
-from teachers.protocol.errors import FingerprintMismatch, ProtocolError, TeacherError, Unavailable, VersionMismatch
+from teachers.protocol.errors import (
+    FingerprintMismatch,
+    ProtocolError,
+    TeacherError,
+    TlsError,
+    Unavailable,
+    VersionMismatch,
+)
 from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows
 
@@ -98,15 +105,17 @@ class Replica:
             await self._client.aclose()
 
 
+NEEDS_CHANGE = (FingerprintMismatch, VersionMismatch, TlsError)  # only the user can correct them
+
+
 def may_recover(error: BaseException) -> bool:
     """Return whether to quarantine a replica that fails with this error at the start of a run, instead of raising it.
 
-    A different version or model, a wrong key and a wrong address are raised: only the user can correct them.
+    A different version or model, a wrong key, a wrong address and an insecure connection are raised.
     """
-    needs_change = isinstance(error, (FingerprintMismatch, VersionMismatch))
-    return isinstance(error, Unavailable) or (isinstance(error, ProtocolError) and not needs_change)
+    return isinstance(error, (Unavailable, ProtocolError)) and not isinstance(error, NEEDS_CHANGE)
 
 
-def most_useful_error(errors: list[BaseException]) -> BaseException:
+def most_useful_error(errors: Sequence[BaseException]) -> BaseException:
     """Return the error that a user can act on best: an invalid replica before an unavailable one."""
     return min(errors, key=lambda e: (may_recover(e), isinstance(e, Unavailable), not isinstance(e, TeacherError)))

@@ -5,6 +5,7 @@ TeacherError                     names the teacher and what to do
 │   ├── Overloaded               429 or 503; carries the server's Retry-After
 │   ├── EngineDead               the model's process or device failed for good
 │   ├── TeacherLost              no replica is left, and the run continues without this teacher
+│   ├── TlsError                 no secure connection: certificate, ca_file, or http:// instead of https://
 │   └── Truncated                the stream ended before the last sequence
 ├── Rejected                     the teacher refused the request; sending it again changes nothing
 │   ├── Unauthorized             401: no key, or a wrong one
@@ -35,6 +36,10 @@ class Overloaded(Unavailable):
 
 class EngineDead(Unavailable):
     """The engine failed for good and needs a new process. Engines raise it; their server then exits."""
+
+
+class TlsError(Unavailable):
+    """No secure connection: an untrusted certificate, or only one side speaks TLS. The message has the remedy."""
 
 
 class TeacherLost(Unavailable):

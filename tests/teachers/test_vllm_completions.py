@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import teachers.protocol.errors as errors
+from teachers.client.dialects.probability_zero import infinity_as_null
 from teachers.client.dialects.vllm_completions import read_completion
 from teachers.protocol.messages import ScoreRequest, TeacherCard
-from teachers.protocol.rows import Rows
+from teachers.protocol.rows import LEAST_LOGPROB, Rows
 from tests.fake_vllm import choice, completion, prompt_logprobs
 from tests.rows import random_rows
 
@@ -76,14 +77,12 @@ def drop_the_least(position: Position) -> None:
 
 
 FAULTS: dict[str, tuple[str, Callable[[Position], object]]] = {
-    "minus infinity": ("not finite", lambda p: last(p).update(logprob=-9999.0)),
-    "an actual token of minus infinity": ("not finite", lambda p: p["22"].update(logprob=-9999.0)),
+    "all of probability 0": ("have mass 0 and all tokens together at most 0, not 1", in_logits(-9999.0)),
     "two too many": ("expected 64 candidates .* received 6[67]", lambda p: p.update({"301": last(p), "302": last(p)})),
     "more than a float32 can hold": (
         "not finite",
         lambda p: p.update({"22": last(p) | {"logprob": 1e300, "rank": 300}}),
     ),
-    "less than a float32 can hold": ("not finite", lambda p: last(p).update(logprob=-1e300)),
     "logits above": ("raw_logprobs", in_logits(5.0)),
     "logits below": ("have mass .* together at most .*raw_logprobs", in_logits(-5.0)),
     "a mass of 1.002": ("raw_logprobs", lambda p: most_probable(p).update(logprob=float(np.log(1.002)))),
@@ -124,6 +123,41 @@ def test_invalid_rows_are_rejected_with_their_position(fault: str) -> None:
     change(choices[1]["prompt_logprobs"][2])
     with pytest.raises(errors.InvalidRows, match=f"sequence 1, position 2: .*{name}"):
         read_completion(msgspec.json.encode(completion(choices)), request, CARD)
+
+
+@pytest.mark.parametrize("value", ["-9999.0", "-1e4", "-3.4028234663852886e+38", "-1e300", "null", "-Infinity"])
+def test_every_form_of_minus_infinity_is_probability_0(value: str) -> None:
+    request, rows = make_request(6, top_k=64)
+    choices = make_choices(rows, request.sequences)
+    positions = choices[0]["prompt_logprobs"]
+    assert positions[2]["22"]["rank"] == 300  # the actual token of position 2 is not among the candidates
+    positions[2]["22"]["logprob"] = last(positions[3])["logprob"] = -7777.0
+    data = json.dumps(completion(choices)).replace("-7777.0", value).encode()
+    (got,) = read_completion(data, request, CARD)
+    assert got.actual[1] == got.logprobs[2, 63] == LEAST_LOGPROB
+    assert np.exp(got.logprobs[2, 63], dtype=np.float64) == 0
+    assert np.isfinite(got.tail).all()
+    np.testing.assert_array_equal(got.logprobs[[0, 1, 3, 4]], rows[0].logprobs[[0, 1, 3, 4]])
+    np.testing.assert_array_equal(got.actual[[0, 2, 3, 4]], rows[0].actual[[0, 2, 3, 4]])
+
+
+def test_candidates_of_probability_0_are_behind_the_others() -> None:
+    request, rows = make_request(6, top_k=64)
+    choices = make_choices(rows, request.sequences)
+    third, last_id = int(rows[0].ids[2, 2]), int(rows[0].ids[2, 63])
+    choices[0]["prompt_logprobs"][3][str(third)]["logprob"] = -9999.0
+    choices[0]["prompt_logprobs"][3][str(last_id)]["logprob"] = None
+    (got,) = read_completion(msgspec.json.encode(completion(choices)), request, CARD)
+    assert got.ids[2, 62:].tolist() == [third, last_id]
+    assert got.logprobs[2, 62:].tolist() == [LEAST_LOGPROB] * 2
+    np.testing.assert_array_equal(got.ids[2, :62], np.delete(rows[0].ids[2], [2, 63]))
+
+
+def test_a_name_with_infinity_is_kept() -> None:
+    assert (
+        infinity_as_null(b'{"model": "x-Infinity", "logprob": -Infinity}')
+        == b'{"model": "x-Infinity", "logprob": null}'
+    )
 
 
 def test_a_missing_position_is_rejected_and_never_read_as_0() -> None:

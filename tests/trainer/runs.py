@@ -48,7 +48,8 @@ def run_config(model: Path, corpus: Path, out: Path, urls: list[str], **sections
             "max_samples": 12,
         },
         "teachers": [
-            {"name": f"t{i}", "urls": [url], "top_k": 16, "unavailable_timeout_s": 30} for i, url in enumerate(urls)
+            {"name": f"t{i}", "urls": [url], "top_k": 16, "start_timeout_s": 0, "unavailable_timeout_s": 30}
+            for i, url in enumerate(urls)
         ],
         "loss": {"ce_weight": 0.3 if urls else 1.0},
         "optim": {"lr": 3e-3},

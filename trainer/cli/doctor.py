@@ -1,6 +1,7 @@
 """`tutelage doctor RUN.toml`: check a run file before training."""
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
@@ -8,7 +9,14 @@ from trainer.cli.app import Json, Overrides, RunFile, app, one_sentence_errors, 
 
 
 @app.command()
-def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
+def doctor(
+    run: RunFile,
+    sets: Overrides = [],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for teachers that do not respond yet (start_timeout_s), as train does.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Check settings, student, data and every teacher of a run file before training."""
     with one_sentence_errors(as_json):
         from trainer.plain_text import one_line
@@ -17,7 +25,7 @@ def doctor(run: RunFile, sets: Overrides = [], as_json: Json = False) -> None:
         config = load_config(run, sets)
         from trainer.cli.run_checks import examine
 
-        findings = examine(config)
+        findings = examine(config, wait=wait)
         if as_json:
             print_json({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
         else:

@@ -41,8 +41,11 @@ class Finding:
     detail: str
 
 
-def examine(config: RunConfig) -> list[Finding]:
-    """Check settings, student, data and every teacher of a run file."""
+def examine(config: RunConfig, *, wait: bool = False) -> list[Finding]:
+    """Check settings, student, data and every teacher of a run file.
+
+    With `wait`, wait for teachers that do not respond yet, as a run does.
+    """
     findings = [*_check_settings(config)]
     student, student_findings = _check_student(config)
     findings += student_findings
@@ -50,7 +53,7 @@ def examine(config: RunConfig) -> list[Finding]:
     if student is not None:
         samples, data_findings = _check_data(config, student)
         findings += data_findings
-    return findings + asyncio.run(_check_teachers(config, samples))
+    return findings + asyncio.run(_check_teachers(config, samples, wait))
 
 
 def _check_settings(config: RunConfig) -> list[Finding]:
@@ -119,17 +122,19 @@ def _evenly_spaced(corpus: Corpus) -> list[Sample]:
     return [corpus.train[i] if i < num_train else corpus.held_out[i - num_train] for i in chosen]
 
 
-async def _check_teachers(config: RunConfig, samples: Sequence[Sample]) -> list[Finding]:
-    groups = await asyncio.gather(*(_check_teacher(t, samples, config.data) for t in config.teachers))
+async def _check_teachers(config: RunConfig, samples: Sequence[Sample], wait: bool) -> list[Finding]:
+    groups = await asyncio.gather(*(_check_teacher(t, samples, config.data, wait) for t in config.teachers))
     return [finding for group in groups for finding in group]
 
 
-async def _check_teacher(config: TeacherConfig, samples: Sequence[Sample], data: DataConfig) -> list[Finding]:
+async def _check_teacher(
+    config: TeacherConfig, samples: Sequence[Sample], data: DataConfig, wait: bool
+) -> list[Finding]:
     """Check card, tokenizer, top_k and sample lengths, then score a probe sentence with and without BOS."""
     findings: list[Finding] = []
     subject = f"teacher {config.name}"
     try:
-        async with TeacherPool([teacher_address(config)]) as pool:
+        async with TeacherPool([teacher_address(config, wait=wait)]) as pool:
             teacher = await connect_teacher(pool, config, data)
             card = teacher.card
             detail = f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}"

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from teachers.client.addresses import reject_credentials
+from teachers.client.addresses import canonical_url
 from teachers.client.dialects import DIALECTS
 from teachers.server.ray_options import RayServeOptions
 from trainer.config_section import (
@@ -30,8 +30,8 @@ class TeacherConfig(Section):
     name: Name
     """Name in metrics and errors."""
     urls: list[Address] = []
-    """Base URL of each replica. dns+http://NAME:PORT stands for one replica per address that the DNS name currently
-    has."""
+    """Base URL of each replica, with or without a final /v1. dns+http://NAME:PORT stands for one replica per address
+    that the DNS name currently has."""
     urls_file: PathText | None = None
     """File with more URLs, one per line. It is read again while the run is in progress."""
     key_env: VariableName | None = None
@@ -39,7 +39,8 @@ class TeacherConfig(Section):
     key_file: PathText | None = None
     """File that holds the bearer key."""
     ca_file: PathText | None = None
-    """Certificates to trust for https, in addition to the system's."""
+    """PEM file with certificates to trust for https, in addition to the system's: that of an authority, or the
+    server's own."""
     tokenizer: PathText | None = None
     """Folder with tokenizer.json, and config.json if possible. Only for servers that do not serve their tokenizer's
     files: stock vLLM, SGLang, and OpenAI-compatible endpoints."""
@@ -69,6 +70,9 @@ class TeacherConfig(Section):
     """File with a chat template that replaces the model's own."""
     timeout_s: Seconds = 120.0
     """Total time limit of one request."""
+    start_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 600.0
+    """Time for which a run waits at its start until a replica responds and is ready; 0 to try once. An error that only
+    the user can correct, such as a wrong key or certificate, ends the run at once."""
     unavailable_timeout_s: Seconds = 600.0
     """Time without a response from any replica after which the teacher counts as lost."""
     on_unavailable: Literal["wait", "drop", "stop"] = "wait"
@@ -85,7 +89,9 @@ class TeacherConfig(Section):
         if not self.urls and self.urls_file is None:
             raise ValueError("urls: expected at least one address, or a urls_file that lists them")
         for url in self.urls:
-            reject_credentials(self.name, url)  # no ValueError, whose message would repeat the value
+            canonical_url(self.name, url)  # no ValueError, whose message would repeat the value
+        if self.ca_file and self.urls_file is None and not any(url.lower().startswith("https:") for url in self.urls):
+            raise ValueError("ca_file: no address begins with https://, so no certificate is checked")
         return self
 
     @property

@@ -58,6 +58,8 @@ async def connect_teachers(
 ) -> AsyncIterator[TeacherConnection]:
     """Connect to all teachers concurrently, check each, and load or build its signal.
 
+    Waits up to start_timeout_s of each teacher until it responds; an error that only the user can correct is raised at
+    once.
     on_event is called when a teacher is lost or joins again. Raises TeacherError, TokenizerError or ChatError naming
     the teacher.
     """
@@ -111,8 +113,11 @@ def checked_vocabulary(config: TeacherConfig, card: TeacherCard, files: Mapping[
     return vocabulary
 
 
-def teacher_address(config: TeacherConfig) -> TeacherAddress:
-    """Return the address and the connection settings of a teacher. Raises TeacherError if its key cannot be read."""
+def teacher_address(config: TeacherConfig, *, wait: bool = True) -> TeacherAddress:
+    """Return the address and the connection settings of a teacher. Without `wait`, connecting tries once.
+
+    Raises TeacherError if the teacher's key cannot be read.
+    """
     return TeacherAddress(
         name=config.name,
         urls=tuple(config.urls),
@@ -123,6 +128,7 @@ def teacher_address(config: TeacherConfig) -> TeacherAddress:
         dialect=config.dialect,
         model=config.model,
         timeout_s=config.timeout_s,
+        start_timeout_s=config.start_timeout_s if wait else 0.0,
         unavailable_timeout_s=config.unavailable_timeout_s,
         on_unavailable=config.on_unavailable,
         concurrency=config.concurrency,

@@ -111,6 +111,11 @@ class ExampleStream:
         self._thread.join(timeout=30)
 
     @property
+    def stopped(self) -> bool:
+        """Whether `stop` or `close` was called."""
+        return self._stopping
+
+    @property
     def connect_s(self) -> float:
         """Seconds that connecting to the teachers and building their signals took; 0 before the first batch."""
         return self._connected - self._began

@@ -1,6 +1,7 @@
 """Detect the dialect of a replica."""
 
 import pkgutil
+from urllib.parse import urlsplit
 
 from teachers.client.dialects import DIALECTS
 from teachers.client.dialects.base import Dialect, ReplicaAddress, ReplicaClient
@@ -23,8 +24,18 @@ async def detect_dialect(address: ReplicaAddress) -> Dialect:
         )
     raise TeacherError(
         f"teacher {address.teacher} at {address.url}: the address is not that of a teacher (known dialects: "
-        f"{', '.join(DIALECTS)}); start one with `tutelage serve MODEL` and use its address, http://HOST:PORT"
+        f"{', '.join(DIALECTS)}); {_advice(address.url)}"
     )
+
+
+def _advice(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https") and parts.path.strip("/"):
+        return (
+            f"it has no teacher below {parts.path}: if no reverse proxy serves the teacher there, write "
+            f"{parts.scheme}://{parts.netloc}"
+        )
+    return "start one with `tutelage serve MODEL` and use its address, http://HOST:PORT"
 
 
 async def connect_replica(address: ReplicaAddress) -> ReplicaClient:

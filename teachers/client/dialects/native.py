@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from teachers.client.dialects.base import ReplicaAddress, has_route
 from teachers.client.http import Sender, Transport
 from teachers.protocol.decoding import decoding
-from teachers.protocol.errors import FingerprintMismatch, ProtocolError, TeacherError
+from teachers.protocol.errors import FingerprintMismatch, NotFound, ProtocolError, TeacherError
 from teachers.protocol.messages import (
     ARROW_STREAM,
     TIMEOUT_HEADER,
@@ -86,10 +87,13 @@ class NativeClient:
         await self._http.get("/health", timeout_s)
 
     async def check(self, card: TeacherCard, timeout_s: float) -> None:
+        """Compare the cards. Raises Unavailable if the engine is not ready."""
         received = await self._card(timeout_s)
         with self._http.named_errors():
             if difference := card.difference(received):
                 raise FingerprintMismatch(f"{difference}: the teacher was restarted with another model or other limits")
+        with suppress(NotFound):  # a proxy may forward /v1 only
+            await self._http.get("/ready", timeout_s)
 
     async def tokenizer_files(self, card: TeacherCard) -> dict[str, bytes]:
         deadline = asyncio.get_running_loop().time() + FILES_TIMEOUT_S

@@ -27,12 +27,14 @@ def tail_of(logprobs: NDArray[np.float64], vocab_size: int, first: RowPosition, 
     remedy    what to change on the server, for the message
 
     The whole vocabulary has mass 1. The candidates have at most that mass. They have at least that mass once every
-    unlisted token counts as much as the last candidate, which no unlisted token exceeds.
+    unlisted token counts as much as the last candidate, which no unlisted token exceeds. Candidates of probability 0
+    are not the last one: a server may have left them out of a distribution that it did not change otherwise.
     """
     with np.errstate(over="ignore"):
         probs = np.exp(logprobs)
         mass = probs.sum(axis=1)
-        upper_bound = mass + probs[:, -1] * (vocab_size - probs.shape[1])
+        last = np.where(probs > 0, probs, np.inf).min(axis=1)
+        upper_bound = mass + np.where(np.isinf(last), 0, last) * (vocab_size - probs.shape[1])
     wrong = (mass > 1 + MASS_TOLERANCE) | (upper_bound < 1 - MASS_TOLERANCE)
     if wrong.any():
         row = int(np.argmax(wrong))

@@ -2,7 +2,8 @@
 
 Format of vLLM 0.32: a response has one entry of `prompt_logprobs` per token of the prompt. The first entry is null.
 Each other entry has the K most probable tokens, with ranks 1 … K, and the actual token if it is not among them, so K or
-K + 1 tokens, keyed by id. −∞ is sent as −9999.0. The parser skips decoded tokens and generated text.
+K + 1 tokens, keyed by id. −∞ is sent as −9999.0: see probability_zero.py. The parser skips decoded tokens and generated
+text.
 
 A response has no digest of its request. The parser compares the fields that repeat the request: model name, prompt ids,
 number of positions, and the actual token of every position. It cannot detect a response to the same prompt that was
@@ -16,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from teachers.client.dialects.probability_zero import finite_logprobs, infinity_as_null, zeros_last
 from teachers.client.dialects.top_k_rows import RowPosition, tail_of
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import ProtocolError, RequestMismatch
@@ -23,7 +25,6 @@ from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows, check_rows
 from teachers.protocol.untrusted_text import clean
 
-MINUS_INFINITY = -9999.0  # as vLLM writes −∞; no log-probability of a model is that low
 REMEDY = "start the server with --logprobs-mode raw_logprobs"
 MAX_ENTRY_BYTES = 512  # of one candidate with its text; 72 for SmolLM2
 
@@ -31,9 +32,9 @@ Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class Entry(msgspec.Struct, gc=False):
-    """One candidate, without its text."""
+    """One candidate, without its text. A logprob of null is −∞."""
 
-    logprob: float
+    logprob: float | None
     rank: Id
 
 
@@ -81,7 +82,7 @@ def read_completion(data: bytes, request: ScoreRequest, card: TeacherCard) -> li
     Raises RequestMismatch, InvalidRows, and ProtocolError for any other fault.
     """
     with decoding("completion"):
-        completion = _DECODER.decode(data)
+        completion = _DECODER.decode(infinity_as_null(data))
     if completion.model != card.model:
         raise RequestMismatch(f"expected a completion of {card.model}, received one of {clean(completion.model, 100)}")
     choices = completion.choices
@@ -105,16 +106,14 @@ def _rows(choice: Choice, request: ScoreRequest, card: TeacherCard) -> Rows:
     ids, entries, actual = _flatten(positions[start:], sequence[start:], top_k, first)
     shape = (len(actual), top_k)
     columns = _columns(entries, shape, first)
-    values = np.fromiter(map(_LOGPROB, entries), np.float64, len(entries)).reshape(shape)
+    values = finite_logprobs(list(map(_LOGPROB, entries))).reshape(shape)
     logprobs, sorted_ids = np.empty(shape), np.empty(shape, dtype=np.uint32)
     np.put_along_axis(logprobs, columns, values, 1)
     np.put_along_axis(sorted_ids, columns, np.array(ids, dtype=np.uint32).reshape(shape), 1)
-    infinite = (logprobs <= MINUS_INFINITY).any(axis=1) | (np.array(actual) <= MINUS_INFINITY)
-    if infinite.any():
-        raise first.error(int(np.argmax(infinite)), "a value that is not finite: −9999, as vLLM writes −∞")
+    logprobs, sorted_ids = zeros_last(logprobs, sorted_ids)
     tail = tail_of(logprobs, card.vocab_size, first, REMEDY)
     with np.errstate(over="ignore"):  # check_rows rejects a value that overflows to infinity
-        actual_logprobs = np.array(actual).astype(np.float32)
+        actual_logprobs = finite_logprobs(actual).astype(np.float32)
     rows = Rows(start, sorted_ids, logprobs.astype(np.float32), actual_logprobs, tail)
     return check_rows(rows, request, choice.index, card)
 
@@ -137,11 +136,11 @@ def _check_prompt(choice: Choice, sequence: list[int]) -> None:
 
 def _flatten(
     positions: list[dict[int, Entry] | None], tokens: list[int], top_k: int, first: RowPosition
-) -> tuple[list[int], list[Entry], list[float]]:
+) -> tuple[list[int], list[Entry], list[float | None]]:
     """Return ids and entries of the candidates, row after row, and the actual tokens' log-probabilities."""
     ids: list[int] = []
     entries: list[Entry] = []
-    actual: list[float] = []
+    actual: list[float | None] = []
     for row, (position, token) in enumerate(zip(positions, tokens, strict=True)):
         if position is None:
             raise first.error(row, "no log-probabilities")
