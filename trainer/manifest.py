@@ -74,6 +74,15 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file under another name and rename it. A link is replaced, not followed. Raises OSError."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.unlink(missing_ok=True)
+    with partial.open("x", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(partial, path)
+
+
 def read_manifest(folder: Path) -> dict[str, FileDigest]:
     """Return the digests by name of file. Raises DamagedError if the manifest is missing, damaged or malformed."""
     data = read_regular(folder / MANIFEST)

@@ -152,6 +152,47 @@ def test_the_state_of_adaptive_fusion_is_stored_by_teacher_name(tmp_path: Path, 
         Fuser(RunConfig.model_validate(raw), 100, state=saved)
 
 
+VALID_STATE = RunningBitsPerByte(("t0", "t1"), 1e6, 5.0).updated("a", [10.0, 100.0], [50, 50]).state()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"averages": {"a": [[1.0, 0.5]]}},  # one teacher of two
+        {"averages": {"a": [[1.0, 0.5]] * 3}},
+        {"averages": {"a": [[1.0, 0.5, 0.5], [1.0, 0.5]]}},
+        {"averages": {"a": [1.0, 2.0]}},
+        {"averages": {"a": [["x", 0.5], [1.0, 0.5]]}},
+        {"averages": {"a": [[None, 0.5], [1.0, 0.5]]}},
+        {"averages": {"a": [[float("nan"), 0.5], [1.0, 0.5]]}},
+        {"averages": {"a": [[float("inf"), 0.5], [1.0, 0.5]]}},
+        {"averages": {"a": [[-1.0, 0.5], [1.0, 0.5]]}},
+        {"averages": {"a": [[1.0, 1.5], [1.0, 0.5]]}},
+        {"averages": {"a": 5}},
+        {"averages": []},
+        {"averages": None},
+        {"names": ["t0"]},
+        {"names": ["t0", "t0"]},
+        {"names": "t0"},
+        {"names": [["t0"], "t1"]},
+        {"half_life_bytes": 0},
+        {"temperature": "x"},
+        {"margin": [1]},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_of_adaptive_fusion_is_one_sentence(
+    tmp_path: Path, tiny_byte_level: Path, change: dict[str, Any]
+) -> None:
+    config = config_of(tmp_path, tiny_byte_level, ["http://a:1", "http://b:1"], "out", fusion={"method": "adaptive"})
+    Fuser(config, 100, state=VALID_STATE)
+    for state in (VALID_STATE | change, {key: VALID_STATE[key] for key in VALID_STATE.keys() - change.keys()}):
+        if state != VALID_STATE:
+            with pytest.raises(CheckpointError, match=r"no valid state of fusion.method adaptive \([^\n]+\): restore"):
+                Fuser(config, 100, state=state)
+
+
 def test_the_other_teachers_are_fused_if_the_leading_teacher_is_unavailable(tiny_byte_level: Path) -> None:
     sections: Any = {"fusion": {"method": "adaptive", "half_life_bytes": 10, "margin_bpb": 0.1}}
     config = run_config(tiny_byte_level, Path("c"), Path("o"), ["http://a:1", "http://b:1"], **sections)

@@ -1,6 +1,7 @@
 """`tutelage report`: a self-contained page for complete, incomplete and damaged runs."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -264,6 +265,33 @@ def test_the_command_prints_json(runs: Path) -> None:
     assert printed["run"]["teachers"]["t0"]["own_bpb"] > 0
     assert Path(printed["page"]) == runs / "report.html"
     assert Path(printed["page"]).exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "device"])
+def test_the_page_is_written_to_a_regular_file_only(runs: Path, tmp_path: Path, kind: str) -> None:
+    page, other = tmp_path / "report.html", tmp_path / "other.txt"
+    other.write_text("unchanged", encoding="utf-8")
+    if kind == "link":
+        page.symlink_to(other)
+    elif kind == "fifo":
+        os.mkfifo(page)
+    else:
+        page = Path("/dev/null")
+    assert_one_sentence(call("report", runs, "--out", page), "it is a link or not a regular file; remove it, or give")
+    assert page.is_symlink() == (kind == "link")
+    assert page.is_char_device() == (kind == "device")
+    assert other.read_text(encoding="utf-8") == "unchanged"
+
+
+def test_the_page_replaces_an_older_page_and_follows_no_link_on_the_way(runs: Path, tmp_path: Path) -> None:
+    page, other = tmp_path / "report.html", tmp_path / "other.txt"
+    page.write_text("old", encoding="utf-8")
+    other.write_text("unchanged", encoding="utf-8")
+    (tmp_path / ".partial-report.html").symlink_to(other)
+    assert call("report", runs, "--out", page).exit_code == 0
+    assert_self_contained(page.read_text(encoding="utf-8"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "report.html"]
+    assert other.read_text(encoding="utf-8") == "unchanged"
 
 
 def test_the_command_reports_errors_in_one_sentence(runs: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Export the student as a model directory with chat settings and a model card."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from trainer.chats.chat_template import END_OF_TURN, ChatTemplate
 from trainer.chats.jinja_template import DEFAULT
 from trainer.errors import CheckpointError
+from trainer.manifest import replace_file
 from trainer.student.model import Student
 from trainer.tokenization import SampleTokenizer
 
@@ -48,9 +48,7 @@ def export_model(
 
 def save_card(card: str, folder: Path) -> None:
     """Write or atomically replace the model card."""
-    partial = folder / f".{CARD}"
-    partial.write_text(card, encoding="utf-8")
-    os.replace(partial, folder / CARD)
+    replace_file(folder / CARD, card)
 
 
 def _write_chats(folder: Path, template: ChatTemplate) -> None:

@@ -46,9 +46,10 @@ class Adaptive(FusionMethod):
         """
         try:
             saved = RunningBitsPerByte.from_state(state)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise CheckpointError(
-                f"the checkpoint has no valid state of fusion.method adaptive ({error!r}): restore an earlier one"
+                f"the checkpoint has no valid state of fusion.method adaptive ({str(error)[:500]}): restore an earlier "
+                "checkpoint"
             ) from error
         if sorted(saved.names) != sorted(self.names):
             raise CheckpointError(

@@ -71,7 +71,7 @@ class Fuser:
         fusion = config.fusion
         self._rule = FusionRule(fusion.method, fusion.scope, fusion.temperature, fusion.top_k if cut else None)
         self._method = fusion_method_of(config)
-        if state and self._method is not None:
+        if state is not None and self._method is not None:
             self._method.load_state(state)
 
     @property

@@ -7,8 +7,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trainer.fusion.inputs import Floats
+
+
+class _State(BaseModel):
+    """The form of a state in a checkpoint, which can be damaged."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    names: tuple[str, ...]
+    half_life_bytes: float
+    margin: float
+    temperature: float
+    averages: dict[str, tuple[tuple[float, float], ...]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,9 @@ class RunningBitsPerByte:
         if not 0 <= self.margin < math.inf:
             raise ValueError(f"running bits per byte, margin: expected a finite number ≥ 0, received {self.margin}")
         for domain, values in self.averages.items():
-            if len(values) != len(self.names) or not all(bpb >= 0 and 0 <= total <= 1 for bpb, total in values):
+            if len(values) != len(self.names) or not all(
+                0 <= bpb < math.inf and 0 <= total <= 1 for bpb, total in values
+            ):
                 raise ValueError(
                     f"running bits per byte, domain {domain!r}: expected bits per byte ≥ 0 and a sum of weights from 0 "
                     f"to 1 for each of {len(self.names)} teachers, received {values}"
@@ -104,8 +119,9 @@ class RunningBitsPerByte:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "RunningBitsPerByte":
-        """Restore the value from `state()`. Raises ValueError for invalid settings."""
-        averages = {
-            domain: tuple((bpb, total) for bpb, total in values) for domain, values in state["averages"].items()
-        }
-        return cls(**{**state, "names": tuple(state["names"]), "averages": averages})
+        """Restore the value from `state()`. Raises ValueError for a value of another form, or for invalid settings."""
+        try:
+            return cls(**_State.model_validate(state).model_dump())
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg'].lower()}") from error

@@ -10,6 +10,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from trainer.errors import MetricsError, UserError
+from trainer.manifest import replace_file
+from trainer.paths import exists
 from trainer.report.charts import (
     MAX_MARKERS,
     TEACHERS,
@@ -70,9 +72,11 @@ def make_report(folder: Path, baseline: Path | None = None) -> Report:
 
 
 def save_page(page: str, path: Path) -> None:
-    """Write the page. Raises UserError if it cannot be written."""
+    """Write or atomically replace the page. Raises UserError if it cannot be written or is not a regular file."""
+    if path.is_symlink() or (exists(path) and not path.is_file()):
+        raise UserError(f"cannot write {path}: it is a link or not a regular file; remove it, or give another --out")
     try:
-        path.write_text(page, encoding="utf-8")
+        replace_file(path, page)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

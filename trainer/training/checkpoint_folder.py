@@ -194,7 +194,8 @@ def _read_state(path: Path) -> CheckpointMetadata:
         raise DamagedError(f"{STATE_FILE} is not the state of a checkpoint") from error
     expected = (int, dict, str, dict | None)
     values = (metadata.step, metadata.identity, metadata.precision, metadata.fusion_state)
-    if not all(isinstance(value, kind) for value, kind in zip(values, expected, strict=True)):
+    is_typed = all(isinstance(value, kind) for value, kind in zip(values, expected, strict=True))
+    if not is_typed or metadata.precision not in ("bf16", "fp32"):
         raise DamagedError(f"{STATE_FILE} is not the state of a checkpoint")
     if metadata.step != step_of(path):
         raise DamagedError(f"it is a checkpoint of step {metadata.step}")

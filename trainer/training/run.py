@@ -161,6 +161,10 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
     done = load_checkpoint(last, student, optimizer, ranks) if last else 0
     fusion_state = metadata.fusion_state if metadata else None
     fuser = Fuser(config, len(student.vocabulary), num_steps, fusion_state, all_gather=ranks.all_gather_fusion)
+    if last and fusion_state is None and fuser.state is not None:
+        raise CheckpointError(
+            f"{last.path} has no state of fusion.method {config.fusion.method}: restore an earlier one"
+        )
     return Run(
         config=config,
         ranks=ranks,

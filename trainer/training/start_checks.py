@@ -23,6 +23,7 @@ OUTPUT_NAMES = (
     "tensorboard",
     "mlflow",
     "wandb",
+    "ray",
 )
 """What a run writes in its folder."""
 

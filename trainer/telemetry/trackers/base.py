@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from trainer.config import RunConfig
+from trainer.manifest import read_regular, replace_file
 from trainer.telemetry.json_text import to_json
 
 RUN_IDS_FILE = "tracking.json"
@@ -45,11 +46,11 @@ class TrackedRun:
     def run_ids(self) -> dict[str, str]:
         """Id of this run in each tool that has tracked it before, from tracking.json in the run's folder."""
         path = self.folder / RUN_IDS_FILE
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        return dict(json.loads(read_regular(path))) if path.exists() else {}
 
     def save_run_id(self, name: str, run_id: str) -> None:
         """Store the id of this run in the tool `name`, so that --resume continues it."""
-        (self.folder / RUN_IDS_FILE).write_text(to_json(self.run_ids | {name: run_id}) + "\n", encoding="utf-8")
+        replace_file(self.folder / RUN_IDS_FILE, to_json(self.run_ids | {name: run_id}) + "\n")
 
 
 class Tracker(Protocol):
