@@ -112,7 +112,7 @@ def changed_run(stopped: Stopped, folder: Path, sections: Mapping[str, dict[str,
     """Return the run file of a resumed run. Some names of sections stand for changes of files."""
     student, corpus, sections = stopped.student, stopped.corpus, dict(sections)
     if "moved" in sections:
-        student, corpus = shutil.copytree(student, folder / "moved"), shutil.copy(corpus, folder / "moved.jsonl")
+        student, corpus = shutil.copytree(student, folder / "moved"), shutil.copyfile(corpus, folder / "moved.jsonl")
     if documents := sections.pop("corpus", {}):
         corpus = write_corpus(folder, documents["documents"])
     if other := sections.pop("other_student", {}):

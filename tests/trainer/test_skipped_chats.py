@@ -63,7 +63,8 @@ def test_a_step_without_usable_chat_updates_nothing_and_the_run_continues(
 def test_a_run_with_skipped_steps_resumes_exactly(tmp_path: Path, tiny_byte_level: Path) -> None:
     models: list[bytes] = []
     by_step: list[dict[int, float]] = []
-    for name, stops in {"whole": [None], "stopped": [3, 5, None]}.items():
+    stops_by_name: dict[str, list[int | None]] = {"whole": [None], "stopped": [3, 5, None]}
+    for name, stops in stops_by_name.items():
         folder = tmp_path / name
         folder.mkdir()
         config = chats_config(folder, tiny_byte_level, [USABLE] * 2 + [UNUSABLE] * 2)
