@@ -349,7 +349,7 @@ def test_serve_ray_joins_a_cluster_and_removes_only_its_own_applications(
         (deployment,) = serve.status().applications["third"].deployments
         with started([*command, "--replace"], os.environ) as second:
             wait_for(lambda: deployment not in serve.status().applications["third"].deployments, START_S, "another one")
-            assert first.wait(timeout=60) == 1  # nothing is left to serve
+            assert first.wait(timeout=START_S) == 1  # nothing is left to serve
             wait_for(lambda: is_ready(second, f"{address}/third"), START_S, "the replacement")
     assert second.returncode == 130
     assert httpx.get(f"{address}/third/ready").status_code == 404
