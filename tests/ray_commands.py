@@ -48,11 +48,13 @@ def printed(run: Path, port: int) -> str:
 
 @contextmanager
 def started(command: Sequence[str], environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """Run a process within the block, and check that SIGINT ends it and all its descendants."""
+    """Run a process within the block, and check that SIGINT ends it and all its descendants, unless it has ended."""
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     descendants: list[psutil.Process] = []
     try:
         yield process
+        if process.poll() is not None:
+            return
         descendants = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         process.wait(timeout=120)

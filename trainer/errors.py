@@ -6,6 +6,7 @@ UserError
 ├── MetricsError        a metrics file that cannot be written or read
 ├── TrackingError       a tracker that is not installed or cannot be opened
 ├── CheckpointError     a checkpoint that cannot be written or read, or that belongs to another run
+│   └── RunInUse        another process holds the lock on the folder of the run
 ├── PeerError           another process of the run has ended or does not respond; a restart can mend it
 ├── NonFiniteLoss       a loss or gradient norm of NaN or infinity, in a step before the optimizer, or on held-out text
 ├── ChatError           a chat that cannot be rendered (trainer/chats/jinja_template.py)
@@ -35,6 +36,10 @@ class TrackingError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written or read, or belongs to another run."""
+
+
+class RunInUse(CheckpointError):
+    """Another process holds the lock on the folder of the run."""
 
 
 class NonFiniteLoss(UserError):

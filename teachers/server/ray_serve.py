@@ -5,28 +5,25 @@ reach the same application, so limits, keys and errors are the same. Ray's queue
 get 503 and Retry-After. A replica whose engine does not respond is replaced.
 """
 
-import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from teachers.client.http import Headers, Response, send_to_app
 from teachers.engines.base import Engine
 from teachers.engines.options import EngineOptions
 from teachers.keys import Keys, keys_from_environment
 from teachers.model_dirs import model_dir
-from teachers.protocol.errors import TeacherError
 from teachers.server.app import build_app
 from teachers.server.guards import key_guard
-from teachers.server.ray_options import RayServeOptions, route_prefix
+from teachers.server.ray_options import RayServeOptions
 from teachers.server.service import Service
 
 MAX_CONSTRUCTIONS = 3  # attempts to start a replica; Ray's default of 20 would not load an invalid model either
+
+DEPLOYMENT = "teacher"  # name of the only deployment of an application
 
 EngineFactory = Callable[[EngineOptions, Path], Awaitable[Engine]]
 
@@ -70,7 +67,7 @@ def application(options: RayServeOptions) -> serve.Application:
     return bind(options, open_engine)
 
 
-def bind(options: RayServeOptions, make_engine: EngineFactory) -> serve.Application:
+def bind(options: RayServeOptions, make_engine: EngineFactory, deployment_name: str = DEPLOYMENT) -> serve.Application:
     """Return an application that is not running yet; its replicas create their engine with `make_engine`."""
     scaling = {
         "min_replicas": options.replicas,
@@ -79,7 +76,7 @@ def bind(options: RayServeOptions, make_engine: EngineFactory) -> serve.Applicat
     }
     deployment = serve.deployment(
         serve.ingress()(Replica),
-        name="teacher",
+        name=deployment_name,
         **({"autoscaling_config": scaling} if options.max_replicas else {"num_replicas": options.replicas}),
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
         max_ongoing_requests=options.max_ongoing_requests,
@@ -91,39 +88,6 @@ def bind(options: RayServeOptions, make_engine: EngineFactory) -> serve.Applicat
         max_constructor_retry_count=MAX_CONSTRUCTIONS,
     )
     return deployment.bind(options, make_engine)
-
-
-def serve_teachers(teachers: Mapping[str, RayServeOptions], host: str, port: int, address: str | None) -> None:
-    """Serve the teachers until interrupted, on the Ray cluster at `address` or on a new local one.
-
-    Other applications of the cluster are not changed. If Serve is running already, its host and port remain in use, and
-    Ray logs that. Raises TeacherError if a teacher cannot be started.
-    """
-    try:
-        ray.init(address or "local", include_dashboard=False)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own handler aborts after 3 s
-        serve.start(http_options={"host": host, "port": port})
-        try:
-            serve.run_many([serve.RunTarget(application(o), name, route_prefix(name)) for name, o in teachers.items()])
-            while True:
-                signal.pause()
-        except RuntimeError as error:  # it names the teacher; the reason is in the replica's message
-            raise TeacherError(f"{error} {' '.join(map(_reason, teachers))}".strip()) from error
-        finally:
-            for name in teachers:
-                serve.delete(name)
-    except (RuntimeError, ConnectionError, RayError, RayServeException) as error:
-        raise TeacherError(f"Ray Serve: {error}") from error
-    finally:
-        ray.shutdown()
-
-
-def _reason(name: str) -> str:
-    """Return the last line with an error in the messages of an application's replicas; empty if there is none."""
-    status = serve.status().applications.get(name)
-    messages = [d.message for d in status.deployments.values()] if status else []
-    lines = [line for message in messages for line in message.splitlines() if "Error: " in line]
-    return lines[-1] if lines else ""
 
 
 def _keys(options: RayServeOptions) -> Keys | None:

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -335,13 +336,22 @@ async def work_is_cancelled_when_the_client_disconnects(client: ReplicaClient, f
 def test_serve_ray_joins_a_cluster_and_removes_only_its_own_applications(
     cluster: str, address: str, tmp_path: Path, tiny_byte_level: Path
 ) -> None:
+    """A second user with the same name is rejected, and replaces the application only with --replace."""
     port = int(address.rpartition(":")[2])
     run = run_file(tmp_path, ["third"], port, replicas=1)
     run.write_text(run.read_text(encoding="utf-8").replace('model = "third"', f'model = "{tiny_byte_level}"'), "utf-8")
     command = [*TUTELAGE, "serve-ray", str(run), "--port", str(port), "--address", cluster]
-    with started(command, os.environ) as process:
-        wait_for(lambda: is_ready(process, f"{address}/third"), START_S, "the third teacher")
-    assert process.returncode == 130
+    with started(command, os.environ) as first:
+        wait_for(lambda: is_ready(first, f"{address}/third"), START_S, "the third teacher")
+        rejected = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+        assert rejected.returncode == 1
+        assert rejected.stderr.splitlines()[-1].startswith("error: the Ray cluster already serves third: rename the")
+        (deployment,) = serve.status().applications["third"].deployments
+        with started([*command, "--replace"], os.environ) as second:
+            wait_for(lambda: deployment not in serve.status().applications["third"].deployments, START_S, "another one")
+            assert first.wait(timeout=START_S) == 1  # nothing is left to serve
+            wait_for(lambda: is_ready(second, f"{address}/third"), START_S, "the replacement")
+    assert second.returncode == 130
     assert httpx.get(f"{address}/third/ready").status_code == 404
     assert httpx.get(f"{address}/{tiny_byte_level.name}/ready").status_code == 200
 

@@ -56,7 +56,7 @@ def test_more_workers_than_cores_are_rejected_before_anything_is_written(tmp_pat
 def test_an_error_of_a_user_is_one_sentence_and_is_not_retried(
     tmp_path: Path, tiny_byte_level: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [], data={"window_tokens": 1})
+    config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [])
     config = config.model_copy(update={"student": config.student.model_copy(update={"model": "/nowhere"})})
     with pytest.raises(UserError, match="^/nowhere is neither a model directory nor a name in [^ ]*$"):
         train_on(config, workers=2)

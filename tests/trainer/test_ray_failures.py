@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from teachers.protocol.errors import Overloaded, Rejected
-from trainer.errors import ConfigError, PeerError
+from trainer.errors import ConfigError, PeerError, RunInUse
 from trainer.training.ray_cluster import missing_room
 from trainer.training.ray_failures import WorkerFailure, as_worker_failure, explain
 
@@ -39,6 +39,7 @@ PEER = reported(PeerError("process 0 has lost the connection"))
     [
         (OfWorkers(PEER, reported(ConfigError("no such\nfolder"))), "no such folder", True),
         (OfWorkers(PEER, reported(Rejected("top_k is too large"))), "top_k is too large", True),
+        (OfWorkers(PEER, reported(RunInUse("runs/a is in use"))), "worker 1 failed: runs/a is in use", False),
         (OfWorkers(PEER, reported(Overloaded("busy", 3.0))), "worker 1 failed: busy", False),
         (OfWorkers(PEER, RuntimeError("The actor died.\n\tpid: 7")), "worker 1 failed: The actor died.", False),
         (OfWorkers(PEER, PEER), "worker 0 failed: process 0 has lost the connection", False),

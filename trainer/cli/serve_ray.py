@@ -18,6 +18,9 @@ def serve_ray(
         str | None,
         typer.Option(help="Ray cluster (HOST:PORT or auto). Default: start a local one.", envvar="RAY_ADDRESS"),
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace applications of the same names on the cluster.")
+    ] = False,
     only_print: Annotated[
         bool, typer.Option("--print", help="Print the configuration for `serve run` and exit.")
     ] = False,
@@ -38,6 +41,6 @@ def serve_ray(
         silence_libraries()
         if address is None:  # a local Ray listens on all interfaces and runs submitted code; ray reads this on import
             os.environ.setdefault("RAY_AUTH_MODE", "token")
-        from teachers.server.ray_serve import serve_teachers
+        from teachers.server.ray_applications import serve_teachers
 
-        serve_teachers(teachers, host, port, address)
+        serve_teachers(teachers, host, port, address, replace)

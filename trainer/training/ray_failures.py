@@ -3,7 +3,7 @@
 import logging
 import traceback
 
-from trainer.errors import PeerError
+from trainer.errors import PeerError, RunInUse
 from trainer.plain_text import one_line
 from trainer.training.failures import ONE_SENTENCE, is_permanent
 
@@ -28,9 +28,13 @@ class WorkerFailure(Exception):
 
 
 def as_worker_failure(error: Exception) -> WorkerFailure:
-    """Return the failure that a worker reports for an error."""
+    """Return the failure that a worker reports for an error.
+
+    A run in use is not permanent: a killed worker may still hold the lock, and the driver has checked it at the start.
+    """
     if isinstance(error, ONE_SENTENCE):
-        return WorkerFailure(one_line(str(error)), is_permanent(error), isinstance(error, PeerError))
+        permanent = is_permanent(error) and not isinstance(error, RunInUse)
+        return WorkerFailure(one_line(str(error)), permanent, isinstance(error, PeerError))
     return WorkerFailure(one_line(f"{type(error).__name__}: {error}"), details=traceback.format_exc())
 
 

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from trainer.distributed import Ranks
-from trainer.errors import CheckpointError, ConfigError, UserError
+from trainer.errors import CheckpointError, ConfigError, RunInUse, UserError
 
 log = logging.getLogger("tutelage.run")
 
@@ -203,12 +203,12 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _in_use(path: Path) -> CheckpointError:
+def _in_use(path: Path) -> RunInUse:
     """Return the error that names the holder. Wait up to 1 s if the holder has not written its lease yet."""
     deadline = time.monotonic() + 1
     while (holder := _read_lease(path)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    return CheckpointError(
+    return RunInUse(
         f"{path.parent} is in use by {holder or 'another process'}: wait until that run ends, or choose another "
         "output.dir"
     )
