@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from alignment.tokenizers.folder import TokenizerError, tokenizer_files
 from teachers.bos import bos_id_of, declared_bos
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import FingerprintMismatch, TeacherError
-from teachers.protocol.messages import PROBE, TOKENIZER_FILES, TeacherCard
+from teachers.protocol.messages import PROBE, TeacherCard
 from teachers.protocol.untrusted_text import clean
 
 PROBE_TEXT = PROBE + "\n\tdef f(x): return x ** 2  # 1,234.5 € – naïve 東京 🙂\n"
@@ -66,14 +67,17 @@ class VllmCard(TeacherCard):
 
 @dataclass(frozen=True)
 class TokenizerFolder:
-    """A directory with tokenizer.json and, optionally, the model's config.json."""
+    """A directory with a tokenizer and, optionally, the model's config.json."""
 
     path: Path
 
     @cached_property
     def files(self) -> dict[str, bytes]:
-        """Contents of the tokenizer's files by name."""
-        return {n: (self.path / n).read_bytes() for n in TOKENIZER_FILES if (self.path / n).is_file()}
+        """Contents of the tokenizer's files by name, as transformers loads the tokenizer. Raises TeacherError."""
+        try:
+            return tokenizer_files(self.path)
+        except TokenizerError as error:
+            raise TeacherError(str(error)) from error
 
     def sha256(self, name: str) -> str | None:
         """Return the hash of one file, None if it does not exist."""

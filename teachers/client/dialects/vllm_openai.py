@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from alignment.tokenizers.folder import has_tokenizer
 from teachers.bos import bos_probes, prefers_bos
 from teachers.client.dialects.base import ReplicaAddress, has_route
 from teachers.client.dialects.vllm_card import (
@@ -218,9 +219,9 @@ class VllmOpenAIClient:
 
     def _folder(self, root: str | None) -> TokenizerFolder:
         path = self._tokenizer.expanduser() if self._tokenizer else Path(root) if root else None
-        if path is None or not (path / "tokenizer.json").is_file():
+        if path is None or not has_tokenizer(path):
             raise TeacherError(
-                f"a plain vLLM server provides no tokenizer, and {path} has no tokenizer.json: set "
+                f"a plain vLLM server provides no tokenizer, and {path} has none: set "
                 f"teachers.{self._name}.tokenizer to a directory with the tokenizer that the server uses"
             )
         return TokenizerFolder(path)
