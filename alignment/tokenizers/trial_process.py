@@ -93,12 +93,17 @@ def _load_folder(folder: Path) -> dict[str, Any]:
     """Load a directory with AutoTokenizer, and compare the tokenizer with its JSON on the probe texts."""
     if missing := _missing_package(folder):
         return {"error": f"{missing[0]} needs the package {missing[1]}: install the extra `tokenizers` of Tutelage"}
-    loaded = _auto_tokenizer(folder)
+    try:
+        loaded = _auto_tokenizer(folder)
+    except ValueError as error:
+        if "Error parsing line" not in str(error):
+            raise
+        return {"error": "its *.model file is neither a SentencePiece model nor a list of tiktoken's ranks"}
     if not hasattr(loaded, "backend_tokenizer"):
         return {"error": f"transformers has no fast tokenizer for {type(loaded).__name__}"}
     text, path = loaded.backend_tokenizer.to_str(), folder / "tokenizer.json"
     own = _without_limits_of_length(path.read_text(encoding="utf-8")) if path.is_file() else None
-    keeps_own = own is not None and _equal_apart_from_special_tokens(own.to_str(), text)
+    keeps_own = own is not None and _encode_equally(own.to_str(), text)
     built = own if keeps_own else _without_limits_of_length(text)
     warning = ""
     if own is not None and _writes(own) and not _writes(built):
@@ -167,7 +172,7 @@ def _writes(tokenizer: Any) -> bool:
     return bool(tokenizer.decode(ids).strip().lower() == WORDS.lower())
 
 
-def _equal_apart_from_special_tokens(first: str, second: str) -> bool:
+def _encode_equally(first: str, second: str) -> bool:
     """Return whether two tokenizers encode equally without special tokens, which the post-processor would add."""
     one, other = json.loads(first), json.loads(second)
     return all(one[part] == other.get(part) for part in one if part not in ENCODED_BY_POST_PROCESSOR)

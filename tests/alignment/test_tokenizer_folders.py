@@ -134,7 +134,7 @@ def json_as_model(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (lambda folder: None, "has no tokenizer: expected tokenizer.json, vocab.json with merges.txt"),
     "Git LFS": (lfs_pointer, "tokenizer.model is a pointer of Git LFS, not the file: run `git lfs pull`"),
-    "another format": (json_as_model, "cannot be read: "),
+    "another format": (json_as_model, "is neither a SentencePiece model nor a list of tiktoken's ranks"),
     "custom code": (tiny(tokenizer_class="Odd", auto_map={"AutoTokenizer": ["a.B", None]}), "requires custom code"),
 }
 
@@ -176,3 +176,12 @@ def test_a_named_token_without_a_row_is_an_error_only_in_a_text(tmp_path: Path) 
             use()
     with pytest.raises(TokenizerError, match=r"role pad is set to '\[PAD\]' .id .*, but the model has only the ids up"):
         vocabulary.with_roles({"pad": "[PAD]"})
+
+
+def test_links_out_of_the_directory_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json("byte_level"), encoding="utf-8")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    with pytest.raises(TokenizerError, match="has no tokenizer.*and no links out of the directory"):
+        Vocabulary.load(folder)

@@ -35,7 +35,13 @@ class RouterLoss:
         """Return the unweighted loss over the tokens that are not padding; 0 without tokens.
 
         router_logits  [B · L, E] for every layer
+        Raises ConfigError if the model returned none.
         """
+        if not router_logits:
+            raise ConfigError(
+                "student: the model returns no logits of its router, from which the auxiliary loss is computed: set "
+                "student.compile to false, or student.router_aux_loss_weight to 0"
+            )
         is_token = is_token_BL.flatten()
         logits = tuple(layer.flatten(0, -2)[is_token].float() for layer in router_logits)
         if not len(logits[0]):
