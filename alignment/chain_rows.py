@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.kernels import NONE, TABLE, add_to_row, advance, carry, list_branches
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 
 
 @compiled

@@ -28,7 +28,7 @@ from alignment.kernels import NONE
 from alignment.offsets import Tokens
 from alignment.target import Target, target_from_entries
 from alignment.tokenizers.vocabulary import Vocabulary
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 
 DIAGONAL, TEACHER, STUDENT = 0, 1, 2
 METHODS = ("em", "min_ed")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from alignment.offsets import INSIDE
 from alignment.trie import NOTHING, longest_token
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 
 NONE = -1  # no student token, no continuation
 SHARED, POOL, BEGIN, LENGTH = range(4)  # columns of a branch

@@ -11,7 +11,7 @@ import numpy as np
 from numba import uint64
 from numpy.typing import NDArray
 
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 
 NOTHING = -1  # no token; a free slot of the hash table
 ROOT = 0

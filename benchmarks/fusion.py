@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.target import Target
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 from trainer.fusion import FUSION_METHODS
 from trainer.fusion.base import SCOPES, FusionRule, fusion_method
 from trainer.fusion.fuse import fuse

@@ -90,7 +90,7 @@ class PreparedEngine:
 
     def __init__(self) -> None:
         self.card = CARD
-        self.tokenizer_files: dict[str, Path] = {}
+        self.tokenizer_files: dict[str, bytes] = {}
         self._windows = prepare()
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:

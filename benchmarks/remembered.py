@@ -31,7 +31,7 @@ class CachingEngine:
         return self._engine.card.model_copy(update={"max_top_k": MAX_TOP_K, "max_chosen": 0})
 
     @property
-    def tokenizer_files(self) -> dict[str, Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         return self._engine.tokenizer_files
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:

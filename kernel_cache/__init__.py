@@ -1,6 +1,4 @@
-"""Numba decorator with a disk cache that verifies a digest before it loads machine code.
+"""Caches on disk: their folder, and a numba decorator that verifies a digest before it loads machine code.
 
-Alignment, fusion and the wire protocol use it. It depends on numba only.
+Alignment, fusion and the wire protocol use it. Importing the package does not import numba.
 """
-
-from kernel_cache.compiled import compiled as compiled

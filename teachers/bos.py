@@ -2,9 +2,13 @@
 
 1. The id: the tokenizer's own BOS token; the model configuration's id if the tokenizer has none.
 2. Without a BOS token nothing is expected.
-3. `add_bos_token` of tokenizer_config.json decides.
-4. Otherwise BOS is expected if the tokenizer puts it in front of an encoded text.
+3. BOS is expected if transformers puts it in front of an encoded text. Beside a tokenizer.json, transformers ignores
+   `add_bos_token` of tokenizer_config.json.
+4. It is not expected if transformers does not, and `add_bos_token` is false.
 5. Otherwise BOS is expected if the model predicts a plain sentence better with it: see prefers_bos.
+
+alignment/tokenizers/folder.py writes the result of rules 3 and 4 as `add_bos_token` into the served
+tokenizer_config.json, which has no such key if rule 5 decides.
 """
 
 import json
@@ -29,7 +33,7 @@ def bos_id_of(tokenizer_json: bytes, tokenizer_config: bytes, model_bos_id: int 
 
 
 def declared_bos(bos_id: int | None, tokenizer_config: bytes) -> bool | None:
-    """Return what the files declare (rules 2 and 3); None if they declare nothing."""
+    """Return what the served tokenizer_config.json states (rules 2 to 4); None if it states nothing."""
     add_bos_token = json.loads(tokenizer_config).get("add_bos_token")
     if bos_id is None:
         return False

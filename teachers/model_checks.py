@@ -9,6 +9,7 @@ into ModelError. Student, engines and doctor use both functions and therefore ac
 import asyncio
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,11 @@ ELEMENTS_PER_STORED = 16  # quantized weights pack up to 16 values of 2 bits int
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 DTYPE_BYTES |= {"U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 FLOATS = ("F64", "F32", "F16", "BF16")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")  # GPTQ, AWQ, ModelOpt
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 # The names that model families give to the same three numbers.
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
@@ -37,6 +42,10 @@ class ModelError(TeacherError):
     """Raised if a model directory cannot be loaded. The trainer converts it into ConfigError for the student."""
 
 
+class QuantizedError(ModelError):
+    """Raised if the weights are quantized. Whoever loads the directory adds what to use instead."""
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """Content of a model directory, without the values of the weights.
@@ -44,11 +53,13 @@ class ModelFiles:
     config        parsed config.json
     num_tensors   number of stored tensors
     num_elements  number of stored values
+    quantization  name of the method, for example "awq"; None if the weights are not quantized
     """
 
     config: Mapping[str, Any]
     num_tensors: int
     num_elements: int
+    quantization: str | None = None
 
 
 @contextmanager
@@ -69,25 +80,51 @@ def model_errors(folder: Path, where: str = "", keep: type[Exception] = TeacherE
 def check_model_files(folder: Path) -> ModelFiles:
     """Check config.json and the headers of the weights against each other.
 
-    Raises ModelError if config.json cannot be read, if the weights are pickled or damaged, if the directory contains an
-    adapter, or if config.json declares a larger model than the stored weights.
+    Raises ModelError if config.json cannot be read, if the weights are pickled, incomplete or damaged, if the directory
+    contains an adapter or a GGUF file instead, or if config.json declares a larger model than the stored weights.
     """
     with model_errors(folder):
+        _refuse_other_formats(folder)
         config = read_json(folder / "config.json")
         if (folder / "generation_config.json").exists():  # transformers ignores a damaged one, the export changes it
             read_json(folder / "generation_config.json")
-        if (folder / "adapter_config.json").exists():
-            raise ValueError("it has an adapter_config.json; merge the adapter into the weights and remove the file")
         if "transformers_weights" in config:
             raise ValueError("its config.json names a file of weights (transformers_weights); remove the key")
-        tensors = _read_weights(folder)
-        quantized = config.get("quantization_config") is not None
-        if not quantized:
+        tensors = read_weights(folder)
+        quantization = _quantization(folder, config)
+        if quantization is None:
             _check_dtypes(tensors)
         sizes = [math.prod(tensor["shape"]) for tensor in tensors.values()]
-        files = ModelFiles(config, len(sizes), sum(sizes))
-        _check_numbers(files, ELEMENTS_PER_STORED if quantized else 1)
+        files = ModelFiles(config, len(sizes), sum(sizes), quantization)
+        _check_numbers(files, 1 if quantization is None else ELEMENTS_PER_STORED)
     return files
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    """Raise ValueError if the directory contains an adapter, or a GGUF file without other weights."""
+    if (folder / "adapter_config.json").exists():
+        base = clean(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model", 100)
+        raise ValueError(
+            f"it has an adapter_config.json, an adapter of {base}: merge the adapter into the weights of {base} "
+            "(merge_and_unload of peft), save them, and give that directory"
+        )
+    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            "its weights are a GGUF file: convert them to safetensors with transformers (from_pretrained with "
+            "gguf_file and GgufConfig(dequantize=True), then save_pretrained)"
+        )
+
+
+def _quantization(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the name of the quantization method that config.json, or a file of a quantization tool, states."""
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        for key in QUANTIZATION_KEYS:
+            if section.get(key) is not None:
+                stated = section[key]
+                method = stated.get("quant_method", key) if isinstance(stated, dict) else key
+                return clean(method, 40)
+    return next((name for name in QUANTIZATION_FILES if (folder / name).exists()), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -96,7 +133,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"it has no file {path.name}")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}")
-    return _object(path.read_bytes(), path.name)
+    data = path.read_bytes()
+    _refuse_pointer(data, path.name)
+    return _object(data, path.name)
+
+
+def _refuse_pointer(data: bytes, name: str) -> None:
+    """Raise ValueError if the content of a file is a pointer of Git LFS."""
+    if data.startswith(LFS_POINTER):
+        raise ValueError(f"{name} is a pointer of Git LFS, not the file: run `git lfs pull` in the directory")
 
 
 def _object(data: bytes, name: str) -> dict[str, Any]:
@@ -112,8 +157,11 @@ def _object(data: bytes, name: str) -> dict[str, Any]:
 # --- weights ---
 
 
-def _read_weights(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the header entries of all safetensors files, by tensor name. Raises ValueError if a file is invalid."""
+def read_weights(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the header entries of all safetensors files, by tensor name, with file, begin and num_bytes of the values.
+
+    Raises ValueError if a file is invalid or missing.
+    """
     paths = sorted(folder.glob("*.safetensors"))
     if not paths and any(path for pattern in PICKLES for path in folder.glob(pattern)):
         raise ValueError(
@@ -122,10 +170,16 @@ def _read_weights(folder: Path) -> dict[str, dict[str, Any]]:
         )
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = _object_of(read_json(index), "weight_map", index.name)
-        for shard in sorted(set(map(str, shards.values()))):
-            if shard != Path(shard).name or not (folder / shard).is_file():
-                raise ValueError(f"{index.name} names {shard!r}, expected the name of a file of the folder")
+        shards = sorted(set(map(str, _object_of(read_json(index), "weight_map", index.name).values())))
+        if outside := [shard for shard in shards if shard != Path(shard).name]:
+            raise ValueError(f"{index.name} names {outside[0]!r}, expected the name of a file of the folder")
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            raise ValueError(
+                f"{index.name} names {missing[0]!r}, which is missing, as {len(missing)} of {len(shards)} files are: "
+                "download the whole model"
+            )
+    elif any(SHARD.fullmatch(path.name) for path in paths) and not (folder / "model.safetensors").exists():
+        raise ValueError(f"its weights are {len(paths)} shards without {index.name}: download the whole model")
     if not paths:
         raise ValueError("it has no weights: expected files *.safetensors")
     return {name: entry for path in paths for name, entry in _read_header(path).items()}
@@ -138,13 +192,18 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
+        if LFS_POINTER.startswith(start) and start:
+            _refuse_pointer(start + file.read(len(LFS_POINTER)), path.name)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"{path.name} of {size} bytes is truncated or not safetensors")
         header = _object(file.read(length), f"the header of {path.name}")
     header.pop("__metadata__", None)
     for name in header:
-        _check_entry(_object_of(header, name, path.name), name, size - 8 - length)
+        entry = _object_of(header, name, path.name)
+        _check_entry(entry, name, size - 8 - length)
+        begin, end = entry["data_offsets"]
+        entry |= {"file": path, "begin": 8 + length + begin, "num_bytes": end - begin}
     return header
 
 
@@ -216,6 +275,8 @@ def _reason(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return "it requires custom code (auto_map), which is never executed: use a model that transformers supports"
     lines = [line for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:  # of pydantic, whose next lines name the cause
+        lines = [line.strip().partition(" [type=")[0] for line in lines if "rror, " in line] or lines
     line = clean(lines[0], MAX_REASON_CHARS) if lines else ""
     if isinstance(error, OSError | ValueError | RuntimeError) and line and not isinstance(error, RecursionError):
         return line

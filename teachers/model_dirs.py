@@ -1,18 +1,11 @@
 """Model directories: where they are, their names and the hashes of their files. Needs no torch and no transformers."""
 
 import hashlib
-import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-
-def cache_dir() -> Path:
-    """Return $TUTELAGE_CACHE or ~/.cache/tutelage. Without a home directory, return a directory for temporary files."""
-    folder = os.path.expanduser(os.environ.get("TUTELAGE_CACHE") or "~/.cache/tutelage")
-    if folder.startswith("~"):  # a container runs as a user that it does not know
-        return Path(tempfile.gettempdir()) / f"tutelage-{os.getuid()}"
-    return Path(folder)
+from kernel_cache.folder import cache_dir
+from kernel_cache.hub_cache import in_hub_cache
 
 
 def model_dir(name: str) -> Path:
@@ -26,24 +19,6 @@ def name_of(folder: Path) -> tuple[str, str | None]:
     if in_hub_cache(folder, "snapshots"):
         return folder.parents[1].name.removeprefix("models--").replace("--", "/"), folder.name
     return folder.name, None
-
-
-def in_hub_cache(path: Path, kind: str) -> bool:
-    """Return whether `path` is in the directory `kind` ("snapshots" or "blobs") of a Hugging Face hub cache."""
-    return path.parent.name == kind and path.parent.parent.name.startswith("models--")
-
-
-def file_inside(folder: Path, name: str) -> Path | None:
-    """Return the path of a file in a model directory, or None if it is missing, not regular, or a link out of it.
-
-    A link may point to another file of the directory or, in a snapshot of a hub cache, to the blobs of the same model.
-    """
-    path, own = folder / name, folder.resolve()
-    if not path.is_file():
-        return None
-    target = path.resolve()
-    blobs = own.parents[1] / "blobs" if in_hub_cache(own, "snapshots") else own
-    return path if target.is_relative_to(own) or target.parent == blobs else None
 
 
 def weights_sha256(folder: Path, config_folder: Path | None = None) -> str:

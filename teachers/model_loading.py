@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from teachers.model_checks import ModelFiles, check_model_files, model_errors, read_json
+from teachers.model_checks import ModelFiles, QuantizedError, check_model_files, model_errors
+from teachers.model_heads import check_head_files
 
 NO_CODE: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Arguments of every `from_pretrained`: without them transformers asks on standard input whether to execute code."""
@@ -28,19 +30,39 @@ MEASURE_S = 0.05  # per type, in bf16_is_native
 def load_config(folder: Path) -> Any:
     """Read the configuration of a causal language model, and check it against the headers of the weights.
 
-    Implementations that config.json names are ignored. Raises ModelError.
+    Implementations that config.json names are ignored. Raises QuantizedError for quantized weights, which transformers
+    would load with kernels from the network, and ModelError for any other reason.
     """
+    files = check_model_files(folder)
+    if files.quantization is not None:
+        raise QuantizedError(f"cannot load {folder}: its weights are quantized ({files.quantization})")
     with model_errors(folder):
-        if read_json(folder / "config.json").get("quantization_config") is not None:
-            raise ValueError(
-                "its weights are quantized (quantization_config), which transformers would load with kernels from the "
-                "network: use unquantized weights, or serve it with --engine vllm"
-            )
         config = read_config(folder)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"transformers has no causal language model for {config.model_type}")
-        _check_size(config, check_model_files(folder))
+        _check_size(config, files)
+    check_head_files(folder, bool(config.get_text_config().tie_word_embeddings))
     return config
+
+
+def check_for_vllm(folder: Path) -> None:
+    """Make the checks of `load_model` for vLLM, which loads the weights itself. Raises ModelError.
+
+    Quantized weights are left to vLLM, and so are architectures that transformers does not know.
+    """
+    files = check_model_files(folder)
+    try:
+        config = read_config(folder)
+    except Exception:  # a configuration of vLLM's own; AutoConfig raises any class
+        config = None
+    if config is not None:
+        check_head_files(folder, bool(config.get_text_config().tie_word_embeddings))
+    if files.quantization is None:
+        with model_errors(folder):
+            for path in sorted(folder.glob("*.safetensors")):
+                with safe_open(path, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  # not a dictionary
+                        check_finite(name, tensors.get_tensor(name))
 
 
 def read_config(folder: Path) -> Any:

@@ -25,7 +25,7 @@ class FakeVllmServer:
         self.model = {"id": "org/model", "root": root, "parent": None, "max_model_len": 129, "object": "model"}
         self.max_logprobs = max_logprobs
         self.vocab_size = engine.card.vocab_size
-        self.tokenizer = Tokenizer.from_file(str(engine.tokenizer_files["tokenizer.json"]))
+        self.tokenizer = Tokenizer.from_buffer(engine.tokenizer_files["tokenizer.json"])
         self.special: list[int] = []
         self.requests: list[dict[str, Any]] = []
 

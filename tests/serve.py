@@ -31,7 +31,7 @@ class FormulaEngine:
         self.delay_s, self.open = delay_s, threading.Event()
         self.open.set()
         self.num_requests = self.finished = self.cancelled = 0
-        self._files = {"tokenizer.json": folder / "tokenizer.json"}
+        self._files = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
         values = {
             "model": folder.name,
             "fingerprint": "f" * 64,
@@ -52,7 +52,7 @@ class FormulaEngine:
         return self._card
 
     @property
-    def tokenizer_files(self) -> dict[str, Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         return self._files
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:

@@ -13,7 +13,7 @@ import pytest
 from kernel_cache.compiled import SUFFIX
 
 SOURCE = """
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 
 @compiled
 def double(x):

@@ -1,8 +1,9 @@
 """Paths of models, tokenizers and data files, and of the caches that persist between runs."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from teachers.model_dirs import cache_dir as cache_dir
+from kernel_cache.folder import cache_dir as cache_dir
 from trainer.errors import ConfigError
 
 
@@ -18,7 +19,7 @@ def windows_dir() -> Path:
 
 def resolve_model_dir(name: str) -> Path:
     """Return a model directory, given as a path or as a name under the cache. Raises ConfigError if it is missing."""
-    return _resolve(name, "models", "a model directory", "config.json")
+    return _resolve(name, "models", "a model directory", _is_model)
 
 
 def resolve_tokenizer_dir(name: str) -> Path:
@@ -26,12 +27,14 @@ def resolve_tokenizer_dir(name: str) -> Path:
 
     Raises ConfigError if it is missing.
     """
-    return _resolve(name, "models", "a folder with a tokenizer", "tokenizer.json")
+    from alignment.tokenizers.folder import has_tokenizer  # loads numba
+
+    return _resolve(name, "models", "a folder with a tokenizer", has_tokenizer)
 
 
 def resolve_data_file(name: str) -> Path:
     """Return a file, given as a path or as a name under the cache. Raises ConfigError if it is missing."""
-    return _resolve(name, "data", "a file")
+    return _resolve(name, "data", "a file", exists)
 
 
 def exists(path: Path) -> bool:
@@ -42,10 +45,14 @@ def exists(path: Path) -> bool:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _resolve(name: str, cache_folder: str, description: str, required_file: str = "") -> Path:
-    candidates = [Path(name).expanduser(), cache_dir() / cache_folder / name]
-    for path in candidates:
-        if exists(path) and exists(path / required_file):
+def _is_model(folder: Path) -> bool:
+    """Return whether a directory contains a model, including kinds that teachers.model_checks refuses with a reason."""
+    return any(exists(folder / name) for name in ("config.json", "adapter_config.json")) or any(folder.glob("*.gguf"))
+
+
+def _resolve(name: str, cache_folder: str, description: str, accepts: Callable[[Path], bool]) -> Path:
+    for path in (Path(name).expanduser(), cache_dir() / cache_folder / name):
+        if exists(path) and accepts(path):
             return path
     hint = "" if "/" in name else "; `tutelage demo --prepare` creates the models and data of the demo"
     raise ConfigError(f"{name} is neither {description} nor a name in {cache_dir() / cache_folder}{hint}")

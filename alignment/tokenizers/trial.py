@@ -1,7 +1,8 @@
-"""Load the tokenizer file of a teacher in a subprocess with limited memory and time, before this process loads it.
+"""Load tokenizer files in a subprocess with limited memory and time, before this process loads them.
 
 A regular expression or a charsmap can require unbounded memory or time, and the library aborts the process if memory
-runs out. A trial takes about 0.2 s plus the time to load the file. Its result is cached by the hash of the file.
+runs out. `try_tokenizer` tries a tokenizer.json, which takes about 0.2 s plus the time to load the file; its result is
+cached by the hash of the file. `load_with_transformers` loads a directory, which takes 3 s or more.
 """
 
 import hashlib
@@ -11,12 +12,21 @@ import subprocess
 import sys
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from alignment.tokenizers.kinds import TokenizerError
 
 TIMEOUT_S = 120.0
-_SCRIPT = Path(__file__).with_name("trial_process.py")
-_ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+FOLDER_TIMEOUT_S = 600.0
+SCRIPT = Path(__file__).with_name("trial_process.py")
+_ONE_THREAD = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAYON_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 _results: dict[str, str] = {}  # sha256 → error, empty if the file passed
 _lock = Lock()
 
@@ -26,25 +36,36 @@ def try_tokenizer(tokenizer_json: bytes, name: str) -> None:
     digest = hashlib.sha256(tokenizer_json).hexdigest()
     with _lock:
         if digest not in _results:
-            _results[digest] = _trial(tokenizer_json)
+            _results[digest] = str(_run_script([], tokenizer_json, TIMEOUT_S).get("error", ""))
     if _results[digest]:
         raise TokenizerError(f"the tokenizer of {name} cannot be read: {_results[digest]}")
 
 
-def _trial(tokenizer_json: bytes) -> str:
-    """Return the error message of a trial, or an empty string if the file was loaded."""
-    command, environment = [sys.executable, "-P", str(_SCRIPT)], os.environ | _ONE_THREAD
+def load_with_transformers(folder: Path, name: str) -> dict[str, Any]:
+    """Load a directory of tokenizer files with AutoTokenizer in a subprocess; see trial_process.py for the result.
+
+    Raises TokenizerError if loading fails, exceeds a limit, or needs a package that is not installed.
+    """
+    response = _run_script([str(folder)], b"", FOLDER_TIMEOUT_S)
+    if error := response.get("error"):
+        raise TokenizerError(f"the tokenizer of {name} cannot be read: {str(error).replace(str(folder), name)}")
+    return response
+
+
+def _run_script(arguments: list[str], stdin: bytes, timeout_s: float) -> dict[str, Any]:
+    """Return the response of the script, or {"error": message} if it did not respond."""
+    command, environment = [sys.executable, "-P", str(SCRIPT), *arguments], os.environ | _ONE_THREAD
     try:
         done = subprocess.run(
-            command, input=tokenizer_json, capture_output=True, timeout=TIMEOUT_S, env=environment, check=False
+            command, input=stdin, capture_output=True, timeout=timeout_s, env=environment, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"loading it took more than {TIMEOUT_S:g} s"
+        return {"error": f"loading it took more than {timeout_s:g} s"}
     except OSError as error:
-        return f"cannot start a process to try it ({error})"
+        return {"error": f"cannot start a process to try it ({error})"}
     if done.returncode < 0:
-        return f"loading it exceeded the limits of memory or time (signal {-done.returncode})"
+        return {"error": f"loading it exceeded the limits of memory or time (signal {-done.returncode})"}
     try:
-        return str(json.loads(done.stdout).get("error", ""))
+        return dict(json.loads(done.stdout))
     except ValueError:
-        return f"the process that tried it ended with {done.returncode}"
+        return {"error": f"the process that tried it ended with {done.returncode}"}

@@ -1,6 +1,7 @@
 """A tokenizer in terms of bytes: the bytes of every token id, and the tokens of a text or of a byte string.
 
-`Vocabulary` is built from the two files of every fast tokenizer, tokenizer.json and tokenizer_config.json. It contains
+`Vocabulary` is built from the two files of every fast tokenizer, tokenizer.json and tokenizer_config.json; `folder`
+returns them for a model directory as transformers loads it. A vocabulary contains
 the bytes of every id (`kinds`), the ids of the special tokens by role (`roles`), and tokenizes texts, rendered chats
 (`rendered`) and continuations of a text (`continuation`).
 """
@@ -21,8 +22,9 @@ from alignment.offsets import Tokens
 from alignment.placement import locate_tokens
 from alignment.tokenizers import tokenizer_kind
 from alignment.tokenizers.continuation import ContinuationWriter
+from alignment.tokenizers.folder import tokenizer_files
 from alignment.tokenizers.kinds import Spec, TokenizerError, TokenizerKind, token_bytes_of, tokenizer_errors
-from alignment.tokenizers.limits import MAX_FILE_BYTES, check_limits, parse_object
+from alignment.tokenizers.limits import check_limits, parse_object
 from alignment.tokenizers.rendered import RenderedEncoder
 from alignment.tokenizers.roles import ROLES, expects_bos, roles_of
 from alignment.tokenizers.trial import try_tokenizer
@@ -52,13 +54,13 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> "Vocabulary":
-        """Load a Hugging Face model directory. Raises TokenizerError if it has no fast tokenizer."""
-        path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        with tokenizer_errors(folder.name):
-            if not path.is_file():
-                raise TokenizerError(f"{folder} has no tokenizer.json: give a directory with a fast tokenizer")
-            data, config_data = (_read(path), _read(config) if config.is_file() else b"{}")
-        return cls.parse(data, config_data, name=folder.name)
+        """Load the tokenizer of a model directory as transformers does: see folder.py. Raises TokenizerError."""
+        return cls.of_folder(tokenizer_files(folder), name=folder.name)
+
+    @classmethod
+    def of_folder(cls, files: Mapping[str, bytes], *, name: str) -> "Vocabulary":
+        """Build from the files that `folder.tokenizer_files` returns. Raises TokenizerError."""
+        return cls.parse(files["tokenizer.json"], files["tokenizer_config.json"], name=name)
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], *, name: str) -> "Vocabulary":
@@ -119,23 +121,33 @@ class Vocabulary:
                 raise TokenizerError(
                     f"{self.name}: role {role} is set to {token!r}, which is none of the tokenizer's tokens"
                 )
+            if token_id >= len(self):
+                raise TokenizerError(
+                    f"{self.name}: role {role} is set to {token!r} (id {token_id}), but the model has only the ids up "
+                    f"to {len(self) - 1}"
+                )
             roles[role] = token_id
         return replace(self, roles=roles)
 
     def within(self, num_ids: int) -> "Vocabulary":
-        """Return the vocabulary for a model with `num_ids` ids, without the special tokens beyond them.
+        """Return the vocabulary for a model with `num_ids` ids, without the added tokens and the roles beyond them.
 
-        Gemma 3 has a special token for images that its text models lack. Raises TokenizerError if a text could need one
-        of the ids beyond.
+        Gemma 3 has a special token for images that its text models lack; transformers adds a pad token that only
+        tokenizer_config.json names. Such a token is an error only if a text contains it. Raises TokenizerError if an
+        ordinary token or an expected BOS is beyond the ids.
         """
-        needed = set(self.roles.values())
+        if num_ids >= len(self):
+            return self
+        added = self._tokenizer.get_added_tokens_decoder()
+        expected = {self.roles["bos"]} if self.expects_bos else set()
         for i in range(num_ids, len(self)):
-            if self.token_bytes[i] is not None or i in needed:
+            if i in expected or (self.token_bytes[i] is not None and i not in added):
                 raise TokenizerError(
                     f"the tokenizer of {self.name} has token {i} ({self._tokenizer.id_to_token(i)!r}), but its "
                     f"model has only the ids up to {num_ids - 1}"
                 )
-        return replace(self, token_bytes=self.token_bytes[:num_ids]) if num_ids < len(self) else self
+        roles = {role: i for role, i in self.roles.items() if i < num_ids}
+        return replace(self, token_bytes=self.token_bytes[:num_ids], roles=roles)
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
@@ -167,7 +179,10 @@ class Vocabulary:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         tokens = self._located(text, encoding)
         if close and "eos" not in self.roles:
-            raise TokenizerError(f"{self.name} has no EOS token, which is needed at the end of a text")
+            raise TokenizerError(
+                f"{self.name} has no EOS token within the {len(self)} ids of the model, which is needed at the end of "
+                "a text"
+            )
         return tokens.with_end_token(self.roles["eos"]) if close else tokens
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
@@ -177,9 +192,16 @@ class Vocabulary:
         return [self._located(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def num_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Count the tokens of each text, on all cores and without their positions."""
+        """Count the tokens of each text, on all cores and without their positions.
+
+        Raises TokenizerError if a text has a token beyond the ids of the model.
+        """
         with self._errors():
-            return [len(e) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            if self._has_tokens_beyond:
+                for encoding in encodings:
+                    self._check_ids(encoding.ids)
+            return [len(encoding) for encoding in encodings]
 
     def encode_rendered(self, text: str) -> Tokens:
         """Tokenize a rendered chat: the text of a special token is that token. No BOS is added.
@@ -201,8 +223,21 @@ class Vocabulary:
     def _errors(self) -> AbstractContextManager[None]:
         return tokenizer_errors(self.name, "cannot write a text")
 
+    @cached_property
+    def _has_tokens_beyond(self) -> bool:
+        return max(self._tokenizer.get_vocab().values(), default=-1) >= len(self)
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        """Raise TokenizerError if a token is beyond the ids of the model."""
+        if self._has_tokens_beyond and token_ids and (largest := max(token_ids)) >= len(self):
+            raise TokenizerError(
+                f"{self.name}: a text contains {self._tokenizer.id_to_token(largest)!r} (id {largest}), but the model "
+                f"has only the ids up to {len(self) - 1}: remove it from the text"
+            )
+
     def _located(self, text: str, encoding: Encoding) -> Tokens:
         token_ids = encoding.ids  # each access creates a new list
+        self._check_ids(token_ids)
         pieces = [self.token_bytes[i] or b"" for i in token_ids]
         unwritable = self._continuation_writer.unwritable
         return locate_tokens(text, np.array(token_ids, dtype=np.int64), pieces, encoding.offsets, unwritable)
@@ -233,9 +268,3 @@ def _load_tokenizer(tokenizer_json: str) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     tokenizer.encode(PROBE, add_special_tokens=False)  # a regular expression or a charsmap fails only with a text
     return tokenizer
-
-
-def _read(path: Path) -> bytes:
-    """Read a file up to one byte beyond the size limit; parse_object rejects longer content."""
-    with path.open("rb") as file:
-        return file.read(MAX_FILE_BYTES + 1)

@@ -4,7 +4,6 @@ An engine batches concurrent calls as it likes. A caller may cancel a call (asyn
 the work.
 """
 
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from teachers.protocol.messages import TeacherCard
@@ -20,8 +19,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def tokenizer_files(self) -> dict[str, Path]:
-        """Paths of the tokenizer's files by name, as listed in messages.TOKENIZER_FILES."""
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Contents of the tokenizer's files by name, as listed in messages.TOKENIZER_FILES."""
         ...
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:

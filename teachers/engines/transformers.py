@@ -21,9 +21,9 @@ import torch
 import transformers
 
 from teachers.bos import bos_probes, prefers_bos
-from teachers.engines.model_files import bos_id, describe, probe_ids, tokenizer_expects_bos, tokenizer_files
+from teachers.engines.model_files import bos_id, describe, probe_ids, served_tokenizer, tokenizer_expects_bos
 from teachers.engines.transformers_options import TransformersOptions
-from teachers.model_checks import model_errors
+from teachers.model_checks import QuantizedError, check_model_files, model_errors
 from teachers.model_loading import load_model, resolve_dtype
 from teachers.protocol.errors import EngineDead, TeacherError
 from teachers.protocol.messages import TeacherCard
@@ -51,10 +51,11 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, options: TransformersOptions = TransformersOptions()) -> None:
         self._options = options
-        self._files = tokenizer_files(folder)
+        check_model_files(folder)
+        self._files = served_tokenizer(folder)
         with model_errors(folder, f" on {options.device}"):
             self._dtype = resolve_dtype(options.dtype, options.device)
-            self._model = load_model(folder, getattr(torch, self._dtype)).to(options.device).eval()
+            self._model = _load(folder, getattr(torch, self._dtype)).to(options.device).eval()
             self._check_head()
             self._batch_tokens = 0 if _depends_on_batch(self._model) else options.batch_tokens
             self._card = self._describe(folder)
@@ -68,7 +69,7 @@ class TransformersEngine:
         return self._card
 
     @property
-    def tokenizer_files(self) -> dict[str, Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         return self._files
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
@@ -201,6 +202,15 @@ class TransformersEngine:
 
     def _probe(self, sequence: list[int], start: int) -> Rows:
         return self._rows(self._hidden([sequence])[0], _Job(sequence, start, 1))
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        return load_model(folder, dtype)
+    except QuantizedError as error:
+        raise QuantizedError(
+            f"{error}, which transformers would load with kernels from the network: serve it with --engine vllm"
+        ) from error
 
 
 def batches_by_length(jobs: list[_Job], batch_tokens: int) -> Iterator[list[_Job]]:

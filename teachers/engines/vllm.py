@@ -28,10 +28,17 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
 from teachers.bos import bos_probes, prefers_bos
-from teachers.engines.model_files import bos_id, describe, probe_ids, tokenizer_expects_bos, tokenizer_files
+from teachers.engines.model_files import (
+    bos_id,
+    checked_tokenizer,
+    describe,
+    probe_ids,
+    served_tokenizer,
+    tokenizer_expects_bos,
+)
 from teachers.engines.vllm_options import VllmOptions
-from teachers.model_checks import check_model_files
-from teachers.model_loading import resolve_dtype
+from teachers.model_checks import model_errors
+from teachers.model_loading import check_for_vllm, resolve_dtype
 from teachers.protocol.errors import EngineDead, TeacherError, Unavailable
 from teachers.protocol.messages import TeacherCard
 from teachers.protocol.rows import Rows, clip_logprobs
@@ -47,18 +54,16 @@ Bos = Literal["auto", "yes", "no"]
 class VllmEngine:
     """Score with vLLM. Create it with `load` or `wrap`, inside the event loop that will use it."""
 
-    def __init__(self, client: EngineClient, card: TeacherCard, files: dict[str, Path], owned: bool) -> None:
+    def __init__(self, client: EngineClient, card: TeacherCard, files: dict[str, bytes], owned: bool) -> None:
         self._client, self._card, self._files, self._owned = client, card, files, owned
 
     @classmethod
     async def load(cls, folder: Path, options: VllmOptions) -> "VllmEngine":
         """Start vLLM on a model directory. Raises TeacherError if it cannot be served."""
-        tokenizer_files(folder)
-        check_model_files(folder)
-        try:
+        await asyncio.to_thread(check_for_vllm, folder)
+        await asyncio.to_thread(served_tokenizer, folder)
+        with model_errors(folder, " with vLLM"):
             client = AsyncLLM.from_engine_args(engine_args(folder, options))
-        except (OSError, RuntimeError, TypeError, ValueError) as error:  # raised by vLLM for arguments and at start
-            raise TeacherError(f"vLLM cannot serve {folder}: {error}") from error
         try:
             return await cls.wrap(client, options.bos, owned=True)
         except BaseException:
@@ -80,7 +85,8 @@ class VllmEngine:
             )
         weights = snapshot_dir(config.model, config.revision, client.vllm_config.load_config.download_dir)
         has_config = (weights / "config.json").is_file()  # vLLM puts only weights into a download_dir
-        files = tokenizer_files(snapshot_dir(config.tokenizer, config.tokenizer_revision))
+        tokenizer = snapshot_dir(config.tokenizer, config.tokenizer_revision)
+        files = await asyncio.to_thread(checked_tokenizer, tokenizer)
         text_config = config.hf_text_config
         bos_token = bos_id(files, text_config.bos_token_id)
         dtype = str(config.dtype).removeprefix("torch.")
@@ -104,7 +110,7 @@ class VllmEngine:
         return self._card
 
     @property
-    def tokenizer_files(self) -> dict[str, Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         return self._files
 
     async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
@@ -156,7 +162,7 @@ def snapshot_dir(name: str, revision: str | None, cache: str | None = None) -> P
         raise TeacherError(f"{name} is neither a model directory nor in the hub's cache: serve a directory") from error
 
 
-async def expects_bos(client: EngineClient, files: dict[str, Path], bos: int | None) -> bool:
+async def expects_bos(client: EngineClient, files: dict[str, bytes], bos: int | None) -> bool:
     """Return whether the model expects BOS: see teachers/bos.py."""
     expects = await asyncio.to_thread(tokenizer_expects_bos, files, bos)
     if expects is not None or bos is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 
 HALF_ULP = 2.0**-11  # relative rounding error of a float16; p·|log p|·HALF_ULP is its effect on the mass of a row
 FLOAT_ULP = 2.0**-24  # relative rounding error of a float32

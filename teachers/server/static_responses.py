@@ -18,7 +18,7 @@ class StaticResponses:
     """Responses of a teacher that are computed once. The contents of the files are those that were hashed."""
 
     def __init__(self, engine: Engine) -> None:
-        self._files = {name: path.read_bytes() for name, path in engine.tokenizer_files.items()}
+        self._files = dict(engine.tokenizer_files)
         self._sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in self._files.items()}
         self._card = engine.card.model_dump_json().encode()
         listing = [TokenizerFile(name=name, sha256=sha256) for name, sha256 in self._sha256.items()]

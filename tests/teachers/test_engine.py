@@ -133,13 +133,22 @@ def test_bos_is_expected_if_the_model_predicts_better_with_it(gemma: Path, smoll
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_the_tokenizer_config_decides_about_bos(tmp_path: Path, tiny_sentencepiece: Path, flag: bool) -> None:
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_bos_is_expected_if_transformers_puts_it_in_front(
+    tmp_path: Path, tiny_sentencepiece: Path, adds_bos: bool, flag: bool
+) -> None:
+    """Beside a tokenizer.json, transformers ignores add_bos_token. A flag that contradicts it is probed or ignored."""
     folder = shutil.copytree(tiny_sentencepiece, tmp_path / "m")
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": flag}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    engine = TransformersEngine(folder)
-    engine.close()
-    assert engine.card.expects_bos is flag is Vocabulary.load(folder).expects_bos
+    if not adds_bos:
+        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) | {"post_processor": None}
+        (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    assert Vocabulary.load(folder).expects_bos is adds_bos
+    if adds_bos or not flag:
+        engine = TransformersEngine(folder)
+        engine.close()
+        assert engine.card.expects_bos is adds_bos
 
 
 def test_closing_cancels_jobs_that_arrived_during_the_last_batch(tiny_byte_level: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from alignment import Vocabulary
 from teachers.client.dialects.tokenizer_folder import TokenizerFolder
-from teachers.engines.model_files import bos_id, fingerprint, tokenizer_files
+from teachers.engines.model_files import bos_id, fingerprint, served_tokenizer
 from teachers.engines.transformers import TransformersEngine
 from teachers.model_dirs import file_sha256, name_of, weights_sha256
 from teachers.protocol.errors import TeacherError
@@ -96,9 +96,9 @@ def test_the_bos_id_of_the_tokenizer_precedes_the_models(tmp_path: Path, tiny_se
     assert engine.card.prefix == vocabulary.prefix == [vocabulary.roles["bos"]]
     assert TokenizerFolder(folder).bos_id == vocabulary.roles["bos"]
     assert TokenizerFolder(folder).special_id("eos") == vocabulary.roles["eos"]
-    assert bos_id({"tokenizer.json": folder / "tokenizer.json"}, 7) == 7
+    assert bos_id({"tokenizer.json": (folder / "tokenizer.json").read_bytes(), "tokenizer_config.json": b"{}"}, 7) == 7
 
 
 def test_a_directory_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="not a model directory"):
-        tokenizer_files(hub_cache(tmp_path, b"", "0" * 64))
+    with pytest.raises(TeacherError, match="has no tokenizer"):
+        served_tokenizer(hub_cache(tmp_path, b"", "0" * 64))

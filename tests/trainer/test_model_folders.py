@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from alignment import TokenizerError, Vocabulary
-from teachers.engines.model_files import tokenizer_files
+from kernel_cache.hub_cache import file_inside
+from teachers.engines.model_files import served_tokenizer
 from teachers.engines.transformers import TransformersEngine
 from teachers.model_checks import ModelError, check_model_files, model_errors
-from teachers.model_dirs import file_inside
-from teachers.model_loading import check_finite, load_model, read_config
+from teachers.model_loading import check_finite, check_for_vllm, load_model, read_config
 from teachers.protocol.errors import TeacherError
 from tests.tiny import save_tiny_model
 from trainer.errors import ConfigError
@@ -94,13 +94,78 @@ def index(shard: str) -> Change:
     return write("model.safetensors.index.json", json.dumps({"weight_map": {"a": shard}}).encode())
 
 
+def sharded(num_files: int, with_index: bool = True) -> Change:
+    """Split the weights into two shards, of which `num_files` exist."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        names = sorted(tensors)
+        shards = {f"model-{i + 1:05}-of-00002.safetensors": names[i::2] for i in range(2)}
+        for name in list(shards)[:num_files]:
+            save_file({n: tensors[n] for n in shards[name]}, folder / name, metadata={"format": "pt"})
+        content = {"metadata": {}, "weight_map": {n: name for name, part in shards.items() for n in part}}
+        if with_index:
+            (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+
+    return change
+
+
+def only(name: str, data: bytes) -> Change:
+    """Leave the tokenizer, and one other file."""
+
+    def change(folder: Path) -> None:
+        for path in folder.iterdir():
+            if not path.name.startswith("tokenizer"):
+                path.unlink()
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    def change(folder: Path) -> None:
+        for each in changes:
+            each(folder)
+
+    return change
+
+
+def other_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+
+ADAPTER = b'{"base_model_name_or_path": "org/base"}'
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
+QUANTIZED: dict[str, Change] = {
+    "awq": settings(quantization_config={"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    "gptq": settings(quantization_config={"quant_method": "gptq", "bits": 4}),
+    "bitsandbytes": settings(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "compressed-tensors": settings(quantization_config={"quant_method": "compressed-tensors"}),
+    "compression_config": settings(compression_config={"format": "pack-quantized"}),
+    "fp8": settings(quantization_config={"quant_method": "fp8"}),
+    "quantize_config.json": write("quantize_config.json", b"{}"),
+}
 GATE = "model.layers.0.mlp.gate_proj.weight"
 REFUSED: dict[str, tuple[Change, str]] = {
     "pickle": (pickled, "weights are pickled.*convert them to safetensors"),
     "code": (with_code(model_type="weird"), r"requires custom code \(auto_map\), which is never executed"),
-    "adapter": (write("adapter_config.json", b"{}"), "merge the adapter into the weights"),
+    "adapter": (write("adapter_config.json", b"{}"), "merge the adapter into the weights of its base model"),
+    "adapter alone": (
+        only("adapter_config.json", ADAPTER),
+        "an adapter of org/base: merge the adapter into",
+    ),
+    "GGUF": (only("model.gguf", b"GGUF"), "its weights are a GGUF file: convert them to safetensors"),
+    "LFS weights": (write("model.safetensors", LFS), "model.safetensors is a pointer of Git LFS.*`git lfs pull`"),
+    "LFS config": (write("config.json", LFS), "config.json is a pointer of Git LFS, not the file"),
+    "other head": (
+        weights(other_head),
+        "lm_head.weight differs from .*embed_tokens.weight: set tie_word_embeddings",
+    ),
+    "no head": (settings(tie_word_embeddings=False), "lack the model's head.*set tie_word_embeddings to true"),
+    "one shard of two": (sharded(1), "model-00002-of-00002.safetensors', which is missing, as 1 of 2 files are"),
+    "shards without index": (sharded(2, with_index=False), "are 2 shards without model.safetensors.index.json"),
     "named weights": (settings(transformers_weights="../x.safetensors"), "names a file of weights"),
-    "quantization": (settings(quantization_config={"quant_method": "fp8"}), "quantized.*serve it with --engine vllm"),
     "header of 2^63": (header_length(1 << 63), "truncated or not safetensors"),
     "header of 90 MB": (header_length(90_000_000), "truncated or not safetensors"),
     "header of 0": (header_length(0), "is not JSON"),
@@ -133,7 +198,11 @@ ACCEPTED: dict[str, Change] = {
     "private names of kernels": settings(_attn_implementation=KERNELS, _attn_implementation_internal=KERNELS),
     "code beside a known model": with_code(),
     "no EOS": settings(eos_token_id=[]),
+    "shards": sharded(2),
+    "stored tied head": weights(lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()})),
+    "own head": both(weights(other_head), settings(tie_word_embeddings=False)),
 }
+LEFT_TO_VLLM = ("code", "shape", "missing weight", "large layers", "text as number", "no heads", "dtype")
 
 
 def doctor(folder: Path) -> None:
@@ -150,18 +219,27 @@ def engine(folder: Path) -> None:
     TransformersEngine(folder).close()
 
 
-@pytest.mark.parametrize(("change", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_damaged_or_hostile_folder_is_one_sentence_everywhere(tmp_path: Path, change: Change, reason: str) -> None:
+def before_vllm(folder: Path) -> None:
+    """Make the checks of the vLLM engine before it starts vLLM."""
+    check_for_vllm(folder)
+    served_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_damaged_or_hostile_folder_is_one_sentence_everywhere(tmp_path: Path, name: str) -> None:
     folder = save_tiny_model(tmp_path / "m")
+    change, reason = REFUSED[name]
     change(folder)
     began = time.monotonic()
-    for use, error in ((doctor, ConfigError), (student, ConfigError), (engine, TeacherError)):
+    uses: list[tuple[Callable[[Path], None], type[Exception]]]
+    uses = [(doctor, ConfigError), (student, ConfigError), (engine, TeacherError), (before_vllm, TeacherError)]
+    for use, error in uses[: 3 if name in LEFT_TO_VLLM else 4]:
         with pytest.raises((error, TokenizerError), match=reason) as caught:
             use(folder)
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 700
     assert not (folder / "MARK").exists()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("change", ACCEPTED.values(), ids=ACCEPTED)
@@ -169,11 +247,24 @@ def test_what_a_config_names_is_neither_loaded_nor_executed(tmp_path: Path, chan
     folder = save_tiny_model(tmp_path / "m")
     expected = load_model(folder, torch.float32).config._attn_implementation
     change(folder)
-    for use in (doctor, student, engine):
+    for use in (doctor, student, engine, before_vllm):
         use(folder)
     assert load_model(folder, torch.float32).config._attn_implementation == expected == "sdpa"
     assert read_config(folder)._experts_implementation is None
     assert not (folder / "MARK").exists()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_weights_are_served_with_vllm_only(tmp_path: Path, name: str) -> None:
+    folder = save_tiny_model(tmp_path / "m")
+    QUANTIZED[name](folder)
+    quantized = rf"its weights are quantized \({name}\), "
+    for use in (doctor, student):
+        with pytest.raises(ConfigError, match=f"{quantized}and quantized weights cannot be trained: use the model's"):
+            use(folder)
+    with pytest.raises(TeacherError, match=f"{quantized}.*: serve it with --engine vllm"):
+        engine(folder)
+    before_vllm(folder)
 
 
 def test_a_folder_is_never_executed_after_an_answer_on_standard_input(
@@ -236,7 +327,7 @@ def test_an_export_and_a_server_follow_no_link_out_of_the_folder(tmp_path: Path)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"NOTICE.txt", "tokenizer.json"} <= names
     assert not names & {"LICENSE", "chat_template.jinja", "vocab.json", "tokenizer_secret.json"}
-    assert "chat_template.jinja" not in tokenizer_files(folder)
+    assert "chat_template.jinja" not in served_tokenizer(folder)
 
 
 def test_links_of_a_hub_cache_lead_to_the_blobs_of_their_own_model(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def add_special_token(path: Path, content: str) -> None:
 def test_a_bos_that_differs_from_the_tokenizers_is_an_error(tmp_path: Path, tiny_sentencepiece: Path) -> None:
     eos = Vocabulary.load(tiny_sentencepiece).roles["eos"]
     engine = FormulaEngine(tiny_sentencepiece, bos_id=eos)
-    engine.tokenizer_files["tokenizer_config.json"] = tiny_sentencepiece / "tokenizer_config.json"
+    engine.tokenizer_files["tokenizer_config.json"] = (tiny_sentencepiece / "tokenizer_config.json").read_bytes()
     with serving(engine) as url:
         config = run_config(tiny_sentencepiece, write_corpus(tmp_path), tmp_path / "out", [url])
         with pytest.raises(TeacherError, match=f"teacher t0: the server puts token {eos} in front of every text, the"):

@@ -34,7 +34,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         "no_bos": save_tiny_model(folder / "no_bos", kind="byte_level", seed=1),
     }
     with_eos, without_eos = FormulaEngine(students["no_bos"]), FormulaEngine(students["no_bos"])
-    with_eos.tokenizer_files["tokenizer_config.json"] = students["no_bos"] / "tokenizer_config.json"  # states the EOS
+    with_eos.tokenizer_files["tokenizer_config.json"] = (students["no_bos"] / "tokenizer_config.json").read_bytes()
     with serving(with_eos) as url, serving(without_eos) as url_without_eos:
         urls = {True: url, False: url_without_eos}
         yield {"students": students, "corpus": write_corpus(folder), "urls": urls, "out": folder / "out"}

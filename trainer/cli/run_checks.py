@@ -75,7 +75,8 @@ def _check_student(config: RunConfig) -> tuple[StudentFiles | None, list[Finding
     except (UserError, TokenizerError) as error:
         return None, [Finding("student", False, str(error))]
     vocabulary = student.vocabulary
-    detail = f"{vocabulary.name}: {len(vocabulary)} tokens, {precision} on {config.student.device}"
+    bos = "with" if vocabulary.prefix else "without"
+    detail = f"{vocabulary.name}: {len(vocabulary)} tokens, {bos} BOS, {precision} on {config.student.device}"
     return student, [Finding("student", True, detail)]
 
 

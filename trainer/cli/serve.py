@@ -75,7 +75,6 @@ def serve(
         given = {name: value for name, value in options.items() if value is not None}
         validated = engine_options(engine, given)  # before the imports that load torch
 
-        from alignment import Vocabulary
         from teachers.server.serve import ServerOptions, serve_model
         from trainer.paths import resolve_model_dir
 
@@ -83,10 +82,7 @@ def serve(
         limits = Limits(max_sequences, max_request_tokens, max_queued_tokens, max_body_bytes, max_seconds=max_seconds)
         process = (tls_cert, tls_key, drain_s, request_log, stop_with_parent)
         server_options = ServerOptions(validated, host, port, key_file, limits, *process)
-        folder = resolve_model_dir(model)
-        if (folder / "tokenizer.json").is_file():
-            Vocabulary.load(folder)  # a tokenizer that no trainer can read is refused at the start
-        serve_model(folder, server_options, lambda line: typer.echo(line, err=True))
+        serve_model(resolve_model_dir(model), server_options, lambda line: typer.echo(line, err=True))
 
 
 @app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

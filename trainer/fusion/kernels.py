@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from alignment.kernels import Floats, Ints
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 
 MIN_LABEL_PROB = float(np.finfo(np.float32).tiny)  # keeps the bits of an impossible label finite
 MASS_TOLERANCE = 1e-4  # allowed error of a row's sum; rows of the alignment are within 1e-6 of 1

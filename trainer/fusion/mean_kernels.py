@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from alignment.kernels import Floats, Ints
-from kernel_cache import compiled
+from kernel_cache.compiled import compiled
 
 NO_TAIL = 64  # exceeds the number of teachers, so that one counter holds two counts (see `_sum_logs`)
 

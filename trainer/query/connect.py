@@ -97,13 +97,13 @@ def checked_vocabulary(config: TeacherConfig, card: TeacherCard, files: Mapping[
     """
     if config.top_k > card.max_top_k:
         raise Rejected(f"teacher {config.name}: top_k is {config.top_k}, the teacher returns at most {card.max_top_k}")
-    vocabulary = Vocabulary.from_files(files, name=config.name).with_roles(config.roles)
+    vocabulary = Vocabulary.from_files(files, name=config.name)
     if card.vocab_size > max(2 * len(vocabulary), len(vocabulary) + MAX_PADDING_IDS):
         raise ProtocolError(
             f"teacher {config.name}: its card states a vocabulary of {card.vocab_size} ids, its tokenizer has "
             f"{len(vocabulary)}: more than padding explains; serve the model with its own tokenizer"
         )
-    vocabulary = vocabulary.within(card.vocab_size)
+    vocabulary = vocabulary.within(card.vocab_size).with_roles(config.roles)
     bos = vocabulary.roles.get("bos")
     if card.prefix and bos is not None and card.prefix != [bos]:
         raise TeacherError(

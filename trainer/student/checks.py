@@ -1,7 +1,7 @@
 """Checks of the student: limits from its files, and tests that its LM head and packing are computed correctly."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teachers.model_checks import ModelError, model_errors
+from alignment import Vocabulary
+from teachers.model_checks import ModelError, QuantizedError, model_errors
 from teachers.model_loading import load_config, load_model
 from trainer.errors import ConfigError
 from trainer.student.config import StudentConfig
@@ -53,11 +54,20 @@ def check_folder(folder: Path, config: StudentConfig) -> StudentLimits:
     return StudentLimits(getattr(model, "vocab_size", UNLIMITED), max_tokens)
 
 
+def load_vocabulary(folder: Path, num_ids: int, roles: Mapping[str, str]) -> Vocabulary:
+    """Return the student's vocabulary, limited to the ids of its model. Raises TokenizerError."""
+    return Vocabulary.load(folder).within(num_ids).with_roles(roles)
+
+
 @contextmanager
 def student_errors() -> Iterator[None]:
     """Convert errors of a model directory raised in the block into ConfigError."""
     try:
         yield
+    except QuantizedError as error:
+        raise ConfigError(
+            f"student.model: {error}, and quantized weights cannot be trained: use the model's unquantized weights"
+        ) from error
     except ModelError as error:
         raise ConfigError(f"student.model: {error}") from error
 

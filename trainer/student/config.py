@@ -48,6 +48,10 @@ class StudentConfig(Section):
     """Train only this many of the uppermost layers and the final norm. All parameters are trained if it is not set."""
     lora: LoraConfig | None = None
     """[student.lora] Train adapters instead of the weights."""
+    router_aux_loss_weight: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Weight of the router's auxiliary loss of a mixture-of-experts model, which balances the load of the experts. If
+    it is not set, the model's config decides as in transformers: `router_aux_loss_coef` if `output_router_logits` is
+    true, else 0."""
     roles: Roles = {}
     """Special tokens by role (bos, eos, end_of_turn, pad, unk), given as token strings, where the tokenizer's own
     configuration is wrong."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from teachers.model_dirs import file_inside
+from kernel_cache.hub_cache import file_inside
 from teachers.model_loading import read_config
 
 COPIED = (  # by exact names: a directory can contain anything
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model"),
     "generation_config.json",
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),  # multimodal models
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENSE-MODEL", "LICENSE-CODE", "NOTICE", "NOTICE.txt", "NOTICE.md"),

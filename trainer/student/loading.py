@@ -8,21 +8,22 @@ from torch import nn
 from torch._dynamo import config as dynamo
 
 from alignment import Vocabulary
+from alignment.tokenizers.folder import tokenizer_files
 from teachers.model_checks import model_errors
 from teachers.model_loading import bf16_is_native, load_model
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.paths import resolve_model_dir
 from trainer.sources.config import DataConfig
-from trainer.student.checks import check_device, check_head, packing_is_isolated, student_errors
+from trainer.student.checks import check_device, check_head, load_vocabulary, packing_is_isolated, student_errors
 from trainer.student.config import StudentConfig
 from trainer.student.fsdp import decoder_layers, make_mesh, shard
 from trainer.student.lora import add_adapters
 from trainer.student.model import Student, StudentModule
+from trainer.student.router_loss import router_loss_of
 from trainer.tokenization import SampleTokenizer, load_chat_template
 
 RECOMPILE_LIMIT = 64  # torch's default of 8 is too low for Gemma 3: its layers would then run uncompiled
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
@@ -34,7 +35,6 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
     check_device(config.device)
     folder, device = resolve_model_dir(config.model), ranks.device(config.device)
     precision = resolve_precision(config.precision, device)
-    vocabulary = Vocabulary.load(folder).with_roles(config.roles)
     autocast = precision == "bf16" and ranks.size == 1
     if ranks.size == 1:
         module, packing = _prepare_module(config, folder)
@@ -47,7 +47,7 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
         with ranks.one_per_machine_at_a_time():
             module, packing = _prepare_module(config, folder)
             shard(module, decoder_layers(module.model), mesh, bf16=precision == "bf16")
-    vocabulary = vocabulary.within(module.model.get_input_embeddings().num_embeddings)
+    vocabulary = load_vocabulary(folder, module.model.get_input_embeddings().num_embeddings, config.roles)
     return Student(module, vocabulary, folder, device, autocast, packing, config.lora)
 
 
@@ -67,8 +67,7 @@ def student_tokenizer(folder: Path, vocabulary: Vocabulary, config: StudentConfi
     """Return the tokenizer of samples. Raises ChatError if the data has chats and the model has no chat template."""
     if not data.has_chats:
         return SampleTokenizer(vocabulary, vocabulary.prefix)
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    template = load_chat_template(files, vocabulary, config.roles, config.chat_template)
+    template = load_chat_template(tokenizer_files(folder), vocabulary, config.roles, config.chat_template)
     return SampleTokenizer(vocabulary, vocabulary.prefix, template)
 
 
@@ -90,7 +89,7 @@ def _prepare_module(config: StudentConfig, folder: Path) -> tuple[StudentModule,
         _checkpoint_activations(model)
     if config.compile:
         _compile(decoder_layers(model))
-    return StudentModule(model), packing
+    return StudentModule(model, router_loss_of(model, config.router_aux_loss_weight)), packing
 
 
 def train_upper_layers(model: Any, num_layers: int) -> None:

@@ -24,6 +24,7 @@ from trainer.student.config import LoraConfig
 from trainer.student.hf_directory import write_hf_directory
 from trainer.student.lora import merge_adapters
 from trainer.student.packing import pack
+from trainer.student.router_loss import RouterLoss
 
 # shapes: B rows of L tokens, T selected positions, D hidden size
 
@@ -45,16 +46,29 @@ class StudentModule(nn.Module):
     FSDP gathers the weights of a module during its forward pass, so the head's weight is complete only in `forward`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, router_loss: RouterLoss | None = None) -> None:
         super().__init__()
         self.model = model
+        self.router_loss = router_loss
 
     def forward(
-        self, ids_BL: Tensor, positions_BL: Tensor, states_T: Tensor, function: HeadFunction
+        self,
+        ids_BL: Tensor,
+        positions_BL: Tensor,
+        states_T: Tensor,
+        function: HeadFunction,
+        is_token_BL: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        decoder = self.model.get_decoder()
-        hidden_BLD = decoder(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).last_hidden_state
-        return function(lm_head_of(self.model), hidden_BLD.flatten(0, 1)[states_T])
+        """Return the results of the function; with `is_token_BL`, also the unweighted loss of the router."""
+        balanced = self.router_loss if is_token_BL is not None else None
+        outputs = self.model.get_decoder()(
+            input_ids=ids_BL,
+            position_ids=positions_BL,
+            use_cache=False,
+            **({"output_router_logits": True} if balanced else {}),
+        )
+        results = function(lm_head_of(self.model), outputs.last_hidden_state.flatten(0, 1)[states_T])
+        return (*results, balanced.compute(outputs.router_logits, is_token_BL)) if balanced else results
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +94,10 @@ class Student:
         return self.module.model
 
     @property
+    def router_loss(self) -> RouterLoss | None:
+        return self.module.router_loss
+
+    @property
     def first_position(self) -> int:
         """Index of the first token that the model predicts: 0 if BOS precedes the sample, else 1."""
         return 0 if self.vocabulary.prefix else 1
@@ -94,10 +112,21 @@ class Student:
         device_type = self.device.partition(":")[0]
         return torch.autocast(device_type, dtype=torch.bfloat16) if self.autocast else nullcontext()
 
+    def num_inputs(self, samples: Sequence[Tokens]) -> int:
+        """Number of tokens of the samples that the model reads, BOS included."""
+        return sum(len(self.vocabulary.prefix) + len(tokens) for tokens in samples)
+
     def compute(
-        self, samples: Sequence[Tokens], masks: Sequence[NDArray[np.bool_]], function: HeadFunction
+        self,
+        samples: Sequence[Tokens],
+        masks: Sequence[NDArray[np.bool_]],
+        function: HeadFunction,
+        *,
+        router_loss: bool = False,
     ) -> tuple[Tensor, ...]:
         """Return `function` of the LM head and of the hidden states [T, D] that predict the selected tokens.
+
+        With `router_loss`, the last result is the unweighted auxiliary loss of the router, if the student has one.
 
         masks[i] selects tokens of samples[i] from `first_position` on. The states are concatenated in the order of the
         samples. This is the only access to hidden states, because sharded weights exist only during the forward pass.
@@ -105,9 +134,12 @@ class Student:
         prefix = self.vocabulary.prefix
         sequences = [np.concatenate([prefix, tokens.ids]).astype(np.int64) for tokens in samples]
         packed = pack(sequences, masks, share_rows=self.packing)
-        arrays = (packed.ids_BL, packed.positions_BL, packed.states_T)
+        arrays = (packed.ids_BL, packed.positions_BL, packed.states_T, packed.is_token_BL)
+        ids_BL, positions_BL, states_T, is_token_BL = (torch.from_numpy(a).to(self.device) for a in arrays)
         with self._autocast():
-            result: tuple[Tensor, ...] = self.module(*(torch.from_numpy(a).to(self.device) for a in arrays), function)
+            result: tuple[Tensor, ...] = self.module(
+                ids_BL, positions_BL, states_T, function, is_token_BL if router_loss else None
+            )
         return result
 
     def parameters(self) -> list[nn.Parameter]:

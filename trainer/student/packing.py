@@ -23,11 +23,13 @@ class Packed:
 
     ids_BL, positions_BL  int64
     states_T              int64, indices of the selected states among B · L, in the order of the samples
+    is_token_BL           bool, False for padding
     """
 
     ids_BL: Ints
     positions_BL: Ints
     states_T: Ints
+    is_token_BL: NDArray[np.bool_]
 
 
 def pack(sequences: Sequence[Ints], masks: Sequence[NDArray[np.bool_]], *, share_rows: bool = True) -> Packed:
@@ -41,16 +43,18 @@ def pack(sequences: Sequence[Ints], masks: Sequence[NDArray[np.bool_]], *, share
     rows = first_fit_decreasing(lengths, longest) if share_rows else [[i] for i in range(len(sequences))]
     ids_BL = np.zeros((max(len(rows), 1), longest), dtype=np.int64)
     positions_BL = np.tile(np.arange(longest), (len(ids_BL), 1))
+    is_token_BL = np.zeros(ids_BL.shape, dtype=bool)
     states: list[Ints] = [np.zeros(0, dtype=np.int64)] * len(sequences)
     for row, members in enumerate(rows):
         begin = 0
         for i in members:
             end = begin + len(sequences[i])
             ids_BL[row, begin:end] = sequences[i]
+            is_token_BL[row, begin:end] = True
             positions_BL[row, begin:] = np.arange(longest - begin)
             states[i] = row * longest + begin + np.flatnonzero(masks[i])
             begin = end
-    return Packed(ids_BL, positions_BL, np.concatenate([np.zeros(0, dtype=np.int64), *states]))
+    return Packed(ids_BL, positions_BL, np.concatenate([np.zeros(0, dtype=np.int64), *states]), is_token_BL)
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

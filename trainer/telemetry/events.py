@@ -86,6 +86,9 @@ class StepEvent(Event):
     """Learning rate."""
     grad_norm: float | None
     """Norm of the gradient before clipping."""
+    router_loss: float | None = None
+    """Unweighted auxiliary loss of the router: the number of experts per token if their load is balanced. `loss` has it
+    with its weight. Absent unless the student is a mixture of experts whose router's loss has a weight."""
     tokens: int
     """Predicted tokens in the batch."""
     tokens_per_s: float

@@ -10,7 +10,7 @@ from trainer.errors import ConfigError, DataError
 from trainer.fusion.run_fuser import check_routes
 from trainer.paths import exists, resolve_model_dir
 from trainer.sources.corpus import Corpus, load_corpus
-from trainer.student.checks import check_device, check_folder
+from trainer.student.checks import check_device, check_folder, load_vocabulary
 from trainer.telemetry.jsonl import METRICS_FILE
 from trainer.telemetry.tracking import check_trackers
 
@@ -71,7 +71,7 @@ def check_student(config: RunConfig) -> StudentFiles:
     """
     folder = resolve_model_dir(config.student.model)
     limits = check_folder(folder, config.student)
-    vocabulary = Vocabulary.load(folder).with_roles(config.student.roles).within(limits.num_ids)
+    vocabulary = load_vocabulary(folder, limits.num_ids, config.student.roles)
     longest = config.data.window_tokens + len(vocabulary.prefix) + config.data.close_documents
     if longest > limits.max_tokens:
         parts = [part for part, used in (("BOS", vocabulary.prefix), ("EOS", config.data.close_documents)) if used]

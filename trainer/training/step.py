@@ -1,7 +1,7 @@
 """One optimizer step: passes over microbatches, with losses divided once by the global number of tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,8 @@ class StepResult:
     """Means over the batch's supervised tokens in nats, and the gradient norm before clipping.
 
     divergence is None if it has weight 0 and is not computed. auxiliary has the unweighted loss of each teacher whose
-    signal is not fused, by name. Without supervised tokens there was no update: losses and norm are None.
+    signal is not fused, by name. router_loss is the unweighted auxiliary loss of the router, the mean over all tokens;
+    it is None if the student has none. Without supervised tokens there was no update: losses and norm are None.
     """
 
     loss: float | None
@@ -33,6 +34,7 @@ class StepResult:
     grad_norm: float | None
     lr: float
     auxiliary: Mapping[str, float] = field(default_factory=dict)
+    router_loss: float | None = None
 
 
 def train_step(
@@ -48,16 +50,16 @@ def train_step(
     processes alike. Raises NonFiniteLoss, naming the samples, if a loss or the gradient norm is NaN or infinite. After
     an error the weights are unchanged.
     """
-    num_tokens = _num_tokens(student, examples, ranks)
+    num_tokens, num_inputs = _num_tokens(student, examples, ranks)
     if num_tokens == 0:
         return StepResult(None, None, None, num_tokens=0, grad_norm=None, lr=plan.lr)
     names = ", ".join(example.sample.name for example in examples) or "(none: all were skipped)"
     torch.manual_seed(int(np.random.SeedSequence([*plan.seed, ranks.rank]).generate_state(1)[0]))  # dropout
-    sums = torch.zeros(2 + len(plan.auxiliary), dtype=torch.float64)
+    sums = torch.zeros(3 + len(plan.auxiliary), dtype=torch.float64)
     num_microbatches = plan.gradient_accumulation_steps
     for i in range(num_microbatches):
         begin, end = len(examples) * i // num_microbatches, len(examples) * (i + 1) // num_microbatches
-        sums += _backward(student, examples[begin:end], num_tokens, plan)
+        sums += _backward(student, examples[begin:end], (num_tokens, num_inputs), plan)
     norm = _clip(student, plan.clip_norm)
     if not bool(torch.isfinite(norm)):
         raise NonFiniteLoss(f"the gradient norm is {float(norm)} for the samples {names}; nothing was updated")
@@ -65,14 +67,20 @@ def train_step(
         group["lr"] = plan.lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    means = [value / num_tokens for value in ranks.all_reduce_sum(sums.tolist())]
-    return _result(means, plan, num_tokens, float(norm))
+    *totals, router_total = ranks.all_reduce_sum(sums.tolist())
+    result = _result([value / num_tokens for value in totals], plan, num_tokens, float(norm))
+    if student.router_loss is None:
+        return result
+    router_mean = router_total / num_inputs
+    return replace(result, loss=result.loss + student.router_loss.weight * router_mean, router_loss=router_mean)
 
 
-def _num_tokens(student: Student, examples: Sequence[DistillationExample], ranks: Ranks) -> int:
-    """Return the number of supervised tokens of all processes."""
+def _num_tokens(student: Student, examples: Sequence[DistillationExample], ranks: Ranks) -> tuple[int, int]:
+    """Return the number of supervised tokens, and of tokens that the student reads, of all processes."""
     tokens = sum(int(example.supervised(student.first_position).sum()) for example in examples)
-    return int(ranks.all_reduce_sum([tokens])[0])
+    inputs = student.num_inputs([example.tokenized.tokens for example in examples])
+    num_tokens, num_inputs = ranks.all_reduce_sum([tokens, inputs])
+    return int(num_tokens), int(num_inputs)
 
 
 def _clip(student: Student, max_norm: float) -> torch.Tensor:
@@ -99,24 +107,36 @@ def _result(means: Sequence[float], plan: StepPlan, num_tokens: int, grad_norm: 
 
 
 def _backward(
-    student: Student, examples: Sequence[DistillationExample], num_tokens: int, plan: StepPlan
+    student: Student, examples: Sequence[DistillationExample], batch_tokens: tuple[int, int], plan: StepPlan
 ) -> torch.Tensor:
-    """Compute gradients of one microbatch. Return the sums of cross-entropy, divergence and auxiliary losses."""
+    """Compute gradients of one microbatch.
+
+    batch_tokens  supervised tokens of the batch, and tokens that the student reads: the divisors of the losses
+    Return the sums of cross-entropy, divergence and auxiliary losses, and last the router's loss times its tokens.
+    """
+    num_tokens, num_inputs = batch_tokens
+    samples = [example.tokenized.tokens for example in examples]
     first_position = student.first_position
     pairs = [example.labels(first_position) for example in examples]
     labels = labels_from([ids for ids, _ in pairs], [target for _, target in pairs])
     labels = with_auxiliary(labels, examples, plan.auxiliary, first_position).to(student.device)
-    total, ce_T, divergence_T, auxiliary_NT = student.compute(
-        [example.tokenized.tokens for example in examples],
+    total, ce_T, divergence_T, auxiliary_NT, *router = student.compute(
+        samples,
         [example.supervised(first_position) for example in examples],
         partial(head_loss, labels=labels, objective=plan.objective),
+        router_loss=student.router_loss is not None,
     )
-    (total / num_tokens).backward()
+    loss, router_sum = total / num_tokens, torch.zeros(1, dtype=torch.float64)
+    if student.router_loss is not None:
+        of_microbatch = router[0] * student.num_inputs(samples)
+        loss = loss + student.router_loss.weight / num_inputs * of_microbatch
+        router_sum = of_microbatch.detach().double().cpu().reshape(1)
+    loss.backward()
     columns_T = (ce_T, divergence_T, *auxiliary_NT)
     sums = torch.stack([column.double().sum() for column in columns_T]).cpu()
     if not bool(torch.isfinite(sums).all()):
         raise _non_finite(columns_T, examples, first_position, plan)
-    return sums
+    return torch.cat([sums, router_sum])
 
 
 def _non_finite(

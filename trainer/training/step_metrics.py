@@ -41,6 +41,8 @@ def step_event(
         "skipped": sum(collector.skipped for collector in collectors),
         "folded_system": sum(collector.folded_system for collector in collectors),
     }
+    if result.router_loss is not None:
+        values["router_loss"] = result.router_loss
     if not plan.teachers:
         return StepEvent.model_validate(values)
     positions = sum(collector.positions for collector in collectors)

@@ -28,7 +28,7 @@ from teachers.bos import bos_probes, prefers_bos
 from teachers.client.dialects.base import ReplicaAddress, has_route
 from teachers.client.dialects.probed_card import PROBE_TEXT, ProbedCard, check_probe
 from teachers.client.dialects.sglang_generate import generate_request, read_results, response_limit_bytes
-from teachers.client.dialects.tokenizer_folder import TokenizerFolder, check_ids
+from teachers.client.dialects.tokenizer_folder import TokenizerFolder, check_ids, open_tokenizer_folder
 from teachers.client.dialects.vllm_card import Model
 from teachers.client.http import Transport
 from teachers.protocol.decoding import decoding
@@ -236,12 +236,7 @@ class SglangClient:
 
     def _folder(self) -> TokenizerFolder:
         path = self._tokenizer.expanduser() if self._tokenizer else None
-        if path is None or not (path / "tokenizer.json").is_file():
-            raise TeacherError(
-                f"an SGLang server provides no tokenizer, and {path} has no tokenizer.json: set "
-                f"teachers.{self._name}.tokenizer to a directory with the tokenizer that the server uses"
-            )
-        return TokenizerFolder(path)
+        return open_tokenizer_folder(path, self._name, "an SGLang server")
 
     # --- requests ---
 

@@ -8,22 +8,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from alignment.tokenizers.folder import TokenizerError, has_tokenizer, tokenizer_files
 from teachers.bos import bos_id_of, declared_bos
 from teachers.client.dialects.probed_card import PROBE_TEXT
 from teachers.protocol.errors import FingerprintMismatch, TeacherError
-from teachers.protocol.messages import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
 class TokenizerFolder:
-    """A directory with tokenizer.json and, optionally, the model's config.json."""
+    """A directory with a tokenizer and, optionally, the model's config.json."""
 
     path: Path
 
     @cached_property
     def files(self) -> dict[str, bytes]:
-        """Contents of the tokenizer's files by name."""
-        return {n: (self.path / n).read_bytes() for n in TOKENIZER_FILES if (self.path / n).is_file()}
+        """Contents of the tokenizer's files by name, as transformers loads the tokenizer. Raises TeacherError."""
+        try:
+            return tokenizer_files(self.path)
+        except TokenizerError as error:
+            raise TeacherError(str(error)) from error
 
     def sha256(self, name: str) -> str | None:
         """Return the hash of one file, None if it does not exist."""
@@ -78,6 +81,20 @@ class TokenizerFolder:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+
+def open_tokenizer_folder(path: Path | None, teacher: str, server: str) -> TokenizerFolder:
+    """Return the directory that the run file names. Raises TeacherError if it has no tokenizer.
+
+    server  kind of server with an article, for the message
+    """
+    if path is None or not has_tokenizer(path):
+        found = "the run file names none" if path is None else f"{path} has none"
+        raise TeacherError(
+            f"{server} provides no tokenizer, and {found}: set teachers.{teacher}.tokenizer to a directory with the "
+            "tokenizer that the server uses"
+        )
+    return TokenizerFolder(path)
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:

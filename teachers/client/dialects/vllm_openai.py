@@ -24,7 +24,7 @@ import msgspec
 from teachers.bos import bos_probes, prefers_bos
 from teachers.client.dialects.base import ReplicaAddress, has_route
 from teachers.client.dialects.probed_card import PROBE_TEXT, check_probe, largest_accepted
-from teachers.client.dialects.tokenizer_folder import TokenizerFolder, check_ids
+from teachers.client.dialects.tokenizer_folder import TokenizerFolder, check_ids, open_tokenizer_folder
 from teachers.client.dialects.vllm_card import Model, VllmCard, draft_card
 from teachers.client.dialects.vllm_completions import completion_request, read_completion, response_limit_bytes
 from teachers.client.http import Transport
@@ -221,12 +221,7 @@ class VllmOpenAIClient:
 
     def _folder(self, root: str | None) -> TokenizerFolder:
         path = self._tokenizer.expanduser() if self._tokenizer else Path(root) if root else None
-        if path is None or not (path / "tokenizer.json").is_file():
-            raise TeacherError(
-                f"a plain vLLM server provides no tokenizer, and {path} has no tokenizer.json: set "
-                f"teachers.{self._name}.tokenizer to a directory with the tokenizer that the server uses"
-            )
-        return TokenizerFolder(path)
+        return open_tokenizer_folder(path, self._name, "a plain vLLM server")
 
     # --- requests ---
 
