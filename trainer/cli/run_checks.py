@@ -83,7 +83,7 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[Sequence[Samp
         findings += [Finding("data", True, _describe(source)) for source in corpus.sources]
         findings += [Finding("data", True, f"warning: {each}") for source in corpus.sources for each in source.repeated]
         samples = _evenly_spaced(corpus)
-        tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
+        tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
         num_tokenized = sum(1 for _ in tokenize_samples(samples, tokenizer, config.data))
         if num_tokenized < len(samples):
             skipped = f"{len(samples) - num_tokenized} of {len(samples)} samples are chats that cannot be rendered"
@@ -98,9 +98,10 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[Sequence[Samp
 def _describe(source: SourceCounts) -> str:
     tokens = "chats" if source.tokens is None else f"{source.tokens:,} tokens"
     invalid = f"; {source.invalid} invalid ({'; '.join(source.first_invalid)})" if source.invalid else ""
+    empty = f"; {source.empty} empty" if source.empty else ""
     return (
-        f"{source.name}: {source.documents:,} documents, {source.windows:,} windows, {tokens}, "
-        f"{source.num_bytes:,} bytes; {source.epoch_samples:,} samples per epoch{invalid}"
+        f"{source.name}: {source.format}; {source.documents:,} documents, {source.windows:,} windows, {tokens}, "
+        f"{source.num_bytes:,} bytes; {source.epoch_samples:,} samples per epoch{empty}{invalid}"
     )
 
 
@@ -122,7 +123,8 @@ async def _check_teacher(config: TeacherConfig, samples: Sequence[Sample], data:
     subject = f"teacher {config.name}"
     try:
         async with TeacherPool([teacher_address(config)]) as pool:
-            teacher = await connect_teacher(pool, config, data)
+            has_chats = any(sample.is_chat for sample in samples)
+            teacher = await connect_teacher(pool, config, data, has_chats)
             card = teacher.card
             detail = f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}"
             findings.append(Finding(subject, True, detail))
