@@ -3,7 +3,9 @@
 Property under test: mutated input gives a correct value, or is rejected with one sentence.
 """
 
+import gzip
 import json
+import lzma
 import time
 import traceback
 from collections import Counter
@@ -37,7 +39,8 @@ from tests.templates import CHATML, LLAMA3
 from tests.tiny import TEXT, Kind, save_tiny_model, tiny_vocabulary, tokenizer_config, tokenizer_json
 from tests.trainer.made_runs import write_run
 from trainer.chats.jinja_template import JinjaTemplate
-from trainer.errors import UserError
+from trainer.chats.messages import InvalidChat, normalize_chat
+from trainer.errors import DataError, UserError
 from trainer.evaluation.config import EvalConfig
 from trainer.manifest import MANIFEST, digest_file, write_manifest
 from trainer.plain_text import one_line
@@ -243,7 +246,12 @@ def _data(folder: Path) -> Iterator[Boundary]:
     table = pa.table({"text": texts})
     pq.write_table(table, folder / "seed.parquet")
     chats = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]} for text in texts]
+    rows = [{"text": text, "kind": "a"} for text in texts]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    delimited = "\n".join(["kind,text", *('a,"' + text.replace('"', '""') + '"' for text in texts)]).encode()
+    arrow = pa.BufferOutputStream()
+    with pa.ipc.new_stream(arrow, table.schema) as writer:
+        writer.write_table(table)
     vocabulary = tiny_vocabulary("byte_level")
 
     def read(name: str, data: bytes, **columns: str) -> None:
@@ -257,8 +265,58 @@ def _data(folder: Path) -> Iterator[Boundary]:
     yield Boundary("text lines", (lines,), mutate_bytes, partial(read, "data.jsonl"))
     chat_lines = "".join(json.dumps(chat) + "\n" for chat in chats).encode()
     yield Boundary("chat lines", (chat_lines,), mutate_bytes, partial(read, "chats.jsonl", messages_column="messages"))
+    yield Boundary("chats", (_chat(),), mutate_json_bytes, _read_chat)
     yield Boundary("text", (TEXT.encode(),), mutate_bytes, partial(read, "data.txt"))
+    yield Boundary("json array", (json.dumps(rows).encode(),), mutate_bytes, partial(read, "data.json"))
+    yield Boundary("csv", (delimited,), mutate_bytes, partial(read, "data.csv"))
+    gz, xz = _mutate_inside(gzip.compress, gzip.decompress), _mutate_inside(lzma.compress, lzma.decompress)
+    yield Boundary("compressed lines", (gzip.compress(lines),), gz, partial(read, "data.jsonl.gz"))
+    yield Boundary("compressed text", (lzma.compress(TEXT.encode()),), xz, partial(read, "data.txt.xz"))
+    yield Boundary("arrow", (arrow.getvalue().to_pybytes(),), mutate_bytes, partial(read, "data.arrow"))
     yield Boundary("parquet", ((folder / "seed.parquet").read_bytes(),), mutate_bytes, partial(read, "data.parquet"))
+
+
+def _mutate_inside(
+    compress: Callable[[bytes], bytes], decompress: Callable[[bytes], bytes]
+) -> Callable[[Random, bytes], bytes]:
+    """Return a function that changes a compressed file, or its content."""
+
+    def mutate(random: Random, data: bytes) -> bytes:
+        if random.random() < 0.5:
+            return mutate_bytes(random, data)
+        return compress(mutate_bytes(random, decompress(data)))
+
+    return mutate
+
+
+def _chat() -> bytes:
+    call = {"type": "function", "function": {"name": "weigh", "arguments": {"sack": 3, "unit": None}}}
+    parts = [{"type": "text", "text": "How heavy?"}, {"type": "thinking", "thinking": "heavy"}]
+    messages = [
+        {"role": "user", "content": parts, "weight": 0},
+        {"from": "gpt", "value": None, "tool_calls": [call], "reasoning": "why", "train": True},
+        {"role": "tool", "content": {"kg": 3}},
+    ]
+    return json.dumps([messages, [{"name": "weigh", "parameters": {}}], [0, 1, 0]]).encode()
+
+
+def _read_chat(data: bytes) -> None:
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError("not JSON") from error
+    if not isinstance(values, list) or len(values) != 3:
+        raise DataError("no chat")
+    try:
+        messages, tools = normalize_chat(*values)
+    except InvalidChat as error:
+        raise DataError(str(error)) from error
+    for message in messages:
+        assert message["role"] in ("system", "user", "assistant", "tool")
+        assert isinstance(message["content"], str)
+        assert isinstance(message.get("reasoning_content", ""), str)
+        assert all(isinstance(call["function"]["arguments"], dict) for call in message.get("tool_calls", ()))
+    assert normalize_chat(messages, tools) == (messages, tools)  # the form is a fixed point
 
 
 def _read_request(data: bytes) -> None:

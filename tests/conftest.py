@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from alignment import Vocabulary
 from tests.tiny import save_tiny_model
 from trainer.paths import resolve_model_dir
+from trainer.sources import data_file
 from trainer.sources import window_index as index
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
@@ -35,6 +36,7 @@ def windows_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     folder = tmp_path_factory.mktemp("windows")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "windows_dir", lambda: folder)
+        patch.setattr(data_file, "converted_dir", lambda: folder / "converted")
         yield
 
 

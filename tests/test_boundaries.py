@@ -20,7 +20,8 @@ def by_name(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Boundary]:
 
 NAMES = (
     "rows", "card", "completion", "request", "tokenizer byte_level", "tokenizer sentencepiece", "run file", "metrics",
-    "text lines", "chat lines", "text", "parquet", "template", "model folder", "checkpoint",
+    "text lines", "chat lines", "chats", "text", "json array", "csv", "compressed lines", "compressed text", "arrow",
+    "parquet", "template", "model folder", "checkpoint",
 )  # fmt: skip
 
 

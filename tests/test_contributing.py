@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import gzip
 import json
 import math
 import re
@@ -33,6 +34,7 @@ from tests.trainer.runs import losses, run_config, write_corpus
 from trainer.cli.run_checks import examine
 from trainer.component_reference import COMPONENT_KINDS, component_reference
 from trainer.config import RunConfig
+from trainer.errors import ConfigError
 from trainer.evaluation.config import EvalConfig
 from trainer.evaluation.preview import preview
 from trainer.fusion import FUSION_METHODS
@@ -42,6 +44,7 @@ from trainer.sources.config import DataConfig, SourceConfig
 from trainer.sources.corpus import load_corpus
 from trainer.telemetry.jsonl import read_metrics
 from trainer.training.loop import train
+from trainer.training.start_checks import check_data
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "contributed"  # parent package of the written files
@@ -213,14 +216,20 @@ def test_the_signal_trains_the_student_and_is_fused(tmp_path: Path, tiny_byte_le
 
 
 def test_a_signal_that_supports_chats_is_accepted_for_chats(tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"question": "How many?", "answer": TEXT}) + "\n", encoding="utf-8")
+    vocabulary = tiny_vocabulary("byte_level")
     for signal, accepted in (("top1", True), ("uld", False)):
-        raw = run_config(tmp_path, tmp_path / "c", tmp_path / "o", ["http://h"]).model_dump()
-        raw["data"]["sources"][0]["messages_column"], raw["teachers"][0]["signal"] = "messages", signal
+        raw = run_config(tmp_path, chats, tmp_path / "o", ["http://h"], eval={"held_out_documents": 0}).model_dump()
+        raw["teachers"][0]["signal"] = signal
+        config = RunConfig.model_validate(raw)
         if accepted:
-            assert RunConfig.model_validate(raw).data.has_chats
+            assert check_data(config, vocabulary)[0].has_chats
         else:
-            with pytest.raises(ValueError, match="teacher t0 has signal 'uld', which is for texts; chats require one"):
-                RunConfig.model_validate(raw)
+            with pytest.raises(
+                ConfigError, match="t0 has signal 'uld', which is for texts; source chats.jsonl has chat"
+            ):
+                check_data(config, vocabulary)
 
 
 def test_the_dialect_of_a_server_behind_a_proxy_is_detected(tmp_path: Path, tiny_byte_level: Path) -> None:
@@ -270,22 +279,25 @@ def test_the_tokenizer_kind_yields_a_vocabulary() -> None:
     assert tokens.ends.tolist() == list(range(1, 10))
 
 
-def test_the_source_reads_rows_and_reports_invalid_ones(tmp_path: Path) -> None:
-    path = tmp_path / "corpus.csv"
-    lines = ["port,text", 'Oslo,"six sacks, one wet"', "Bergen,two bells", "three,columns,here", "Oslo,"]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    source = SourceConfig(files=[str(path)], domain_column="port")
-    config = DataConfig(sources=[source], max_invalid=1)
+def test_the_source_reads_paragraphs_of_compressed_files_too(tmp_path: Path) -> None:
+    for name, compress in (("corpus.par", bytes), ("corpus.par.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(compress(b"six sacks,\none wet\n\n\n\ntwo bells\n"))
+        config = DataConfig(sources=[SourceConfig(files=[str(tmp_path / name)])])
+        corpus = load_corpus(config, EvalConfig(), tiny_vocabulary("byte_level"), seed=0)
+        assert [(sample.text, sample.name) for sample in corpus.train] == [
+            ("six sacks,\none wet", f"{name}:1#0"),
+            ("two bells", f"{name}:3#0"),
+        ]
+        assert corpus.sources[0].empty == 1
+
+
+def test_the_record_format_is_detected_by_its_columns(tmp_path: Path) -> None:
+    row = {"prompt": "How many?", "chosen": "Six.", "rejected": "Five."}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    config = DataConfig(sources=[SourceConfig(files=[str(tmp_path / "p.jsonl")])])
     corpus = load_corpus(config, EvalConfig(), tiny_vocabulary("byte_level"), seed=0)
-    assert [(sample.text, sample.domain) for sample in corpus.train] == [
-        ("six sacks, one wet", "Oslo"),
-        ("two bells", "Bergen"),
-    ]
-    assert corpus.sources[0].invalid == 1
-    assert "line 4: not a row of the CSV file" in corpus.sources[0].first_invalid[0]
-    (tmp_path / "corpus.txt").write_text("plain text", encoding="utf-8")
-    text = DataConfig(sources=[SourceConfig(files=[str(tmp_path / "corpus.txt")])])
-    assert len(load_corpus(text, EvalConfig(), tiny_vocabulary("byte_level"), seed=0).train) == 1
+    assert corpus.sources[0].format == "chats: columns prompt, chosen, rejected"
+    assert [message["content"] for message in corpus.train[0].messages] == ["How many?", "Six."]
 
 
 def test_the_tracker_receives_the_events_of_a_run(tmp_path: Path, tiny_byte_level: Path) -> None:

@@ -38,7 +38,14 @@ COMPONENT_KINDS = (
         "Tokenizer kinds", "alignment.tokenizers:TOKENIZER_KINDS", "The first kind that matches a tokenizer is used."
     ),
     ComponentKind(
-        "Sources", "trainer.sources:SOURCES", "The first source that matches a file or dataset of the run file is used."
+        "Sources",
+        "trainer.sources:SOURCES",
+        "The suffix of a file names its source, or `file_format` in `[[data.sources]]`.",
+    ),
+    ComponentKind(
+        "Record formats",
+        "trainer.sources.record_formats:RECORD_FORMATS",
+        "A source has the format whose columns it has. Set `record_format` in `[[data.sources]]` if several fit.",
     ),
     ComponentKind("Trackers", "trainer.telemetry.trackers:TRACKERS", "Set the key of this name in `[tracking]`."),
 )

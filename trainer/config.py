@@ -48,8 +48,6 @@ class RunConfig(Section):
             raise ValueError("student.lora: adapters leave all weights unchanged; remove student.train_layers")
         if self.train.batch_samples % self.train.gradient_accumulation_steps:
             raise ValueError("train.gradient_accumulation_steps: must divide train.batch_samples")
-        if self.data.close_documents and all(source.messages_column for source in self.data.sources):
-            raise ValueError("data.close_documents: the chat template defines the end of a chat; remove the key")
 
     def _check_teachers(self) -> None:
         teachers, fusion = self.teachers, self.fusion
@@ -61,11 +59,6 @@ class RunConfig(Section):
             if teachers and not any(weights):
                 raise ValueError("teachers: all weights are 0, expected at least one above 0")
         for teacher in teachers:
-            if self.data.has_chats and not teacher.supports_chats:
-                raise ValueError(
-                    f"teachers: teacher {teacher.name} has signal {teacher.signal!r}, which is for texts; "
-                    "chats require one that supports them, for example byte_chain"
-                )
             if fusion.method == "router" and not teacher.is_fused:
                 raise ValueError(
                     f"teachers: teacher {teacher.name} has signal {teacher.signal!r}; fusion by router requires a "

@@ -77,7 +77,8 @@ def _type_name(annotation: Any) -> str:
         kind = "table" if origin is dict else "list"
         return f"{kind} of {_type_name(arguments[-1])}"
     if hasattr(annotation, "__metadata__"):
-        return _type_name(arguments[0])
+        choices = next((found for found in map(choices_of, annotation.__metadata__) if found), None)
+        return ", ".join(choices) if choices else _type_name(arguments[0])
     names = {str: "string", int: "integer", float: "number", bool: "true or false"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

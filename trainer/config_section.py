@@ -66,7 +66,7 @@ def _check_value(value: Any, has_bound: bool) -> None:
                 _check_value(item, has_bound)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a dict has no hash, which a union of types needs
 class _OneOf:
     """Validator of a name in a registry. None, the value of an optional field, is valid."""
 

@@ -17,6 +17,11 @@ def windows_dir() -> Path:
     return cache_dir() / "windows"
 
 
+def converted_dir() -> Path:
+    """Return the cache folder of data files that were decompressed or converted to JSON lines."""
+    return cache_dir() / "converted"
+
+
 def resolve_model_dir(name: str) -> Path:
     """Return a model directory, given as a path or as a name under the cache. Raises ConfigError if it is missing."""
     return _resolve(name, "models", "a model directory", _is_model)

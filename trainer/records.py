@@ -17,20 +17,22 @@ Message = Mapping[str, Any]
 class Sample:
     """One window of text, or one chat.
 
-    index       position in the sequence of training or held-out samples that contains the sample
-    name        file, dataset or table, and position in it; error messages use this name
-    text        text of a window; empty for a chat
-    closes      the window ends its document: EOS follows the text
-    written_by  version of the student's weights that generated the text; None for text from a source
-    messages    messages of a chat; empty for a window of text
-    tools       tool definitions of a chat, as its template receives them
-    domain      value of the source's domain column, for fusion by "adaptive"; empty without a column
-    teacher     value of the source's teacher column, for fusion by "router"; None without a column
+    index         position in the sequence of training or held-out samples that contains the sample
+    name          file, dataset or table, and position in it; error messages use this name
+    text          text of a window; empty for a chat
+    prompt_bytes  number of leading UTF-8 bytes of the text that are a masked prompt
+    closes        the window ends its document: EOS follows the text
+    written_by    version of the student's weights that generated the text; None for text from a source
+    messages      messages of a chat; empty for a window of text
+    tools         tool definitions of a chat, as its template receives them
+    domain        value of the source's domain column, for fusion by "adaptive"; empty without a column
+    teacher       value of the source's teacher column, for fusion by "router"; None without a column
     """
 
     index: int
     name: str
     text: str = ""
+    prompt_bytes: int = 0
     closes: bool = False
     written_by: int | None = None
     messages: tuple[Message, ...] = ()
@@ -48,7 +50,8 @@ class TokenizedSample:
     """A sample as one model tokenizes it.
 
     tokens        tokens without the BOS that the model expects in front
-    supervised_T  bool: tokens that the loss counts; every token of a text, the assistant's tokens of a chat
+    supervised_T  bool: tokens that the loss counts; every token of a text after its prompt, the assistant's tokens of a
+                  chat
     num_bytes_T   int64 bytes of text that end with each supervised token; 0 for special tokens
     rendered      the chat as the model's template renders it; None for a text
     hidden_bos    number of leading tokens of `rendered` that `tokens` omits: 1 if the template renders BOS

@@ -34,7 +34,10 @@ class SampleTokenizer:
         if sample.is_chat:
             return self._tokenize_chat(sample)
         tokens = self.vocabulary.encode(sample.text, close=sample.closes)
-        return TokenizedSample(tokens, np.ones(len(tokens), dtype=bool), tokens.bytes_per_token)
+        num_bytes_T = tokens.bytes_per_token
+        # A token that begins within the prompt is not supervised, even if it ends after it.
+        supervised_T = np.cumsum(num_bytes_T) - num_bytes_T >= sample.prompt_bytes
+        return TokenizedSample(tokens, supervised_T, np.where(supervised_T, num_bytes_T, 0))
 
     def _tokenize_chat(self, sample: Sample) -> TokenizedSample:
         if self.template is None:
@@ -78,7 +81,9 @@ def tokenize_samples(
 def _tokenize_within_window(sample: Sample, tokenizer: SampleTokenizer, data: DataConfig) -> TokenizedSample:
     def attempt(sample: Sample) -> tuple[TokenizedSample, Excess | None]:
         tokenized = tokenizer.tokenize(sample)
-        is_too_long = sample.is_chat and len(tokenized) > data.window_tokens  # a window of text has at most this many
+        # A window of text without a prompt has at most window_tokens.
+        is_whole = sample.is_chat or sample.prompt_bytes > 0
+        is_too_long = is_whole and len(tokenized) > data.window_tokens + sample.closes
         return tokenized, Excess(tokenized, data.window_tokens, "the student's window") if is_too_long else None
 
     return fit_sample(sample, attempt, data)
@@ -100,11 +105,12 @@ class Excess(NamedTuple):
 def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | None]], data: DataConfig) -> T:
     """Tokenize a sample with `attempt`. If it is too long and data.too_long is "shorten", use a prefix that fits.
 
-    A text is cut after about `limit` tokens, at the end of a character. A chat is cut after a supervised assistant
-    message. Bisection finds the last message with which the chat fits.
+    A text is cut after about `limit` tokens, at the end of a character and after its prompt. A chat is cut after a
+    supervised assistant message. Bisection finds the last message with which the chat fits.
 
     attempt  tokenizes a sample for all models, and returns the excess if it is too long
-    Raises ChatError for a chat and DataError for a text if data.too_long is "error" or if no prefix fits.
+    Raises DataError for a text, and ChatError for a chat and for a text with a prompt, if data.too_long is "refuse" or
+    if no prefix fits.
     """
     result, excess = attempt(sample)
     if excess is None:
@@ -149,6 +155,10 @@ def _too_long(sample: Sample, excess: Excess, data: DataConfig) -> ChatError | D
         reason = "the first assistant message alone is too long"
         advice = 'set data.too_long = "shorten" to drop the last turns of long chats'
         return ChatError(f"{problem}; {reason if may_shorten else advice}")
+    if sample.prompt_bytes:
+        reason = 'its prompt alone is too long: raise data.window_tokens, or set data.invalid_chats = "skip" to skip it'
+        advice = 'set data.too_long = "shorten" to shorten long completions'
+        return ChatError(f"{problem}; {reason if may_shorten else advice}")
     advice = "" if may_shorten else ', or data.too_long = "shorten" to shorten the sample for all models'
     return DataError(f"{problem}: set data.window_tokens lower{advice}")
 
@@ -162,7 +172,9 @@ def shorten_text(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:
     """
     data = tokens.text
     cuts = [
-        int(end) for end in tokens.ends[: max(limit, 0)] if 0 < end < len(data) and _is_character_end(data, int(end))
+        int(end)
+        for end in tokens.ends[: max(limit, 0)]
+        if sample.prompt_bytes < end < len(data) and _is_character_end(data, int(end))
     ]
     return replace(sample, text=data[: cuts[-1]].decode(), closes=False) if cuts else None
 

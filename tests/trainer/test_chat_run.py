@@ -64,11 +64,11 @@ def score(config: RunConfig) -> list[tuple[ScoredSample | None, Collector]]:
     """Score every sample of a run."""
     student = load_student(config.student)
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
-    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
+    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
 
     async def score_all() -> list[tuple[ScoredSample | None, Collector]]:
         collectors = [Collector() for _ in corpus.train]
-        async with connect_teachers(config.teachers, student.vocabulary, config.data) as connection:
+        async with connect_teachers(config.teachers, tokenizer, config.data) as connection:
             scorer = SampleScorer(connection, tokenizer, config.data)
             pairs = zip(corpus.train, collectors, strict=True)
             scored = await gather(scorer.score(sample, collector) for sample, collector in pairs)

@@ -69,6 +69,31 @@ def test_the_configuration_is_frozen(tmp_path: Path) -> None:
         ("[[data.sources]]\nfiles = []", "data.sources.1: expected either files or a dataset"),
         ("[[data.sources]]\nfiles = ['a']\ndataset = 'b'", "data.sources.1: expected either files or a dataset"),
         ("[[data.sources]]\nfiles = ['a']\nsplit = 'b'", "data.sources.1: config_name and split belong to a dataset"),
+        (
+            "[[data.sources]]\nfiles = ['a']\nfile_format = 'cvs'",
+            "data.sources.1.file_format: expected one of text, json, csv, .*did you mean 'csv'.*received 'cvs'",
+        ),
+        ("[[data.sources]]\ndataset = 'a'\nfile_format = 'csv'", "file_format is the format of files; remove it"),
+        (
+            "[[data.sources]]\nfiles = ['a']\ntext_column = 'a'\nmessages_column = 'b'",
+            "text_column and messages_column are keys of different record formats; remove one",
+        ),
+        (
+            "[[data.sources]]\nfiles = ['a']\ntext_column = 'a'\nrecord_format = 'messages'",
+            "record_format 'messages' does not read text_column; remove one",
+        ),
+        (
+            "[[data.sources]]\nfiles = ['a']\nrecord_format = 'template'",
+            r"record_format 'template' needs the section \[data.sources.template\]",
+        ),
+        (
+            "[[data.sources]]\nfiles = ['a']\n[data.sources.template]\nprompt = '{a}'\ntext = '{b}'",
+            "expected the key text, the keys prompt and completion, or .*received text, prompt",
+        ),
+        (
+            "[[data.sources]]\nfiles = ['a']\n[data.sources.template]\ntext = 'a'",
+            "expected at least one column, written as {NAME}",
+        ),
         ("[[data.sources]]\nfiles = ['a']\nweigth = 2", "unknown key 'data.sources.1.weigth'; .* 'weight'"),
         ("[fusion]\nmethod = 'router'", "data.sources: fusion by router requires the teacher_column of every source"),
         (
@@ -83,11 +108,6 @@ def test_the_configuration_is_frozen(tmp_path: Path) -> None:
         (
             "[[teachers]]\nname = 'two'\nurls = ['http://x']\nsignal = 'alm'\n[fusion]\nmethod = 'router'",
             "teachers: teacher two has signal 'alm'; fusion by router requires a target from every teacher",
-        ),
-        (
-            "[[teachers]]\nname = 'two'\nurls = ['http://x']\nsignal = 'uld'\n"
-            "[[data.sources]]\nfiles = ['c.jsonl']\nmessages_column = 'm'",
-            "teachers: teacher two has signal 'uld', which is for texts; chats require one that supports them",
         ),
         (
             "[[teachers]]\nname = 'two'\nurls = ['http://x']\nsignal = 'bytes'",

@@ -454,8 +454,9 @@ def test_the_collector_contains_the_values_of_the_metrics(tmp_path: Path, tiny_b
         collector = Collector()
 
         async def score() -> ScoredSample | None:
-            async with connect_teachers(config.teachers, student, config.data) as connection:
-                scorer = SampleScorer(connection, SampleTokenizer(student, student.prefix), config.data)
+            tokenizer = SampleTokenizer(student, student.prefix)
+            async with connect_teachers(config.teachers, tokenizer, config.data) as connection:
+                scorer = SampleScorer(connection, tokenizer, config.data)
                 return await scorer.score(Sample(0, "s", "The harbour office opened at six."), collector)
 
         scored = asyncio.run(score())

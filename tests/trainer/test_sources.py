@@ -1,14 +1,14 @@
-"""Text and .jsonl files: scanned once, read again by position; and the registry of sources."""
+"""Text files and JSON lines: scanned once, read again by position; and the registry of sources."""
 
-import csv
+import gzip
 import json
+import lzma
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -20,14 +20,16 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_vocabulary
 from trainer.errors import ConfigError, DataError
 from trainer.evaluation.config import EvalConfig
-from trainer.sources import SOURCES, files
-from trainer.sources.base import DocumentRef, Documents, InvalidRecord, open_documents
-from trainer.sources.columns import extract_content, parse_document, parse_json_line
+from trainer.sources import SOURCES
+from trainer.sources.base import DocumentRef, Documents, EmptyRecord, InvalidRecord
 from trainer.sources.config import DataConfig, SourceConfig
 from trainer.sources.content_cache import MIN_BYTES, ContentCache
 from trainer.sources.corpus import load_corpus
-from trainer.sources.files import JsonLinesFile, TextFile
+from trainer.sources.data_file import open_data_file
+from trainer.sources.formats import format_of, open_documents
 from trainer.sources.input_files import find_inputs
+from trainer.sources.json_lines import JsonLinesTable
+from trainer.sources.table_documents import TableDocuments
 from trainer.sources.windows import CHUNK_BYTES
 
 
@@ -47,6 +49,7 @@ def records_of(documents: Documents) -> list[tuple[int, str]]:
     for one in documents.scan():
         if isinstance(one, InvalidRecord):
             out.append((-1, one.message))
+        if not isinstance(one, DocumentRef):
             continue
         content = b"".join(one.chunks)
         assert documents.read(one.offset, one.length, 0, len(content)) == content
@@ -102,21 +105,22 @@ def test_invalid_lines_are_reported_and_the_others_read(tmp_path: Path, line: by
 
 
 def test_columns_give_domain_teacher_and_chat(tmp_path: Path) -> None:
-    chat = [{"role": "user", "content": "é"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]
+    chat = [{"role": "user", "content": "é"}, {"role": "assistant", "content": "ok"}]
     rows = [{"chat": chat, "tools": [{"name": "f"}], "of": "d", "by": "t"}, {"chat": [], "of": "d", "by": "t"}]
     path = write_file(tmp_path, "\n".join(json.dumps(row) for row in [*rows, {"chat": chat, "of": "d"}]).encode())
     documents = open_path(path, messages_column="chat", domain_column="of", teacher_column="by")
-    one, invalid = documents.scan()
-    assert not isinstance(one, InvalidRecord)
+    one, empty, invalid = documents.scan()
+    assert isinstance(one, DocumentRef)
     assert (one.domain, one.teacher) == ("d", "t")
-    assert json.loads(b"".join(one.chunks)) == [chat, [{"name": "f"}]]
+    assert json.loads(b"".join(one.chunks)) == [chat, [{"type": "function", "function": {"name": "f"}}]]
+    assert empty == EmptyRecord()
     assert invalid == InvalidRecord(f"{path}, line 3: 'by' is missing, expected a string")
 
 
 def test_a_text_file_has_no_columns(tmp_path: Path) -> None:
     path = write_file(tmp_path, b"text", "d.txt")
-    for column in ("messages_column", "domain_column", "teacher_column"):
-        with pytest.raises(DataError, match="d.txt has no columns"):
+    for column in ("messages_column", "text_column", "domain_column", "teacher_column"):
+        with pytest.raises(DataError, match=rf"d.txt is a text and has no columns: .* without {column}$"):
             open_path(path, **{column: "x"})
 
 
@@ -125,7 +129,7 @@ def test_a_text_file_is_read_in_chunks_cut_between_characters(tmp_path: Path, en
     text = "".join(f"{n} sacks of 日本語 and 😀{end}" for n in range(40_000))
     documents = open_path(write_file(tmp_path, text.encode(), "d.txt"))
     (one,) = documents.scan()
-    assert not isinstance(one, InvalidRecord)
+    assert isinstance(one, DocumentRef)
     chunks = list(one.chunks)
     assert len(chunks) > 4
     assert max(map(len, chunks)) <= CHUNK_BYTES
@@ -136,7 +140,7 @@ def test_a_text_file_is_read_in_chunks_cut_between_characters(tmp_path: Path, en
 def test_a_text_file_that_is_not_utf8_is_an_error_with_the_offset(tmp_path: Path) -> None:
     before = b"x" * (CHUNK_BYTES + 7)
     (one,) = open_path(write_file(tmp_path, before + b"caf\xe9 au lait", "latin.txt")).scan()
-    assert not isinstance(one, InvalidRecord)
+    assert isinstance(one, DocumentRef)
     with pytest.raises(DataError, match=rf"latin.txt is not UTF-8: byte 0xe9 at {len(before) + 3}"):
         list(one.chunks)
 
@@ -145,7 +149,7 @@ def test_files_that_cannot_be_read_are_errors_with_their_paths(tmp_path: Path) -
     with pytest.raises(DataError, match="empty.txt is empty: expected a file of at least one byte"):
         open_path(write_file(tmp_path, b"", "empty.txt"))
     with pytest.raises(DataError, match=f"cannot read {tmp_path}: Is a directory"):
-        open_path(tmp_path)
+        open_path(tmp_path, file_format="text")
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.txt"])
@@ -154,7 +158,7 @@ def test_a_changed_file_is_an_error(tmp_path: Path, name: str) -> None:
     path = write_file(tmp_path, content, name)
     documents = open_path(path)
     (one,) = documents.scan()
-    assert not isinstance(one, InvalidRecord)
+    assert isinstance(one, DocumentRef)
     list(one.chunks)
     path.write_bytes(content.replace(b"one", b"two"))
     with pytest.raises(DataError, match=f"{name} has changed during the run: expected {len(content)} bytes"):
@@ -165,7 +169,7 @@ def test_a_changed_file_is_an_error(tmp_path: Path, name: str) -> None:
 
 
 def test_a_line_above_the_maximum_length_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.sources.files.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("trainer.sources.json_lines.MAX_LINE_BYTES", 1 << 20)
     path = write_file(tmp_path, lines("one")[0] + b"\n" + b"x" * (1 << 21))
     with pytest.raises(DataError, match="d.jsonl, line 2 is longer than 1 MiB"):
         list(open_path(path).scan())
@@ -174,71 +178,58 @@ def test_a_line_above_the_maximum_length_is_an_error(tmp_path: Path, monkeypatch
 # The registry
 
 
-class CsvSource:
-    """A format that a plugin could add: one document per row of a .csv file."""
+class ColonSource:
+    """A format that a plugin could add: one document per line, with the kind before a colon."""
 
-    def matches(self, path: Path, config: SourceConfig) -> bool:
-        return path.suffix == ".csv"
+    suffixes = (".colon",)
 
     def open(self, path: Path, config: SourceConfig) -> Documents:
-        return CsvFile(path, config)
+        return TableDocuments(JsonLinesTable(open_data_file(path, colon_to_lines)), config)
 
 
-class CsvFile:
-    def __init__(self, path: Path, config: SourceConfig) -> None:
-        self.name = path.name
-        self.identity = (str(path),)
-        self._config = config
-        with path.open(encoding="utf-8", newline="") as file:
-            self._rows = list(csv.DictReader(file))
-
-    def scan(self) -> Iterator[DocumentRef | InvalidRecord]:
-        for i, row in enumerate(self._rows):
-            record = parse_document(f"{self.name}, row {i + 1}", (i, 0, i + 1), partial(dict, row), self._config)
-            if record is not None:
-                yield record
-
-    def read(self, offset: int, length: int, begin: int, end: int) -> bytes:
-        return extract_content(self._rows[offset], self._config).content[begin:end]
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_every_registered_source_exists_and_text_is_the_last(name: str) -> None:
-    source = resolve_name(SOURCES[name])()
-    path, config = {
-        "dataset": (Path("hub/name"), SourceConfig(dataset="hub/name")),
-        "parquet": (Path("d.parquet"), SourceConfig(files=["d.parquet"])),
-        "jsonl": (Path("d.jsonl"), SourceConfig(files=["d.jsonl"])),
-        "text": (Path("d"), SourceConfig(files=["d"])),
-    }[name]
-    assert source.matches(path, config)
-    assert next(other for other in SOURCES if resolve_name(SOURCES[other])().matches(path, config)) == name
-    assert [*SOURCES][-1] == "text"
-
-
-@pytest.mark.parametrize("name", ["d.txt", "d.md", "d", "d.JSONL", "d.json"])
-def test_a_file_of_an_unknown_suffix_is_a_text(tmp_path: Path, name: str) -> None:
-    assert isinstance(open_path(write_file(tmp_path, b"{}", name)), TextFile)
-    assert isinstance(open_path(write_file(tmp_path, b"{}", "d.jsonl")), JsonLinesFile)
+def colon_to_lines(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
+    for line in b"".join(chunks).decode().splitlines():
+        yield json.dumps(dict(zip(("kind", "text"), line.split(":"), strict=True))).encode() + b"\n"
 
 
 def test_one_registry_line_adds_a_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    extended = {"csv": f"{__name__}:CsvSource", **SOURCES}
-    monkeypatch.setattr("trainer.sources.base.SOURCES", extended)
-    path = write_file(tmp_path, b"text,kind\nsix sacks,a\n,b\ntwo bells,a\n", "d.csv")
+    monkeypatch.setitem(SOURCES, "colon", f"{__name__}:ColonSource")
+    path = write_file(tmp_path, b"a:six sacks\nb:\na:two bells\n", "d.colon")
     config = DataConfig(sources=[SourceConfig(files=[str(path)], domain_column="kind")])
     corpus = load_corpus(config, EvalConfig(), tiny_vocabulary("byte_level"), seed=0)
     assert [(s.name, s.text, s.domain) for s in corpus.train] == [
-        ("d.csv:1#0", "six sacks", "a"),
-        ("d.csv:3#0", "two bells", "a"),
+        ("d.colon:1#0", "six sacks", "a"),
+        ("d.colon:3#0", "two bells", "a"),
     ]
+    assert corpus.sources[0].empty == 1
+
+
+def test_the_suffixes_of_formats_are_distinct_and_upper_case_is_accepted() -> None:
+    suffixes = [suffix for target in SOURCES.values() for suffix in resolve_name(target).suffixes]
+    assert len({*suffixes}) == len(suffixes)
+    assert {format_of(Path(f"d{suffix.upper()}")) for suffix in suffixes} == {*SOURCES} - {"dataset"}
+    assert format_of(Path("d.jsonl.GZ")) == format_of(Path("d.jsonl")) == "json"
+    assert format_of(Path("d.gz")) is None
+
+
+@pytest.mark.parametrize("name", ["d", "d.log", "d.gz", "d.log.xz", ".jsonl"])
+def test_a_file_of_an_unknown_suffix_is_read_if_the_run_file_names_its_format(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"its suffix names no format; the suffixes are \.txt .*\.xz: rename the"):
+        open_path(write_file(tmp_path, b"{}", name))
+    content = b'{"text": "six sacks"}'
+    compressed = gzip.compress(content) if name.endswith(".gz") else content
+    path = write_file(tmp_path, lzma.compress(content) if name.endswith(".xz") else compressed, name)
+    (one,) = open_path(path, file_format="text").scan()
+    assert isinstance(one, DocumentRef)
+    assert b"".join(one.chunks) == content
+    assert records_of(open_path(path, file_format="json")) == [(1, "six sacks")]
 
 
 def test_text_files_are_opened_without_the_libraries_of_tables(tmp_path: Path) -> None:
     path = write_file(tmp_path, b"text", "d.txt")
     code = (
         "import sys\nfrom pathlib import Path\nfrom trainer.sources.config import SourceConfig\n"
-        "from trainer.sources.base import open_documents\n"
+        "from trainer.sources.formats import open_documents\n"
         f"open_documents(Path({str(path)!r}), SourceConfig(files=[{str(path)!r}]))\n"
         "print([name for name in ('pyarrow.parquet', 'datasets', 'torch') if name in sys.modules])\n"
     )
@@ -300,12 +291,13 @@ def test_a_long_line_is_parsed_once_for_all_of_its_windows(tmp_path: Path, monke
     documents = open_path(write_file(tmp_path, b"\n".join(lines(text, "short", text[1:]))))
     refs = [one for one in documents.scan() if isinstance(one, DocumentRef)]
     parsed: list[int] = []
+    load = JsonLinesTable.load
 
-    def parse(line: bytes) -> Any:
-        parsed.append(len(line))
-        return parse_json_line(line)
+    def counted(self: JsonLinesTable, offset: int, length: int) -> Mapping[str, Any]:
+        parsed.append(length)
+        return load(self, offset, length)
 
-    monkeypatch.setattr(files, "parse_json_line", parse)
+    monkeypatch.setattr(JsonLinesTable, "load", counted)
     content = text.encode()
     with ThreadPoolExecutor(4) as pool:
         parts = list(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from alignment import TokenizerError, Vocabulary
+from alignment import TokenizerError
 from tests.serve import FormulaEngine, serving
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import run_config, write_corpus
@@ -19,6 +19,7 @@ from trainer.config import RunConfig
 from trainer.distributed import Ranks
 from trainer.errors import UserError
 from trainer.query.connect import connect_teachers
+from trainer.tokenization import SampleTokenizer
 from trainer.training.run import begin
 
 MAX_TOKENS = 512  # of the tiny models
@@ -43,12 +44,12 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 def train_accepts(config: RunConfig) -> bool:
     """Return whether `train` accepts the config and the teachers before its first step."""
 
-    async def connect(student: Vocabulary) -> None:
+    async def connect(student: SampleTokenizer) -> None:
         async with connect_teachers(config.teachers, student, config.data):
             pass
 
     try:
-        asyncio.run(connect(begin(config, Ranks(), resume=False).student.vocabulary))
+        asyncio.run(connect(begin(config, Ranks(), resume=False).tokenizer))
     except (UserError, TokenizerError, ValueError):
         return False
     return True

@@ -1,5 +1,6 @@
 """Tables as sources: Parquet files, datasets saved to disk, and the errors if they cannot be read."""
 
+import errno
 import json
 import os
 import subprocess
@@ -72,17 +73,94 @@ def test_rows_give_the_same_documents_as_lines(tmp_path: Path, kind: str) -> Non
     assert rows.train[0].name == ("d.parquet:1#0" if kind == "parquet" else "d:1#0")
 
 
-def test_chats_in_rows_keep_their_original_keys(tmp_path: Path) -> None:
-    call = {"type": "function", "function": {"name": "weigh", "arguments": '{"sack": 3}'}}
+@pytest.mark.parametrize("arguments", ['{"sack": 3, "unit": null}', {"sack": 3}])
+def test_chats_in_rows_keep_their_original_keys(tmp_path: Path, arguments: Any) -> None:
+    call = {"type": "function", "function": {"name": "weigh", "arguments": arguments}}
     chats = [
         [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day."}],
-        [{"role": "user", "content": "Weigh."}, {"role": "assistant", "tool_calls": [call]}],
+        [{"role": "user", "content": "Weigh."}, {"role": "assistant", "content": "", "tool_calls": [call]}],
     ]
-    rows = [{"messages": chat, "tools": [{"name": "weigh"}]} for chat in chats]
+    tools = [{"type": "function", "function": {"name": "weigh"}}]
+    rows = [{"messages": chat, "tools": tools} for chat in chats]
+    lines = load({"files": [write_lines(tmp_path / "c.jsonl", rows)]})
+    assert list(lines.train[0].messages) == chats[0]
     for source in ({"files": [write_parquet(tmp_path / "c.parquet", rows)]}, {"dataset": save(tmp_path / "c", rows)}):
-        corpus = load(source | {"messages_column": "messages"})
-        assert [list(s.messages) for s in corpus.train] == chats
-        assert [list(s.tools) for s in corpus.train] == [[{"name": "weigh"}]] * 2
+        corpus = load(source)
+        assert corpus.sources[0].format == "chats: columns messages, tools"
+        assert [list(s.messages) for s in corpus.train] == [list(s.messages) for s in lines.train]
+        assert [list(s.tools) for s in corpus.train] == [tools] * 2
+        assert corpus.fingerprint == lines.fingerprint
+
+
+def test_explicit_nulls_of_tool_arguments_survive_in_rows_as_in_lines(tmp_path: Path) -> None:
+    """`datasets` stores objects whose keys differ as JSON, so that a null is not mistaken for an absent key."""
+    import datasets
+
+    def call(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        function = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [{"role": "assistant", "content": None, "tool_calls": [function]}, {"role": "tool", "content": "x"}]
+
+    rows = [{"messages": call({"city": "Oslo"})}, {"messages": call({"n": 3, "unit": None, "deep": [{"a": None}]})}]
+    lines = write_lines(tmp_path / "d.jsonl", rows)
+    dataset = datasets.Dataset.from_json(lines, cache_dir=str(tmp_path / "hf"))
+    dataset.to_parquet(tmp_path / "d.parquet")
+    dataset.save_to_disk(tmp_path / "folder")
+    expected = [list(s.messages) for s in load({"files": [lines]}).train]
+    assert [chat[0]["tool_calls"][0]["function"]["arguments"] for chat in expected] == [
+        {"city": "Oslo"},
+        {"n": 3, "unit": None, "deep": [{"a": None}]},
+    ]
+    for source in ({"files": [str(tmp_path / "d.parquet")]}, {"dataset": str(tmp_path / "folder")}):
+        assert [list(s.messages) for s in load(source).train] == expected
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_arrow_files_of_both_kinds_give_the_same_documents_as_lines(tmp_path: Path, stream: bool) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    writer = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with writer(tmp_path / "d.arrow", table.schema) as file:
+        file.write_table(table, max_chunksize=2)
+    columns = {"domain_column": "kind", "teacher_column": "by"}
+    rows = load({"files": [str(tmp_path / "d.arrow")]} | columns)
+    assert contents(rows) == contents(load({"files": [write_lines(tmp_path / "d.jsonl", ROWS)]} | columns))
+    assert rows.sources[0].format == "texts: column text"
+    damaged = (tmp_path / "d.arrow").read_bytes()
+    (tmp_path / "cut.arrow").write_bytes(damaged[: len(damaged) // 2])
+    with pytest.raises(DataError, match=r"cannot read .*cut\.arrow: "):
+        load({"files": [str(tmp_path / "cut.arrow")]})
+
+
+def test_a_table_that_changes_during_the_run_is_an_error(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "d.parquet", ROWS)
+    train = load({"files": [path]}).train
+    assert train[0].text
+    write_parquet(tmp_path / "d.parquet", ROWS[:3])
+    with pytest.raises(DataError, match=r"d\.parquet has changed during the run"):
+        train[0]
+
+
+def test_tables_are_read_without_a_cache_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TUTELAGE_CACHE", str(tmp_path / "file"))
+    corpus = load({"files": [write_parquet(tmp_path / "d.parquet", ROWS)]})
+    assert corpus.train[0].text.startswith("0. ")
+    assert "file/datasets cannot be written (Not a directory): tables are converted for this start only" in caplog.text
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(DataError, match="cannot convert tables in the cache or in a temporary directory"):
+        load({"files": [write_parquet(tmp_path / "e.parquet", ROWS)]})
+
+
+def test_a_full_disk_of_the_cache_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("while generating") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", full)
+    with pytest.raises(DataError, match=r"d\.parquet: No space left on device in the cache: free disk space, or set"):
+        load({"files": [write_parquet(tmp_path / "d.parquet", ROWS)]})
 
 
 def test_invalid_rows_are_counted_and_named(tmp_path: Path) -> None:
@@ -171,7 +249,7 @@ def test_a_string_that_is_not_utf8_is_an_invalid_row(tmp_path: Path) -> None:
     assert {sample.name.partition("#")[0] for sample in corpus.train} == {"d.parquet:1", "d.parquet:3"}
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1" + b"\xff" * 1000 + b"PAR1", b"garbage"])
+@pytest.mark.parametrize("content", [b"PAR1" + b"\xff" * 1000 + b"PAR1", b"garbage"])
 def test_a_damaged_parquet_file_is_one_sentence(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "d.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"cannot read .*d\.parquet"):

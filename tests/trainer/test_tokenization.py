@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from tests.templates import CHATML, GEMMA, chat, chat_template, chat_vocabulary
-from tests.tiny import TEXT
+from tests.tiny import TEXT, Kind, tiny_vocabulary
 from trainer.chats.jinja_template import ChatError, JinjaTemplate, Message
 from trainer.errors import DataError, UserError
 from trainer.records import Sample
@@ -123,3 +124,41 @@ def test_a_chat_of_many_answers_is_shortened_in_a_few_renderings(monkeypatch: py
     (fitting,) = tokenize_samples([sample], TOKENIZER, data("shorten", window_tokens=400))
     assert 300 < len(fitting) <= 400
     assert len(calls) <= 4 * 10  # three renderings for each of nine prefixes
+
+
+# Texts with a masked prompt
+
+
+def prompted(prompt: str, completion: str, closes: bool = False) -> Sample:
+    return Sample(0, "p.jsonl:1", prompt + completion, prompt_bytes=len(prompt.encode()), closes=closes)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_the_tokens_that_begin_within_the_prompt_are_not_supervised(kind: Kind) -> None:
+    vocabulary = tiny_vocabulary(kind)
+    tokenizer = SampleTokenizer(vocabulary, vocabulary.prefix)
+    for prompt, completion in (("Wie schwer? é", "14.5 日本語 kg"), ("harb", "our office"), ("", "all of it")):
+        tokenized = tokenizer.tokenize(prompted(prompt, completion, closes=True))
+        plain = tokenizer.tokenize(Sample(0, "s", prompt + completion, closes=True))
+        assert tokenized.tokens.ids.tolist() == plain.tokens.ids.tolist()
+        begins = np.cumsum(plain.num_bytes_T) - plain.num_bytes_T
+        assert tokenized.supervised_T.tolist() == (begins >= len(prompt.encode())).tolist()
+        assert tokenized.supervised_T[-1]
+        assert 0 < tokenized.num_bytes_T.sum() <= len(completion.encode())
+        assert not tokenized.num_bytes_T[~tokenized.supervised_T].any()
+
+
+def test_a_long_completion_is_shortened_and_a_long_prompt_is_skipped_or_an_error() -> None:
+    tokenizer = SampleTokenizer(VOCABULARY, [])
+    sample = prompted("How heavy is it? ", "Very heavy indeed. " * 40)
+    limit = len(tokenizer.tokenize(prompted("How heavy is it? ", ""))) + 9
+    with pytest.raises(ChatError, match=r'data.too_long = "shorten" to shorten long completions'):
+        list(tokenize_samples([sample], tokenizer, data("refuse", window_tokens=limit)))
+    (short,) = tokenize_samples([sample], tokenizer, data("shorten", window_tokens=limit))
+    assert limit - 2 <= len(short) <= limit
+    assert 0 < short.supervised_T.sum() < len(short)
+    long = prompted("How heavy is it? " * 40, "Very.")
+    with pytest.raises(ChatError, match=r'its prompt alone is too long: .*data.invalid_chats = "skip" to skip it'):
+        list(tokenize_samples([long], tokenizer, data("shorten", window_tokens=limit)))
+    (kept,) = tokenize_samples([long, sample], tokenizer, data("shorten", "skip", window_tokens=limit))
+    assert kept.tokens.text == short.tokens.text

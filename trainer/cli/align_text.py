@@ -23,8 +23,9 @@ from trainer.cli.explain_alignment import ExplainedPosition, explain
 from trainer.errors import DataError
 from trainer.paths import resolve_model_dir, tables_dir
 from trainer.query.connect import gather
-from trainer.sources.base import InvalidRecord, open_documents
+from trainer.sources.base import DocumentRef, InvalidRecord
 from trainer.sources.config import SourceConfig
+from trainer.sources.formats import format_of, open_documents
 from trainer.sources.windows import cut_windows
 
 TIMING_S = 2.0  # the alignment is repeated for this time, within the limits of repetitions
@@ -119,10 +120,15 @@ def explain_text(options: AlignOptions, positions: int) -> list[ExplainedPositio
 def _windows(options: AlignOptions, student: Vocabulary) -> list[str]:
     """Cut the text into windows. Raises DataError if the file is not a valid text."""
     windows: list[str] = []
-    for document in open_documents(options.text, SourceConfig(files=[str(options.text)])).scan():
+    file_format = format_of(options.text) or "text"
+    documents = open_documents(options.text, SourceConfig(files=[str(options.text)], file_format=file_format))
+    if documents.format.is_chat:
+        raise DataError(f"{options.text} has {documents.format.description}: expected texts")
+    for document in documents.scan():
         if isinstance(document, InvalidRecord):
             raise DataError(document.message)
-        windows += cut_windows(b"".join(document.chunks).decode(), student, options.window_tokens)
+        if isinstance(document, DocumentRef):
+            windows += cut_windows(b"".join(document.chunks).decode(), student, options.window_tokens)
     if len(windows) > 1 and len(windows[-1].encode()) < MIN_WINDOW_BYTES:
         windows[-2:] = ["".join(windows[-2:])]  # one or two tokens may have no common boundary
     return windows

@@ -108,8 +108,11 @@ def _percent(value: float | None) -> str:
 
 
 def _start_remarks(start: EventRecord) -> Iterator[str]:
-    """Yield a line for each source with invalid records and for each setting that differs from the previous start."""
+    """Yield the format of each source, its invalid records, and each setting that differs from the previous start."""
     for source in start.get("sources", ()):
+        yield f"{source['name']}: {source['format']}"
+        if source["empty"]:
+            yield f"{source['name']}: {source['empty']} empty records are left out"
         if source["invalid"]:
             examples = "; ".join(source["first_invalid"])
             yield f"{source['name']}: {source['invalid']} invalid records are skipped ({examples})"

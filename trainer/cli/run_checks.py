@@ -88,7 +88,7 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[Sequence[Samp
         findings += [Finding("data", True, _describe(source)) for source in corpus.sources]
         findings += [Finding("data", True, f"warning: {each}") for source in corpus.sources for each in source.repeated]
         samples = _evenly_spaced(corpus)
-        tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
+        tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
         skipped: list[ChatError] = []
         deque(tokenize_samples(samples, tokenizer, config.data, on_skip=skipped.append), maxlen=0)
         findings += _describe_skipped("data", skipped, len(samples))
@@ -110,9 +110,10 @@ def _describe_skipped(subject: str, skipped: Sequence[ChatError], num_samples: i
 def _describe(source: SourceCounts) -> str:
     tokens = "chats" if source.tokens is None else f"{source.tokens:,} tokens"
     invalid = f"; {source.invalid} invalid ({'; '.join(source.first_invalid)})" if source.invalid else ""
+    empty = f"; {source.empty} empty" if source.empty else ""
     return (
-        f"{source.name}: {source.documents:,} documents, {source.windows:,} windows, {tokens}, "
-        f"{source.num_bytes:,} bytes; {source.epoch_samples:,} samples per epoch{invalid}"
+        f"{source.name}: {source.format}; {source.documents:,} documents, {source.windows:,} windows, {tokens}, "
+        f"{source.num_bytes:,} bytes; {source.epoch_samples:,} samples per epoch{empty}{invalid}"
     )
 
 
@@ -136,7 +137,8 @@ async def _check_teacher(
     subject = f"teacher {config.name}"
     try:
         async with TeacherPool([teacher_address(config, wait=wait)]) as pool:
-            teacher = await connect_teacher(pool, config, data)
+            has_chats = any(sample.is_chat for sample in samples)
+            teacher = await connect_teacher(pool, config, data, has_chats)
             card = teacher.card
             detail = f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}"
             findings.append(Finding(subject, True, detail))

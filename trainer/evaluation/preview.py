@@ -25,7 +25,7 @@ from trainer.fusion import FUSION_METHODS
 from trainer.fusion.base import SCOPES, fusion_method
 from trainer.fusion.run_fuser import Fuser
 from trainer.query.config import TeacherConfig
-from trainer.query.connect import connect_teachers
+from trainer.query.connect import check_chat_support, connect_teachers
 from trainer.query.prefetch import Prefetcher
 from trainer.query.score import SampleScorer
 from trainer.query.stream import prefetch_limits
@@ -40,8 +40,8 @@ from trainer.tokenization import SampleTokenizer
 class TeacherPreview:
     """One teacher on the held-out text.
 
-    own_bpb      bits per byte of the teacher's own tokens; None if there are chats, because the tokens of the teacher
-                 do not end where the supervised tokens of the student do
+    own_bpb      bits per byte of the teacher's own tokens; None if there are chats or prompts, because the tokens of
+                 the teacher do not end where the supervised tokens of the student do
     aligned_bpb  bits per byte of the aligned targets; infinite if a target does not list a token of the text (em,
                  min_ed)
     mean_mass    mean listed probability per position
@@ -72,7 +72,7 @@ class _CommonPart:
     """The part of a sample that the student and all teachers predict.
 
     positions  [T] bool, positions of the student
-    own_nats   log-likelihood of the part under each teacher's own tokens; None for a chat
+    own_nats   log-likelihood of the part under each teacher's own tokens; None for a chat or a text with a prompt
     """
 
     scored: ScoredSample
@@ -115,7 +115,8 @@ def preview(config: RunConfig) -> Preview:
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
     if not corpus.held_out:
         raise DataError("there is no held-out text to measure on; set eval.held_out_documents")
-    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
+    check_chat_support(config.teachers, corpus)
+    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
     measurement = Measurement(config, student)
     asyncio.run(_score(config, tokenizer, corpus.held_out, measurement))
     return measurement.result()
@@ -134,7 +135,7 @@ async def _score(
 ) -> None:
     size = config.train.batch_samples
     batches = iter([held_out[begin : begin + size] for begin in range(0, len(held_out), size)])
-    async with connect_teachers(config.teachers, tokenizer.vocabulary, config.data) as connection:
+    async with connect_teachers(config.teachers, tokenizer, config.data) as connection:
         scorer = SampleScorer(connection, tokenizer, config.data)
         prefetcher = Prefetcher(prefetch_limits(config), scorer, batches)
         async with aclosing(prefetcher.batches()) as scored_batches:
@@ -202,7 +203,8 @@ def _common_part(scored: ScoredSample, first_position: int) -> Iterator[_CommonP
     """Yield the sample's common part, if it has one."""
     valid = np.logical_and.reduce([scores.target.valid for scores in scored.scores])
     valid &= np.arange(len(valid)) >= first_position
-    if scored.sample.is_chat:
+    if scored.sample.is_chat or scored.sample.prompt_bytes:
+        valid &= scored.tokenized.supervised_T
         if valid.any():
             yield _CommonPart(scored, valid, None)
         return

@@ -14,11 +14,13 @@ from teachers.client.pool import TeacherPool
 from teachers.keys import key_from_environment, key_from_file
 from teachers.protocol.errors import ProtocolError, Rejected, TeacherError
 from teachers.protocol.messages import TeacherCard
+from trainer.errors import ConfigError
 from trainer.paths import resolve_tokenizer_dir, tables_dir
 from trainer.query.config import TeacherConfig
 from trainer.signals import signal_class
 from trainer.signals.base import TeacherSignal
 from trainer.sources.config import DataConfig
+from trainer.sources.corpus import Corpus
 from trainer.tokenization import SampleTokenizer, load_chat_template
 
 T = TypeVar("T")
@@ -51,7 +53,7 @@ class TeacherConnection:
 @asynccontextmanager
 async def connect_teachers(
     configs: Sequence[TeacherConfig],
-    student: Vocabulary,
+    student: SampleTokenizer,
     data: DataConfig,
     *,
     on_event: Callable[[TeacherEvent], None] = lambda _: None,
@@ -60,12 +62,15 @@ async def connect_teachers(
 
     Waits up to start_timeout_s of each teacher until it responds; an error that only the user can correct is raised at
     once.
-    on_event is called when a teacher is lost or joins again. Raises TeacherError, TokenizerError or ChatError naming
-    the teacher.
+
+    student   the student's tokenizer of samples; teachers need a chat template if it has one
+    on_event  called when a teacher is lost or joins again
+    Raises TeacherError, TokenizerError or ChatError naming the teacher.
     """
     async with TeacherPool([teacher_address(config) for config in configs], on_event) as pool:
-        teachers = await gather(connect_teacher(pool, config, data) for config in configs)
-        signals = [await asyncio.to_thread(_signal, teacher, student) for teacher in teachers]
+        has_chats = student.template is not None
+        teachers = await gather(connect_teacher(pool, config, data, has_chats) for config in configs)
+        signals = [await asyncio.to_thread(_signal, teacher, student.vocabulary) for teacher in teachers]
         try:
             yield TeacherConnection(pool, tuple(teachers), tuple(signals))
         finally:
@@ -73,9 +78,12 @@ async def connect_teachers(
                 signal.close()
 
 
-async def connect_teacher(pool: TeacherPool, config: TeacherConfig, data: DataConfig) -> ConnectedTeacher:
+async def connect_teacher(
+    pool: TeacherPool, config: TeacherConfig, data: DataConfig, has_chats: bool
+) -> ConnectedTeacher:
     """Request one teacher's card and tokenizer files, and check them against the run file and its data.
 
+    has_chats  the data has chats, so that the teacher needs a chat template
     Raises TeacherError, TokenizerError or ChatError naming the teacher.
     """
     card, files = await pool.connect(config.name)
@@ -85,8 +93,20 @@ async def connect_teacher(pool: TeacherPool, config: TeacherConfig, data: DataCo
             f"teacher {config.name}: its tokenizer has no EOS for the ends of documents (data.close_documents); "
             "set eos in the roles of this teacher"
         )
-    template = load_chat_template(files, vocabulary, config.roles, config.chat_template) if data.has_chats else None
+    template = load_chat_template(files, vocabulary, config.roles, config.chat_template) if has_chats else None
     return ConnectedTeacher(config, card, SampleTokenizer(vocabulary, card.prefix, template))
+
+
+def check_chat_support(teachers: Sequence[TeacherConfig], corpus: Corpus) -> None:
+    """Raise ConfigError if the data has chats or masked prompts, and the signal of a teacher is for texts only."""
+    for source in corpus.sources:
+        for teacher in teachers:
+            if (source.is_chat or source.has_prompt) and not teacher.supports_chats:
+                raise ConfigError(
+                    f"teachers: teacher {teacher.name} has signal {teacher.signal!r}, which is for texts; source "
+                    f"{source.name} has {source.format}, which require a signal that supports them, for example "
+                    "byte_chain"
+                )
 
 
 def checked_vocabulary(config: TeacherConfig, card: TeacherCard, files: Mapping[str, bytes]) -> Vocabulary:

@@ -185,7 +185,7 @@ class ExampleStream:
         try:
             async with connect_teachers(
                 config.teachers,
-                self._student.vocabulary,
+                self._student,
                 data=config.data,
                 on_event=self._events.put,
             ) as connection:

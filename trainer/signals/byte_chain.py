@@ -29,7 +29,7 @@ class ByteChainSignal:
         tokens = (teacher.tokens, student.tokens)
         target = align(rows, first_row, *tokens, self._translation)
         figures = report(rows, first_row, tokens, target, self._translation)
-        return Prepared(target, figures, -float(rows.actual.mean(dtype=float)))
+        return Prepared(target, figures, _supervised_nats(rows, first_row, teacher))
 
     def _prepare_chat(self, rows: Rows, first_row: int, teacher: TokenizedSample, student: TokenizedSample) -> Prepared:
         assert teacher.rendered is not None
@@ -37,9 +37,14 @@ class ByteChainSignal:
         # row positions count from the beginning of the rendered chat, with the BOS that its template writes
         start = len(teacher.rendered.prefix) + teacher.hidden_bos + first_row
         chat = align_chat(replace(rows, start=start), teacher.rendered, student.rendered, self._translation)
-        supervised = rows.actual[teacher.supervised_T[first_row:]]
-        nats = -float(supervised.mean(dtype=float)) if len(supervised) else math.inf
+        nats = _supervised_nats(rows, first_row, teacher)
         return Prepared(chat.target.from_position(student.hidden_bos), chat.report, nats)
 
     def close(self) -> None:
         """Do nothing: the translation is cached when it is built."""
+
+
+def _supervised_nats(rows: Rows, first_row: int, teacher: TokenizedSample) -> float:
+    """Return the mean negative log-likelihood of the teacher's supervised tokens; inf without any."""
+    supervised = rows.actual[teacher.supervised_T[first_row:]]
+    return -float(supervised.mean(dtype=float)) if len(supervised) else math.inf

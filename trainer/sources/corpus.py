@@ -16,8 +16,9 @@ from alignment import Vocabulary
 from trainer.errors import DataError
 from trainer.evaluation.config import EvalConfig
 from trainer.records import Sample
-from trainer.sources.base import open_documents
+from trainer.sources.base import Documents
 from trainer.sources.config import DataConfig
+from trainer.sources.formats import open_documents
 from trainer.sources.input_files import Key, SourceInputs, find_inputs
 from trainer.sources.sample_order import SampleOrder, weighted_order
 from trainer.sources.window_index import WindowIndex, index_source
@@ -30,15 +31,22 @@ MAX_NAMED_REPEATED = 20
 class SourceCounts:
     """Counts of all documents of one source.
 
+    format         kind of the documents, and the columns that they are read from
+    is_chat        the documents are chats
+    has_prompt     the documents are texts with a masked prompt
     tokens         tokens of the student; None for chats
     num_bytes      bytes of text, or of chats as JSON
     epoch_samples  number of samples that one epoch draws from the source
     invalid        number of lines and rows that cannot be read
     first_invalid  messages of the first of them
+    empty          number of lines and rows whose text or chat is empty; they are left out
     repeated       files that are not read again, because this or an earlier source contains them under another name
     """
 
     name: str
+    format: str
+    is_chat: bool
+    has_prompt: bool
     documents: int
     windows: int
     tokens: int | None
@@ -46,6 +54,7 @@ class SourceCounts:
     epoch_samples: int
     invalid: int
     first_invalid: tuple[str, ...]
+    empty: int
     repeated: tuple[str, ...] = ()
 
 
@@ -85,10 +94,11 @@ class Samples(Sequence[Sample]):
         index, window = self._indexes[source], int(self._selected[source][i - self._firsts[source]])
         content = index.content(window)
         sample = Sample(i, index.name(window), domain=index.domain(window), teacher=index.teacher(window))
-        if index.source.messages_column is not None:
+        if index.format.is_chat:
             messages, tools = json.loads(content)
             return replace(sample, messages=tuple(messages), tools=tuple(tools))
-        return replace(sample, text=content.decode(), closes=self._closes and bool(index.ends_document(window)))
+        closes = self._closes and bool(index.ends_document(window))
+        return replace(sample, text=content.decode(), closes=closes, prompt_bytes=index.prompt_bytes(window))
 
     def teachers(self) -> dict[str | None, str]:
         """Return every value of the teacher columns, with the name of its first sample. None stands for no column."""
@@ -114,6 +124,11 @@ class Corpus:
     sources: tuple[SourceCounts, ...]
     fingerprint: str
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether some source contains chats."""
+        return any(source.is_chat for source in self.sources)
+
 
 def load_corpus(data: DataConfig, evaluation: EvalConfig, vocabulary: Vocabulary, seed: int) -> Corpus:
     """Index every source, draw the held-out documents, and select the samples.
@@ -125,6 +140,7 @@ def load_corpus(data: DataConfig, evaluation: EvalConfig, vocabulary: Vocabulary
     for inputs in found:
         max_invalid = data.max_invalid - sum(index.summary.invalid for index in indexes)
         documents = [open_documents(path, inputs.source) for path in inputs.paths]
+        _check_formats(inputs, documents)
         indexes.append(index_source(inputs.source, documents, vocabulary, data.window_tokens, max_invalid))
     held_documents = _draw_held_out([i.summary.documents for i in indexes], evaluation.held_out_documents, seed)
     _hold_out_together(found, indexes, held_documents)
@@ -138,6 +154,17 @@ def load_corpus(data: DataConfig, evaluation: EvalConfig, vocabulary: Vocabulary
     closes = data.close_documents
     samples = (Samples(indexes, train, closes), Samples(indexes, held_out, closes))
     return Corpus(*samples, order, counts, _fingerprint(indexes, train, closes))
+
+
+def _check_formats(inputs: SourceInputs, documents: Sequence[Documents]) -> None:
+    """Raise DataError if the files of a source do not all have the record format of the first one."""
+    first = documents[0].format
+    for path, other in zip(inputs.paths, documents, strict=True):
+        if (other.format.is_chat, other.format.is_whole) != (first.is_chat, first.is_whole):
+            raise DataError(
+                f"{inputs.paths[0]} has {first.description}, {path} has {other.format.description}: list them in "
+                "separate [[data.sources]], or set record_format"
+            )
 
 
 def _check_samples(counts: Sequence[SourceCounts]) -> None:
@@ -185,7 +212,7 @@ def _hold_out_together(
 
 def _usable_windows(index: WindowIndex, data: DataConfig) -> NDArray[np.int64]:
     """Select the windows with at least one token to predict, up to data.max_windows_per_document."""
-    if index.source.messages_column is not None:
+    if index.format.is_chat:
         return np.arange(len(index.windows))
     closes = index.ends_document(np.arange(len(index.windows))) & data.close_documents
     usable = index.windows["tokens"] + closes >= 2
@@ -208,12 +235,16 @@ def _source_counts(inputs: SourceInputs, index: WindowIndex, draws: int) -> Sour
     source, summary = index.source, index.summary
     return SourceCounts(
         name=source.name or source.dataset or ", ".join(Path(file).name for file in source.files),
+        format=index.format.description,
+        is_chat=index.format.is_chat,
+        has_prompt=index.format.is_whole and not index.format.is_chat,
         documents=summary.documents,
         windows=summary.windows,
-        tokens=None if source.messages_column is not None else summary.tokens,
+        tokens=None if index.format.is_chat else summary.tokens,
         num_bytes=summary.num_bytes,
         epoch_samples=draws,
         invalid=summary.invalid,
         first_invalid=tuple(summary.first_invalid[:MAX_NAMED_INVALID]),
+        empty=summary.empty,
         repeated=inputs.repeated[:MAX_NAMED_REPEATED],
     )

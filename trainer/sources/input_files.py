@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trainer.errors import ConfigError, DataError
 from trainer.paths import cache_dir, exists, resolve_data_file
-from trainer.sources.config import SourceConfig
+from trainer.sources.config import CONTENT_KEYS, SourceConfig
 
 Key = tuple[object, ...]
 _KINDS = {
@@ -69,7 +69,8 @@ def find_inputs(sources: Sequence[SourceConfig]) -> list[SourceInputs]:
 
 
 def _columns(source: SourceConfig) -> Key:
-    return (source.messages_column or source.text_column, source.messages_column is not None)
+    """Return the settings by which two sources read different documents of one file."""
+    return (repr(source.model_dump(include=CONTENT_KEYS)),)
 
 
 def _inputs(source: SourceConfig) -> Iterator[tuple[Key, Path]]:

@@ -1,55 +1,65 @@
-"""Tables as sources: .parquet files and Hugging Face datasets, read by the library `datasets`. A row is a document.
+"""Tables as sources: Parquet and Arrow files, read by `datasets`, and Hugging Face datasets. A row is a document.
 
 `datasets` stores rows in memory-mapped Arrow files, so that any row is read without the others. It converts Parquet
 files and datasets of the hub to Arrow once, in its cache. Code that belongs to a dataset is never run.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import atexit
+import errno
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.errors import DataError
 from trainer.paths import cache_dir
-from trainer.sources.base import DocumentRef, Documents, InvalidRecord
-from trainer.sources.columns import InvalidRecordError, describe_utf8_error, extract_content, parse_document
+from trainer.sources.base import Documents, Table, TableRecord
 from trainer.sources.config import SourceConfig
-from trainer.sources.content_cache import contents
+from trainer.sources.data_file import DataFile, open_data_file
+from trainer.sources.encoding import describe_utf8_error
+from trainer.sources.record_formats.base import InvalidRecordError
+from trainer.sources.table_documents import TableDocuments
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+log = logging.getLogger("tutelage.data")
 NEWLINE = "\n"
+NUM_EXAMINED_ROWS = 100
 
 
 class ParquetSource:
-    """.parquet files."""
+    """Parquet files."""
 
-    def matches(self, path: Path, config: SourceConfig) -> bool:
-        return path.suffix == ".parquet"
+    suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
 
     def open(self, path: Path, config: SourceConfig) -> Documents:
-        from pyarrow import parquet  # imported here because the registry imports this module for every file
+        return TableDocuments(ParquetTable(open_data_file(path)), config)
 
-        datasets = _import_datasets()
+
+class ArrowSource:
+    """Arrow files: the stream format, which `datasets` writes, or the file format."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".arrow",)
+
+    def open(self, path: Path, config: SourceConfig) -> Documents:
+        file, datasets = open_data_file(path), _import_datasets()
         try:
-            dataset = datasets.Dataset.from_parquet(
-                str(path),
-                cache_dir=str(cache_dir() / "datasets"),
-                columns=_select_columns(str(path), parquet.read_schema(path).names, config),
-            )
-        except DataError:
-            raise
+            table = _map_arrow(file.content.path)
+            table.validate(full=True)  # offsets of a damaged file may lie outside of it
+            dataset = datasets.Dataset(datasets.table.InMemoryTable(table))
         except Exception as error:  # a damaged file or schema: `datasets` and Arrow raise errors of any kind
             raise DataError(f"cannot read {path}: {_first_line(error)}") from error
-        return TableRows(path.name, str(path), dataset, config)
+        return TableDocuments(DatasetTable(path.name, str(path), dataset, file), config)
 
 
 class DatasetSource:
     """Hugging Face datasets: a folder written by `save_to_disk`, or a dataset of the hub."""
 
-    def matches(self, path: Path, config: SourceConfig) -> bool:
-        return config.dataset is not None
+    suffixes: ClassVar[tuple[str, ...]] = ()
 
     def open(self, path: Path, config: SourceConfig) -> Documents:
         name = config.dataset or ""
@@ -59,7 +69,7 @@ class DatasetSource:
             if split not in dataset:
                 raise DataError(f"data.sources: {name} has the splits {', '.join(dataset)}: set split to one of them")
             dataset = dataset[split]
-        return TableRows(path.name, name, dataset, config)
+        return TableDocuments(DatasetTable(path.name, name, dataset), config)
 
 
 def _load_dataset(name: str, config: SourceConfig) -> Any:
@@ -76,83 +86,183 @@ def _load_dataset(name: str, config: SourceConfig) -> Any:
         raise DataError(f"data.sources: cannot load the dataset {name} ({origin}): {_first_line(error)}") from error
 
 
-class TableRows:
-    """The rows of a table, one document per row. `where` names the table in error messages."""
+class ParquetTable:
+    """A Parquet file whose columns are known. `select` converts some of them to Arrow, in the cache of `datasets`."""
 
-    def __init__(self, name: str, where: str, dataset: "Dataset", config: SourceConfig) -> None:
-        self.name = name
-        self._where = where
-        self._config = config
-        self._dataset = dataset.select_columns(_select_columns(where, dataset.column_names, config))
+    unit = "row"
+
+    def __init__(self, file: DataFile) -> None:
+        from pyarrow import parquet  # takes a moment to load
+
+        self.name, self.where = file.path.name, str(file.path)
+        self._file = file
+        try:
+            self._parquet = parquet.ParquetFile(file.content.path)
+            self.columns: Sequence[str] = self._parquet.schema_arrow.names
+        except Exception as error:  # a damaged file or schema: Arrow raises errors of any kind
+            raise DataError(f"cannot read {self.where}: {_first_line(error)}") from error
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """The fingerprint of `datasets`, the number of rows, and the sizes and times of the Arrow files."""
+        return self._file.original.identity
+
+    def example(self, column: str) -> object:
+        try:
+            batches = self._parquet.iter_batches(NUM_EXAMINED_ROWS, columns=[column])
+            rows = next(batches).column(0).to_pylist()
+        except StopIteration:  # no row
+            return None
+        except Exception as error:
+            raise DataError(f"cannot read {self.where}: {_first_line(error)}") from error
+        return next((value for value in rows if value is not None), None)
+
+    def select(self, columns: Sequence[str]) -> Table:
+        datasets = _import_datasets()
+        try:
+            dataset = datasets.Dataset.from_parquet(
+                str(self._file.content.path), cache_dir=str(_datasets_cache()), columns=list(columns)
+            )
+        except Exception as error:  # as above, and errors of `datasets`
+            raise DataError(f"cannot read {self.where}: {_reason(error)}") from error
+        return DatasetTable(self.name, self.where, dataset, self._file)
+
+    def scan(self) -> Iterator[TableRecord]:
+        return self.select(self.columns).scan()
+
+    def load(self, offset: int, length: int) -> Mapping[str, Any]:
+        return self.select(self.columns).load(offset, length)
+
+    def check(self) -> None:
+        self._file.original.check()
+
+
+class DatasetTable:
+    """The rows of a dataset. `file` is the file that they were read from, if there is one."""
+
+    unit = "row"
+
+    def __init__(self, name: str, where: str, dataset: "Dataset", file: DataFile | None = None) -> None:
+        self.name, self.where = name, where
+        self.columns: Sequence[str] = dataset.column_names
+        self._dataset = dataset
+        self._file = file
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """That of the file; else the fingerprint of `datasets` and the sizes and times of the Arrow files."""
+        if self._file is not None:
+            return self._file.original.identity
         files = [Path(file["filename"]) for file in self._dataset.cache_files]
         stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return (self._dataset._fingerprint, len(self._dataset), *stamps)
 
-    def scan(self) -> Iterator[DocumentRef | InvalidRecord]:
-        for row, load_values in enumerate(self._rows()):
-            where = f"{self._where}, row {row + 1}"
-            record = parse_document(where, (row, 0, row + 1), load_values, self._config)
-            if record is not None:
-                yield record
+    def example(self, column: str) -> object:
+        rows = self._dataset.select_columns([column])[:NUM_EXAMINED_ROWS][column]
+        return next((value for value in rows if value is not None), None)
 
-    def _rows(self) -> Iterator[Callable[[], Mapping[str, Any]]]:
-        """Yield one function per row. It returns the columns of the row, or raises InvalidRecordError."""
+    def select(self, columns: Sequence[str]) -> Table:
+        return DatasetTable(self.name, self.where, self._dataset.select_columns(list(columns)), self._file)
+
+    def scan(self) -> Iterator[TableRecord]:
+        """Yield one record per row. `load` of a row whose strings are not UTF-8 raises InvalidRecordError."""
+        self.check()
         row = 0
         while row < len(self._dataset):
             rows = iter(self._dataset.select(range(row, len(self._dataset))) if row else self._dataset)
             try:
                 for values in rows:
-                    yield partial(drop_nulls, values)
+                    yield TableRecord(row, 0, row + 1, partial(self._present, values))
                     row += 1
             except UnicodeDecodeError:  # Arrow does not check the strings of a file; the iteration cannot continue
-                yield partial(self._load_row, row)
+                yield TableRecord(row, 0, row + 1, partial(self.load, row, 0))
                 row += 1
 
-    def _load_row(self, row: int) -> Mapping[str, Any]:
+    def load(self, offset: int, length: int) -> Mapping[str, Any]:
         try:
-            values: Mapping[str, Any] = drop_nulls(self._dataset[row])
+            return self._present(self._dataset[offset])
         except UnicodeDecodeError as error:
             raise InvalidRecordError(describe_utf8_error(error, 0)) from error
-        return values
 
-    def read(self, offset: int, length: int, begin: int, end: int) -> bytes:
-        def load() -> bytes:
-            return extract_content(self._load_row(offset), self._config).content
+    def _present(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        present: Mapping[str, Any] = without_absent_keys(values, self._dataset.features)
+        return present
 
-        return contents.get((self, offset), load)[begin:end]
-
-
-def _select_columns(where: str, available: Sequence[str], config: SourceConfig) -> list[str]:
-    """Return the columns to read. Raises DataError if a column of the config is missing."""
-    named = [config.messages_column or config.text_column, config.domain_column, config.teacher_column]
-    for column in named:
-        if column and column not in available:
-            raise DataError(f"{where} has no column {column!r}; it has {', '.join(available)}")
-    tools = ["tools"] if config.messages_column and "tools" in available else []
-    return [*dict.fromkeys(column for column in named if column), *tools]
+    def check(self) -> None:
+        if self._file is not None:
+            self._file.original.check()
 
 
-def drop_nulls(value: Any) -> Any:
-    """Remove keys whose value is null, at every depth.
+def without_absent_keys(value: Any, feature: Any) -> Any:
+    """Remove the fields of structs that are null, at every depth. Inside of JSON values, null stays.
 
-    Arrow gives all objects of a column the same keys, and null to an object that lacks a key.
+    Arrow gives all structs of a column the same fields, and null to one that lacks a key. `datasets` stores objects
+    whose keys differ as JSON.
+
+    feature  description of the value by `datasets`: a dict for a struct
     """
-    if isinstance(value, dict):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
-    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: without_absent_keys(item, feature[key]) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and (inner := getattr(feature, "feature", None)) is not None:
+        return [without_absent_keys(item, inner) for item in value]
+    return value
+
+
+def _map_arrow(path: Path) -> Any:
+    """Map an Arrow file into memory as a table."""
+    import pyarrow
+
+    source = pyarrow.memory_map(str(path))
+    try:
+        return pyarrow.ipc.open_stream(source).read_all()
+    except pyarrow.ArrowInvalid:
+        source.seek(0)
+        return pyarrow.ipc.open_file(source).read_all()
+
+
+def _datasets_cache() -> Path:
+    """Return the folder of the cache for `datasets`; a temporary one if that cannot be written."""
+    folder = cache_dir() / "datasets"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        log.warning(
+            "%s cannot be written (%s): tables are converted for this start only; free disk space, or set "
+            "TUTELAGE_CACHE to another directory",
+            folder,
+            error.strerror,
+        )
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix="tutelage-datasets-"))
+    except OSError as error:
+        raise DataError(
+            f"cannot convert tables in the cache or in a temporary directory ({error.strerror}): free disk space, or "
+            "set TUTELAGE_CACHE or TMPDIR to another directory"
+        ) from error
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return scratch
 
 
 def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("Parquet files and Hugging Face datasets need the package extra: tutelage[data]") from error
+        raise DataError(
+            "Parquet files, Arrow files and Hugging Face datasets need the package extra: tutelage[data]"
+        ) from error
     datasets.disable_progress_bars()
     return datasets
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of an error, and what to do if the disk is full."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{cause.strerror} in the cache: free disk space, or set TUTELAGE_CACHE to another directory"
+        cause = cause.__cause__ or cause.__context__
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,16 +6,10 @@ If the cache cannot be written, the index is built for one start only. Each wind
 window whose bytes have changed since it was indexed is an error.
 """
 
-import fcntl
 import hashlib
 import json
-import logging
-import os
-import shutil
-import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,18 +19,15 @@ from numpy.typing import NDArray
 
 from alignment import Vocabulary
 from trainer.errors import DataError
-from trainer.manifest import DamagedError, check_folder, digest_file, write_manifest
 from trainer.paths import windows_dir
-from trainer.sources.base import Documents
-from trainer.sources.columns import InvalidRecordError
-from trainer.sources.config import SourceConfig
+from trainer.sources.base import Documents, FormatInfo
+from trainer.sources.cached_folder import CachedFolder
+from trainer.sources.config import CONTENT_KEYS, SourceConfig
+from trainer.sources.record_formats.base import InvalidRecordError
 from trainer.sources.window_indexer import DOCUMENT, WINDOW, IndexSummary, WindowIndexer, check_invalid
 from trainer.sources.windows import CHUNK_BYTES
 
-log = logging.getLogger("tutelage.data")
-
-FORMAT = 2  # version of the stored files and of the way that texts are cut
-FILES = ("documents", "windows", "summary.json")
+FORMAT = 3  # version of the stored files and of the way that texts are cut
 _Stored = tuple[IndexSummary, NDArray[np.void], NDArray[np.void]]
 
 
@@ -55,6 +46,15 @@ class WindowIndex:
     documents: NDArray[np.void]
     windows: NDArray[np.void]
 
+    @property
+    def format(self) -> FormatInfo:
+        """The record format, which all inputs share."""
+        return self.inputs[0].format
+
+    def prompt_bytes(self, window: int) -> int:
+        """Return the number of leading bytes of a window that are a masked prompt."""
+        return int(self._document(window)["prompt_bytes"])
+
     def content(self, window: int) -> bytes:
         """Read the bytes of a window. Raises DataError, naming the sample, if they differ from the indexed ones."""
         record, document = self.windows[window], self._document(window)
@@ -69,10 +69,10 @@ class WindowIndex:
         return content
 
     def name(self, window: int) -> str:
-        """Return the name of a window's sample: FILE, FILE:LINE, FILE#WINDOW or FILE:LINE#WINDOW."""
+        """Return the name of a window's sample: FILE:LINE, FILE#WINDOW or FILE:LINE#WINDOW."""
         number = int(self._document(window)["number"])
         document = f"{self._input(window).name}:{number}" if number else self._input(window).name
-        return document if self.source.messages_column else f"{document}#{self.windows[window]['number']}"
+        return document if self.format.is_whole else f"{document}#{self.windows[window]['number']}"
 
     def domain(self, window: int) -> str:
         """Return the value of the domain column, else the name of the source, else the name of the file or dataset."""
@@ -105,92 +105,30 @@ def index_source(
 
     Raises DataError if more than `max_invalid` lines and rows cannot be read, or if no disk has space for the index.
     """
-    folder = windows_dir() / _index_key(source, inputs, vocabulary, window_tokens)
-
-    def build(target: Path) -> _Stored:
-        return _build(target, WindowIndexer(source, vocabulary, window_tokens, max_invalid), inputs)
-
-    try:
-        stored = _load_or_build(folder, build)
-    except OSError as error:
-        log.warning(
-            "the window index cannot be kept in %s (%s): it is built for this start only; free disk space, or set "
-            "TUTELAGE_CACHE to another directory",
-            folder.parent,
-            error.strerror,
-        )
-        stored = _build_temporary(build)
-    summary, documents, windows = stored
+    indexer = WindowIndexer(vocabulary, window_tokens, max_invalid)
+    summary, documents, windows = CachedFolder(
+        what="the window index",
+        folder=windows_dir() / _index_key(source, inputs, vocabulary, window_tokens),
+        write=lambda folder: indexer.run(inputs, folder),
+        load=_load,
+        stays_open=True,
+    ).get()
     check_invalid(summary, max_invalid)
     return WindowIndex(source, inputs, summary, documents, windows)
 
 
 def _index_key(source: SourceConfig, inputs: Sequence[Documents], vocabulary: Vocabulary, window_tokens: int) -> str:
-    columns = source.model_dump(include={"text_column", "messages_column", "domain_column", "teacher_column"})
+    columns = source.model_dump(include=CONTENT_KEYS | {"domain_column", "teacher_column"})
     values = [FORMAT, CHUNK_BYTES, tokenizers.__version__, vocabulary.fingerprint, window_tokens, columns]
     return hashlib.sha256(json.dumps([*values, [each.identity for each in inputs]]).encode()).hexdigest()[:32]
 
 
-def _load_or_build(folder: Path, build: Callable[[Path], _Stored]) -> _Stored:
-    stored = _load(folder)
-    if stored is None:
-        with _lock(folder):
-            stored = _load(folder) or build(folder)  # another process may have built it in the meantime
-    return stored
-
-
-def _build_temporary(build: Callable[[Path], _Stored]) -> _Stored:
-    """Build an index in temporary files. They are deleted at once, but remain available through the memory map."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="tutelage-windows-") as scratch:
-            return build(Path(scratch) / "index")
-    except OSError as error:
-        raise DataError(
-            f"cannot write the window index to the cache or to a temporary directory ({error.strerror}): free disk "
-            "space, or set TUTELAGE_CACHE or TMPDIR to another directory"
-        ) from error
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process build an index while the others wait."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _load(folder: Path) -> _Stored | None:
-    """Map a stored index into memory. Return None if it is missing or damaged."""
-    if not folder.is_dir():
-        return None
-    try:
-        check_folder(folder)
-        summary = IndexSummary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-        documents, windows = _map_records(folder / "documents", DOCUMENT), _map_records(folder / "windows", WINDOW)
-    except (DamagedError, FileNotFoundError) as error:  # the other processes may be replacing it
-        log.warning("the window index %s is built again: %s", folder, error)
-        return None
-    return summary, documents, windows
+def _load(folder: Path) -> _Stored:
+    """Map a stored index into memory."""
+    summary = IndexSummary(**json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    return summary, _map_records(folder / "documents", DOCUMENT), _map_records(folder / "windows", WINDOW)
 
 
 def _map_records(path: Path, dtype: np.dtype[np.void]) -> NDArray[np.void]:
     # An empty file cannot be mapped.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype=dtype)
-
-
-def _build(folder: Path, indexer: WindowIndexer, inputs: Sequence[Documents]) -> _Stored:
-    """Write the index to a temporary folder and rename it, so that an existing index is always complete."""
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        indexer.run(inputs, partial)
-        write_manifest(partial, {name: digest_file(partial / name) for name in FILES})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    stored = _load(folder)
-    assert stored is not None
-    return stored

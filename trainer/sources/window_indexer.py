@@ -20,8 +20,7 @@ import numpy as np
 
 from alignment import Vocabulary
 from trainer.errors import DataError
-from trainer.sources.base import DocumentRef, Documents, InvalidRecord
-from trainer.sources.config import SourceConfig
+from trainer.sources.base import DocumentRef, Documents, EmptyRecord, FormatInfo, InvalidRecord
 from trainer.sources.windows import CHUNK_BYTES, cut_batch
 
 T = TypeVar("T")
@@ -29,11 +28,14 @@ R = TypeVar("R")
 MAX_NAMED_INVALID = 20
 BATCH_BYTES = CHUNK_BYTES * max(2, os.cpu_count() or 1)  # tokenized in one call, on all cores
 NUM_PENDING_BATCHES = 2
-# Document: index of its file or dataset; offset, length and number as in DocumentRef; indices of its domain and its
-# teacher in IndexSummary, -1 without one.
+# Document: index of its file or dataset; offset, length, number and prompt_bytes as in DocumentRef; indices of its
+# domain and its teacher in IndexSummary, -1 without one.
 DOCUMENT = np.dtype(
-    [("input", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("number", "<i8"), ("domain", "<i4"), ("teacher", "<i4")]
-)
+    [
+        ("input", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("number", "<i8"), ("prompt_bytes", "<i8"),
+        ("domain", "<i4"), ("teacher", "<i4"),
+    ]
+)  # fmt: skip
 # Window: index of its document; its number within the document, from 0; its bytes [begin, end) of the document's
 # content; its tokens when tokenized alone, 0 for a chat; CRC-32 of its bytes.
 WINDOW = np.dtype(
@@ -49,6 +51,7 @@ class IndexSummary:
     num_bytes      bytes of text, or of chats as JSON
     invalid        number of lines and rows that cannot be read
     first_invalid  messages of the first of them
+    empty          number of lines and rows whose text or chat is empty
     domains        distinct values of the domain column; documents refer to them by index
     teachers       distinct values of the teacher column; documents refer to them by index
     fingerprint    sha256 of the contents and the windows, independent of file names
@@ -60,6 +63,7 @@ class IndexSummary:
     num_bytes: int = 0
     invalid: int = 0
     first_invalid: list[str] = field(default_factory=list)
+    empty: int = 0
     domains: list[str] = field(default_factory=list)
     teachers: list[str] = field(default_factory=list)
     fingerprint: str = ""
@@ -79,13 +83,13 @@ class _Chunk(NamedTuple):
 
     document  index of the document
     begin     byte offset of the chunk in the content
-    labels    domain and teacher of the document
+    labels    domain, teacher and prompt length of the document
     """
 
     document: int
     begin: int
     data: bytes
-    labels: tuple[str | None, str | None]
+    labels: tuple[str | int | None, ...]
 
 
 class WindowIndexer:
@@ -94,8 +98,8 @@ class WindowIndexer:
     Raises DataError as soon as more than `max_invalid` lines and rows cannot be read.
     """
 
-    def __init__(self, source: SourceConfig, vocabulary: Vocabulary, window_tokens: int, max_invalid: int) -> None:
-        self._has_chats = source.messages_column is not None
+    def __init__(self, vocabulary: Vocabulary, window_tokens: int, max_invalid: int) -> None:
+        self._format = FormatInfo("")
         self._vocabulary = vocabulary
         self._window_tokens = window_tokens
         self._max_invalid = max_invalid
@@ -106,7 +110,8 @@ class WindowIndexer:
         self._next_number = 0  # number of the next window of the current document
 
     def run(self, inputs: Sequence[Documents], folder: Path) -> None:
-        """Index the documents of all inputs and write the three files into the folder."""
+        """Index the documents of all inputs, of one format, and write the three files into the folder."""
+        self._format = inputs[0].format
         with (folder / "documents").open("wb") as documents, (folder / "windows").open("wb") as windows:
             with ThreadPoolExecutor(NUM_PENDING_BATCHES) as pool:
                 batches = _batches(self._chunks(inputs, documents))
@@ -125,10 +130,14 @@ class WindowIndexer:
                 if isinstance(record, InvalidRecord):
                     self._count_invalid(record)
                     continue
+                if isinstance(record, EmptyRecord):
+                    self._summary.empty += 1
+                    continue
                 documents.write(self._document_record(i, record))
                 begin = 0
                 for data in record.chunks:
-                    yield _Chunk(self._summary.documents, begin, data, (record.domain, record.teacher))
+                    labels = (record.domain, record.teacher, *([record.prompt_bytes] if record.prompt_bytes else []))
+                    yield _Chunk(self._summary.documents, begin, data, labels)
                     begin += len(data)
                 self._summary.documents += 1
 
@@ -141,12 +150,16 @@ class WindowIndexer:
 
     def _document_record(self, input_index: int, document: DocumentRef) -> bytes:
         labels = _label_index(self._domains, document.domain), _label_index(self._teachers, document.teacher)
-        record = (input_index, document.offset, document.length, document.number, *labels)
+        position = input_index, document.offset, document.length, document.number
+        record = (*position, document.prompt_bytes, *labels)
         return np.array(record, dtype=DOCUMENT).tobytes()
 
     def _cut(self, batch: Sequence[_Chunk]) -> list[list[tuple[int, int]]]:
-        if self._has_chats:  # a chat is one window
+        if self._format.is_chat:
             return [[(len(chunk.data), 0)] for chunk in batch]
+        if self._format.is_whole:
+            counts = self._vocabulary.num_tokens([chunk.data.decode() for chunk in batch])
+            return [[(len(chunk.data), count)] for chunk, count in zip(batch, counts, strict=True)]
         return cut_batch([chunk.data.decode() for chunk in batch], self._vocabulary, self._window_tokens)
 
     def _window_records(self, chunk: _Chunk, cuts: Sequence[tuple[int, int]]) -> bytes:

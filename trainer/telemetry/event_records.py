@@ -42,6 +42,12 @@ class SourceStatistics(Record):
 
     name: str
     """Name of the source."""
+    format: str
+    """Kind of the documents, and the columns that they are read from."""
+    is_chat: bool
+    """Whether the documents are chats."""
+    has_prompt: bool
+    """Whether the documents are texts with a masked prompt."""
     documents: int
     """Documents in the source."""
     windows: int
@@ -56,6 +62,8 @@ class SourceStatistics(Record):
     """Lines or rows that cannot be parsed."""
     first_invalid: list[str]
     """Descriptions of the first lines or rows that cannot be parsed."""
+    empty: int
+    """Lines or rows whose text or chat is empty; they are left out."""
     repeated: list[str]
     """Files that are not read again because they are listed before by another name, with both names."""
 

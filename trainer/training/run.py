@@ -150,7 +150,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
     student = load_student(config.student.model_copy(update={"precision": precision}), ranks)
     with ranks.local_rank_zero_first():
         corpus, num_steps = check_data(config, student.vocabulary)
-    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
+    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
     optimizer = make_optimizer(student, config.optim)
     weights = base_weights_sha256(student.folder, ranks)
     identity = run_identity(config, weights, student.vocabulary.fingerprint, corpus)

@@ -9,6 +9,7 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError
 from trainer.fusion.run_fuser import check_routes
 from trainer.paths import exists, resolve_model_dir
+from trainer.query.connect import check_chat_support
 from trainer.sources.corpus import Corpus, load_corpus
 from trainer.student.checks import check_device, check_folder, load_vocabulary
 from trainer.telemetry.jsonl import METRICS_FILE
@@ -88,6 +89,9 @@ def check_data(config: RunConfig, vocabulary: Vocabulary) -> tuple[Corpus, int]:
     Raises DataError or ConfigError for invalid records, samples without a valid teacher, or too few samples.
     """
     corpus = load_corpus(config.data, config.eval, vocabulary, config.train.seed)
+    check_chat_support(config.teachers, corpus)
+    if config.data.close_documents and all(source.is_chat for source in corpus.sources):
+        raise ConfigError("data.close_documents: the chat template defines the end of a chat; remove the key")
     check_routes(corpus.train, config)
     return corpus, total_steps(config, corpus)
 

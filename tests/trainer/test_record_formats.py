@@ -1,0 +1,186 @@
+"""Record formats: detected by columns, reported, chosen by the run file, and invalid records named."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.corpora import load
+from trainer.errors import DataError
+from trainer.sources.corpus import Corpus
+from trainer.sources.record_formats import RECORD_FORMATS
+
+Row = dict[str, Any]
+
+
+def load_rows(folder: Path, *rows: Row, max_invalid: int = 0, **source: Any) -> Corpus:
+    path = folder / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return load({"files": [str(path)]} | source, max_invalid=max_invalid)
+
+
+def user(content: str) -> Row:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **keys: Any) -> Row:
+    return {"role": "assistant", "content": content} | keys
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHAT = [user("How heavy?"), assistant("14.5 kg")]
+SHAREGPT = [{"from": "human", "value": "How heavy?"}, {"from": "gpt", "value": "14.5 kg"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
+CHATS = [
+    ({"messages": CHAT}, "column messages", CHAT),
+    ({"messages": SHAREGPT, "id": 3}, "column messages", CHAT),
+    ({"messages": json.dumps(CHAT)}, "column messages", CHAT),
+    ({"conversations": SHAREGPT}, "column conversations", CHAT),
+    ({"conversations": CHAT, "system": "Be brief."}, "columns conversations, system", [SYSTEM, *CHAT]),
+    ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "columns prompt, completion", CHAT),
+    (
+        {"prompt": [*CHAT, user("Sure?")], "completion": [assistant("Yes.")]},
+        "columns prompt, completion",
+        [CHAT[0], assistant("14.5 kg", train=False), user("Sure?"), assistant("Yes.")],
+    ),
+    ({"instruction": "How", "input": "heavy?", "output": "x"}, "columns instruction, output, input",
+     [user("How\nheavy?"), assistant("x")]),
+    ({"instruction": "How?", "input": "", "output": "x"}, "columns instruction, output, input",
+     [user("How?"), assistant("x")]),
+    ({"instruction": "How?", "output": "x"}, "columns instruction, output", [user("How?"), assistant("x")]),
+    ({"instruction": "a", "output": "x", "system": "Be brief.", "history": [["b", "c"]]},
+     "columns instruction, output, system, history", [SYSTEM, user("b"), assistant("c"), user("a"), assistant("x")]),
+    ({"question": "How?", "answer": "x"}, "columns question, answer", [user("How?"), assistant("x")]),
+    ({"question": "How?", "answer": "x", "loss_mask": [0, 0]}, "columns question, answer, loss_mask",
+     [user("How?"), assistant("x", train=False)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "columns", "messages"), CHATS)
+def test_chats_are_detected_by_their_columns(tmp_path: Path, row: Row, columns: str, messages: list[Row]) -> None:
+    corpus = load_rows(tmp_path, row)
+    assert corpus.sources[0].format == f"chats: {columns}"
+    assert corpus.has_chats
+    assert [list(sample.messages) for sample in corpus.train] == [messages]
+    assert corpus.train[0].name == "d.jsonl:1"
+
+
+def test_tools_are_read_beside_every_chat(tmp_path: Path) -> None:
+    for row in ({"messages": CHAT}, {"question": "How?", "answer": "x"}):
+        corpus = load_rows(tmp_path, row | {"tools": json.dumps([{"name": "f"}])})
+        assert list(corpus.train[0].tools) == [TOOL]
+        assert corpus.sources[0].format.endswith(", tools")
+
+
+def test_a_prompt_of_text_is_masked_and_its_record_is_one_window(tmp_path: Path) -> None:
+    completion = "Fifteen kilograms and a half, with the rope. " * 30
+    corpus = load_rows(
+        tmp_path, {"prompt": "Wie schwer? é ", "completion": completion}, {"prompt": "", "completion": "y z"}
+    )
+    first, second = corpus.train
+    assert corpus.sources[0].format == "texts with a masked prompt: columns prompt, completion"
+    assert not corpus.has_chats
+    assert first.text == "Wie schwer? é " + completion
+    assert first.prompt_bytes == len("Wie schwer? é ".encode())
+    assert (second.text, second.prompt_bytes) == ("y z", 0)
+    assert (first.name, corpus.sources[0].windows) == ("d.jsonl:1", 2)
+
+
+def test_the_run_file_names_other_columns(tmp_path: Path) -> None:
+    row = {"text": "a b c", "body": "d e f", "chat": CHAT, "messages": CHAT}
+    assert load_rows(tmp_path, row, text_column="body").train[0].text == "d e f"
+    assert list(load_rows(tmp_path, row, messages_column="chat").train[0].messages) == CHAT
+    assert load_rows(tmp_path, row, record_format="text").train[0].text == "a b c"
+    assert load_rows(tmp_path, {"conversations": SHAREGPT}, messages_column="conversations").has_chats
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "prompt_bytes"),
+    [
+        ({"text": "Q: {q}\nA: {a} {n} {{}}"}, "Q: Wie? é\nA: ja 3 {{}}", 0),
+        ({"prompt": "Q: {q}\n", "completion": "{a}"}, "Q: Wie? é\nja", 11),
+    ],
+)
+def test_a_template_makes_texts_of_columns(tmp_path: Path, template: Row, text: str, prompt_bytes: int) -> None:
+    sample = load_rows(tmp_path, {"q": "Wie? é", "a": "ja", "n": 3}, template=template).train[0]
+    assert (sample.text, sample.prompt_bytes) == (text, prompt_bytes)
+
+
+def test_a_template_makes_chats_of_columns(tmp_path: Path) -> None:
+    template = {"system": "Be {how}.", "user": "{q}", "assistant": "{a}"}
+    corpus = load_rows(tmp_path, {"q": "How heavy?", "a": "14.5 kg", "how": "brief"}, template=template)
+    assert list(corpus.train[0].messages) == [SYSTEM, *CHAT]
+    assert corpus.sources[0].format == "chats: columns how, q, a"
+    with pytest.raises(DataError, match=r"line 1: 'a' is list, expected a string or a number"):
+        load_rows(tmp_path, {"q": "", "a": [], "how": ""}, template=template)
+
+
+def test_several_formats_that_fit_are_an_error_with_both_and_the_key(tmp_path: Path) -> None:
+    row = {"text": "Below is an instruction.", "instruction": "a", "input": "", "output": "b"}
+    with pytest.raises(DataError) as caught:
+        load_rows(tmp_path, row)
+    assert "the record formats text (columns text) and instruction (columns instruction, output)" in str(caught.value)
+    for name in re.findall(r'"(\w+)"', str(caught.value)):
+        assert load_rows(tmp_path, row, record_format=name).sources[0].documents == 1
+
+
+def test_missing_columns_are_an_error_with_those_that_exist(tmp_path: Path) -> None:
+    row = {"body": "a b c", "kind": "x"}
+    with pytest.raises(
+        DataError, match=r"d.jsonl has the columns of no record format; it has body, kind, and the form"
+    ):
+        load_rows(tmp_path, row)
+    keys: list[Row] = [{"text_column": "none"}, {"messages_column": "none"}, {"template": {"text": "{none}"}}]
+    for source in [*keys, *({"text_column": "body", key: "none"} for key in ("domain_column", "teacher_column"))]:
+        with pytest.raises(DataError, match=r"d.jsonl has no column 'none'; it has body, kind"):
+            load_rows(tmp_path, row, **source)
+
+
+def test_records_of_another_form_are_invalid_and_named(tmp_path: Path) -> None:
+    chat: Row = {"prompt": [user("a")], "completion": [assistant("b")]}
+    rows: list[Row] = [{"prompt": "a ", "completion": "b"}, chat, {"completion": "x"}]
+    corpus = load_rows(tmp_path, *rows, max_invalid=2)
+    assert corpus.sources[0].documents == 1
+    assert [message.partition("line ")[2] for message in corpus.sources[0].first_invalid] == [
+        "2: 'prompt' is list, expected a string",
+        "3: 'prompt' is missing, expected a string",
+    ]
+    with pytest.raises(DataError, match="line 2: message 1: the role 'wizard'; the roles are system"):
+        load_rows(tmp_path, {"messages": CHAT}, {"messages": [{"role": "wizard", "content": "x"}]})
+    with pytest.raises(DataError, match="line 2: it has images; text is used only"):
+        load_rows(tmp_path, {"messages": CHAT}, {"messages": CHAT, "images": ["a.png"]})
+
+
+def test_a_loss_mask_of_texts_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has a column 'loss_mask', .* but its records are texts: remove or rename"):
+        load_rows(tmp_path, {"text": "a b c", "loss_mask": [1, 0]})
+
+
+def test_the_files_of_a_source_have_one_format(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a b c"}\n', encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n", encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"a.jsonl has texts: column text, .*b.jsonl has chats: column messages: list th"
+    ):
+        load({"files": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]})
+
+
+def test_empty_records_are_counted(tmp_path: Path) -> None:
+    assert load_rows(tmp_path, {"text": "a b c"}, {"text": ""}).sources[0].empty == 1
+    assert load_rows(tmp_path, {"messages": CHAT}, {"messages": []}).sources[0].empty == 1
+
+
+def test_a_change_of_the_record_format_leads_to_another_index(tmp_path: Path) -> None:
+    row = {"text": "a b c", "question": "a?", "answer": "b"}
+    fingerprints = {load_rows(tmp_path, row, record_format=name).fingerprint for name in ("text", "question_answer")}
+    templates: list[Row] = [{"text": "{text} {answer}"}, {"text": "{answer} {text}"}]
+    fingerprints |= {load_rows(tmp_path, row, template=template).fingerprint for template in templates}
+    assert len(fingerprints) == 4
+
+
+def test_every_format_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", page.partition("## Record formats")[2], re.MULTILINE)
+    assert rows == [*RECORD_FORMATS]
