@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from alignment import Vocabulary, align, translate
 from alignment.report import report
 from teachers.protocol.rows import Rows
@@ -18,6 +21,7 @@ class ByteChainSignal:
 
     fused: ClassVar[bool] = True
     supports_chats: ClassVar[bool] = True
+    supports_masked: ClassVar[bool] = True
 
     def __init__(self, teacher: Vocabulary, student: Vocabulary, vocab_size: int, cache: Path) -> None:
         self._translation = translate(teacher, student, vocab_size, cache=cache)
@@ -29,7 +33,7 @@ class ByteChainSignal:
         tokens = (teacher.tokens, student.tokens)
         target = align(rows, first_row, *tokens, self._translation)
         figures = report(rows, first_row, tokens, target, self._translation)
-        return Prepared(target, figures, -float(rows.actual.mean(dtype=float)))
+        return Prepared(target, figures, _nats_per_token(rows.actual))
 
     def _prepare_chat(self, rows: Rows, first_row: int, teacher: TokenizedSample, student: TokenizedSample) -> Prepared:
         assert teacher.rendered is not None
@@ -37,9 +41,14 @@ class ByteChainSignal:
         # row positions count from the beginning of the rendered chat, with the BOS that its template writes
         start = len(teacher.rendered.prefix) + teacher.hidden_bos + first_row
         chat = align_chat(replace(rows, start=start), teacher.rendered, student.rendered, self._translation)
-        supervised = rows.actual[teacher.supervised_T[first_row:]]
-        nats = -float(supervised.mean(dtype=float)) if len(supervised) else math.inf
+        nats = _nats_per_token(rows.actual[teacher.supervised_T[first_row:]])
         return Prepared(chat.target.from_position(student.hidden_bos), chat.report, nats)
 
     def close(self) -> None:
         """Do nothing: the translation is cached when it is built."""
+
+
+def _nats_per_token(actual: NDArray[np.floating]) -> float:
+    """Return the mean negative log-likelihood of the tokens that are not masked; inf if there are none."""
+    known = actual[~np.isnan(actual)]
+    return -float(known.mean(dtype=float)) if len(known) else math.inf

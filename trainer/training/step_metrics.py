@@ -67,6 +67,7 @@ def _teacher_step(
         weight=total.weight / sum(collector.examples for collector in collectors),
         missing=total.missing,
         unavailable=total.unavailable,
+        masked=total.masked,
         mass=_finite(total.report.mean_mass),
         own_bpb=_finite(total.report.teacher_bpb),
         aligned_bpb=_finite(total.report.aligned_bpb),
