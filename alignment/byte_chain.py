@@ -55,7 +55,7 @@ class ScoredRows(Protocol):
     @property
     def logprobs(self) -> NDArray[np.floating]: ...  # [S, K] nats
     @property
-    def actual(self) -> NDArray[np.floating]: ...  # [S] nats, of the token in the text
+    def actual(self) -> NDArray[np.floating]: ...  # [S] nats, of the token in the text; NaN: a masked row
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +87,8 @@ def align(
     first_row    0 if the teacher saw a BOS; 1 if its first token had nothing before it
     bounds       exact_above: the student's tokenizer writes branches of later rows with at least this probability,
                  0: all of them; carry_above: branches with at least this probability relative to the text are carried
-    A student position is valid if it begins at or after the first byte of teacher token `first_row`, and if the teacher
-    has tokens for its bytes.
+    A student position is valid if it begins at or after the first byte of teacher token `first_row`, if the teacher has
+    tokens for its bytes, and if no row of its block is masked.
 
     Raises AlignmentError if the rows do not belong to the tokens or the texts differ. Inputs are not changed.
     """
@@ -118,9 +118,11 @@ def align_byte_chain(
     valid = _valid_positions(cuts, first_row, teacher, student)
     if teacher.placement is not None:
         valid &= ~_masked_by_normalizer(cuts, teacher, translation.pieces)
+    masked = np.isnan(rows.actual)
+    valid &= ~np.repeat(_blocks_with(masked, cuts, first_row), np.diff(cuts.student))
     ids = np.ascontiguousarray(rows.ids, dtype=np.uint32)
     probs = np.exp(rows.logprobs, dtype=np.float32)
-    actual = np.exp(rows.actual, dtype=np.float64)
+    actual = np.exp(np.where(masked, 0.0, rows.actual), dtype=np.float64)
     prob_before = kernels.text_probs_before(actual, first_row, cuts.teacher)
     later_rows, spaced = _rows_to_rewrite(cuts, first_row, teacher, student)
     wanted = (prob_before[later_rows, None] * probs[later_rows] >= exact_above) | spaced[:, None]
@@ -140,6 +142,12 @@ def align_byte_chain(
         (len(translation.student), carry_above),
     )
     return ByteChainAlignment(Target(offsets, out_ids, out_probs, tail, valid), cuts, carried)
+
+
+def _blocks_with(masked: NDArray[np.bool_], cuts: Cuts, first_row: int) -> NDArray[np.bool_]:
+    """[B] Return which blocks have a masked row. No branch is carried out of them."""
+    counts = np.concatenate([np.zeros(first_row + 1, dtype=np.int64), np.cumsum(masked)])
+    return np.diff(counts[cuts.teacher]) > 0
 
 
 def check_rows(rows: ScoredRows, first_row: int, teacher: Tokens) -> None:

@@ -179,7 +179,7 @@ def process_group(device: str, unavailable_timeout_s: float = 0.0) -> Iterator[R
     Raises ConfigError if the device or the environment does not give each process its own GPU, or if torchrun would
     restart processes on several machines with a shared store, and PeerError if another process does not respond.
     """
-    num_processes = _number_of_processes()
+    num_processes = number_of_processes()
     if num_processes > 1 and device.startswith("cuda"):
         _set_cuda_device(device)
     if dist.is_initialized():  # by Ray Train
@@ -198,7 +198,7 @@ def process_group(device: str, unavailable_timeout_s: float = 0.0) -> Iterator[R
         yield Ranks()
 
 
-def _number_of_processes() -> int:
+def number_of_processes() -> int:
     """Return WORLD_SIZE, or 1 if it is not set. Raises ConfigError if a variable of torchrun is not an integer."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
         text = os.environ.get(name, "0")

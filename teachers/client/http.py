@@ -8,7 +8,7 @@ a response to 100 kB.
 """
 
 import asyncio
-import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -20,6 +20,7 @@ import msgspec
 
 from teachers.client.addresses import canonical_url
 from teachers.client.connection_errors import connection_error, speaks_tls, tls_context
+from teachers.client.rate_limits import exhausted_s, retry_after_s
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import (
     NotFound,
@@ -63,6 +64,7 @@ class Transport:
         self._ca_file = ca_file
         self._may_need_tls = sender is None and self.url.startswith("http:")  # until the first valid response
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
+        self._exhausted_until = 0.0  # no request before this time, in seconds of time.monotonic()
         self._http = httpx.AsyncClient(
             base_url=self.url,
             headers=headers,
@@ -92,17 +94,30 @@ class Transport:
     async def _request(
         self, method: str, path: str, timeout_s: float, limit_bytes: int, *, expect: str | None = None, **content: Any
     ) -> bytes:
-        async with self._deadline(timeout_s), self._http.stream(method, path, **content) as response:
-            if response.status_code != 200:
-                if response.status_code == 400:
-                    await self._reject_tls_port()
-                await _raise_for_status(response, path)
-            self._may_need_tls = False
-            if expect is not None:
-                media_type = response.headers.get("content-type", "").partition(";")[0]
-                if media_type != expect:
-                    raise ProtocolError(f"expected {expect}, received {clean(media_type, 60) or 'no media type'}")
-            return await _read_body(response, limit_bytes)
+        async with self._deadline(timeout_s):
+            self._check_quota(method)
+            async with self._http.stream(method, path, **content) as response:
+                if response.status_code != 200:
+                    if response.status_code == 400:
+                        await self._reject_tls_port()
+                    await _raise_for_status(response, path)
+                self._may_need_tls = False
+                self._exhausted_until = time.monotonic() + min(exhausted_s(response.headers), MAX_RETRY_AFTER_S)
+                return await self._read(response, limit_bytes, expect)
+
+    def _check_quota(self, method: str) -> None:
+        """Raise Overloaded if the last response said that the quota is used up. Reading properties costs no quota."""
+        remaining_s = self._exhausted_until - time.monotonic()
+        if method == "POST" and remaining_s > 0:
+            raise Overloaded(f"its rate limit leaves nothing for {remaining_s:.1f} s (x-ratelimit-…)", remaining_s)
+
+    async def _read(self, response: httpx.Response, limit_bytes: int, expect: str | None) -> bytes:
+        """Return the body of a successful response."""
+        if expect is not None:
+            media_type = response.headers.get("content-type", "").partition(";")[0]
+            if media_type != expect:
+                raise ProtocolError(f"expected {expect}, received {clean(media_type, 60) or 'no media type'}")
+        return await _read_body(response, limit_bytes)
 
     def named_errors(self) -> "_NamedErrors":
         """Return a context manager that puts teacher and address in front of every TeacherError."""
@@ -223,9 +238,9 @@ class _VllmProblem(msgspec.Struct):
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
-    """Return Retry-After in seconds, at most MAX_RETRY_AFTER_S; None if it is absent or not a number of seconds."""
-    value = response.headers.get("retry-after", "")
-    return min(float(value), MAX_RETRY_AFTER_S) if re.fullmatch("[0-9]{1,6}", value) else None
+    """Return the pause that the server asks for, at most MAX_RETRY_AFTER_S; None if it states none. See rate_limits."""
+    pause_s = retry_after_s(response.headers, time.time())
+    return None if pause_s is None else min(pause_s, MAX_RETRY_AFTER_S)
 
 
 async def _read_body(response: httpx.Response, limit_bytes: int) -> bytes:

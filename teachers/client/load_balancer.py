@@ -16,6 +16,7 @@ from teachers.backlog import Backlog
 from teachers.client.addresses import TeacherAddress
 from teachers.client.health import ReplicaHealth, TeacherEvent
 from teachers.client.limits import HedgePolicy
+from teachers.client.rate_limits import TokenRateLimiter
 from teachers.client.replica import ClientFactory, Replica
 from teachers.protocol.errors import FingerprintMismatch, NotFound, Overloaded, ProtocolError, Unauthorized, Unavailable
 from teachers.protocol.messages import ScoreRequest, TeacherCard
@@ -36,6 +37,7 @@ class LoadBalancerStats:
     retries       repeated requests
     hedged        requests sent to a second replica because the first one was slow
     rejected      invalid responses
+    sent_tokens   tokens sent, repeated and hedged requests included
     replicas      known replicas
     healthy       healthy replicas
     concurrency   sum of the concurrency limits of the healthy replicas
@@ -47,6 +49,7 @@ class LoadBalancerStats:
     retries: int = 0
     hedged: int = 0
     rejected: int = 0
+    sent_tokens: int = 0
     replicas: int = 0
     healthy: int = 0
     concurrency: int = 0
@@ -77,7 +80,8 @@ class LoadBalancer:
         self._order = asyncio.Lock()  # requests acquire replicas in the order of their arrival
         self._hedging = HedgePolicy()
         self._backlog = Backlog()
-        self._counts = {"requests": 0, "tokens": 0, "retries": 0, "hedged": 0, "rejected": 0}
+        self._rate = TokenRateLimiter(address.tokens_per_minute)
+        self._counts = {"requests": 0, "tokens": 0, "retries": 0, "hedged": 0, "rejected": 0, "sent_tokens": 0}
 
     @property
     def stats(self) -> LoadBalancerStats:
@@ -120,6 +124,7 @@ class LoadBalancer:
         failures: Counter[Replica] = Counter()
         while True:
             async with self._order:
+                await self._rate.wait(pending.tokens)
                 replica = await self._health.acquire(pending.rejected_by)
                 replica.acquire(pending.tokens)
             try:
@@ -161,6 +166,8 @@ class LoadBalancer:
             await asyncio.gather(*attempts, return_exceptions=True)
 
     def _hedge_replica(self, first: Replica) -> Replica | None:
+        if self._rate.is_limited:  # a hedged request spends tokens twice
+            return None
         second = self._health.pick(exclude=[first], extra=1)
         if second is None or not self._hedging.take_credit():
             return None
@@ -182,6 +189,7 @@ class LoadBalancer:
         """Return the rows of one replica, and update the state of the replica."""
         loop = asyncio.get_running_loop()
         began, in_flight = loop.time(), replica.in_flight
+        self._counts["sent_tokens"] += pending.tokens
         try:
             rows = await replica.score(pending.request, self._health.card, self._timeout_s)
         except Overloaded as error:

@@ -98,6 +98,11 @@ class TeacherCard(ResponseMessage):
         """The ids in front of every text: BOS if the model expects it, else none."""
         return [self.bos_id] if self.expects_bos and self.bos_id is not None else []
 
+    @property
+    def masks_positions(self) -> bool:
+        """Whether some positions of a response may be masked, because the server returns no ids."""
+        return False
+
     def difference(self, received: "TeacherCard") -> str | None:
         """Return the first field that differs in another card, with both values; None if the cards are equal."""
         for name in type(self).model_fields:

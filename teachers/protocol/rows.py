@@ -23,7 +23,8 @@ class Rows:
 
     ids       [S, K] token ids, most probable first
     logprobs  [S, K] nats, descending
-    actual    [S] nats, log-probability of the actual token at the position
+    actual    [S] nats, log-probability of the actual token at the position. NaN masks a position about which a
+              response that states no ids tells nothing certain; its candidates have no mass. Not on the wire
     tail      [S] probability of all ids that are not listed
     chosen    [S, M] nats, log-probabilities of the chosen ids; None if the request has none
     """
@@ -37,6 +38,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.actual)
+
+    @property
+    def num_masked(self) -> int:
+        """Number of masked positions."""
+        return int(np.isnan(self.actual).sum())
+
+
+def masked_row(top_k: int) -> tuple[list[int], list[float], float]:
+    """Return ids, log-probabilities and the actual token's log-probability of a masked position. Its tail is 1."""
+    return [0] * top_k, [LEAST_LOGPROB] * top_k, float("nan")
 
 
 def clip_logprobs(logprobs: NDArray[np.float32]) -> NDArray[np.float32]:

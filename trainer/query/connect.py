@@ -14,6 +14,7 @@ from teachers.client.pool import TeacherPool
 from teachers.keys import key_from_environment, key_from_file
 from teachers.protocol.errors import ProtocolError, Rejected, TeacherError
 from teachers.protocol.messages import TeacherCard
+from trainer.distributed import number_of_processes
 from trainer.errors import ConfigError
 from trainer.paths import resolve_tokenizer_dir, tables_dir
 from trainer.query.config import TeacherConfig
@@ -87,6 +88,11 @@ async def connect_teacher(
     Raises TeacherError, TokenizerError or ChatError naming the teacher.
     """
     card, files = await pool.connect(config.name)
+    if card.masks_positions and not signal_class(config.signal).supports_masked:
+        raise TeacherError(
+            f"teacher {config.name}: its server returns token strings; positions with ambiguous strings are masked, "
+            f"which signal {config.signal} does not support: set teachers.{config.name}.signal to byte_chain"
+        )
     vocabulary = checked_vocabulary(config, card, files)
     if data.close_documents and "eos" not in vocabulary.roles:
         raise TokenizerError(
@@ -152,6 +158,9 @@ def teacher_address(config: TeacherConfig, *, wait: bool = True) -> TeacherAddre
         unavailable_timeout_s=config.unavailable_timeout_s,
         on_unavailable=config.on_unavailable,
         concurrency=config.concurrency,
+        tokens_per_minute=max(config.tokens_per_minute // number_of_processes(), 1)
+        if config.tokens_per_minute
+        else None,
     )
 
 

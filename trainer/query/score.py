@@ -115,6 +115,7 @@ class SampleScorer:
             error.args = (f"{error} (sample {sample.name})",)
             raise
         collector.respond(ResponseTime(name, requested_at, time.monotonic()))
+        telemetry.masked += rows.num_masked
         first_row = rows.start - len(teacher.card.prefix)
         try:
             prepared, seconds = await in_thread(signal.prepare, rows, first_row, own, tokenizations.student)

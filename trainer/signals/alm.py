@@ -52,6 +52,7 @@ class AlmSignal:
 
     fused: ClassVar[bool] = False
     supports_chats: ClassVar[bool] = False
+    supports_masked: ClassVar[bool] = False
 
     def __init__(self, teacher: Vocabulary, student: Vocabulary, vocab_size: int, cache: Path) -> None:
         pass

@@ -29,13 +29,15 @@ class Prepared(NamedTuple):
 class TeacherSignal(Protocol):
     """The signal of one connected teacher.
 
-    fused           the signal yields a target, which is fused with those of the other teachers. Otherwise it is an
-                    AuxiliarySignal with a term of its own in the loss
-    supports_chats  the signal aligns chats, not only texts
+    fused            the signal yields a target, which is fused with those of the other teachers. Otherwise it is an
+                     AuxiliarySignal with a term of its own in the loss
+    supports_chats   the signal aligns chats, not only texts
+    supports_masked  the signal leaves out masked rows (teachers.protocol.rows.Rows)
     """
 
     fused: ClassVar[bool]
     supports_chats: ClassVar[bool]
+    supports_masked: ClassVar[bool]
 
     def __init__(self, teacher: Vocabulary, student: Vocabulary, vocab_size: int, cache: Path) -> None:
         """Build or load from `cache` what alignment needs. vocab_size is the teacher model's number of ids."""

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from alignment import Vocabulary, align, translate
 from alignment.report import report
 from teachers.protocol.rows import Rows
@@ -18,6 +20,7 @@ class ByteChainSignal:
 
     fused: ClassVar[bool] = True
     supports_chats: ClassVar[bool] = True
+    supports_masked: ClassVar[bool] = True
 
     def __init__(self, teacher: Vocabulary, student: Vocabulary, vocab_size: int, cache: Path) -> None:
         self._translation = translate(teacher, student, vocab_size, cache=cache)
@@ -45,6 +48,7 @@ class ByteChainSignal:
 
 
 def _supervised_nats(rows: Rows, first_row: int, teacher: TokenizedSample) -> float:
-    """Return the mean negative log-likelihood of the teacher's supervised tokens; inf without any."""
+    """Return the mean negative log-likelihood of the teacher's supervised tokens that are not masked; inf without."""
     supervised = rows.actual[teacher.supervised_T[first_row:]]
-    return -float(supervised.mean(dtype=float)) if len(supervised) else math.inf
+    known = supervised[~np.isnan(supervised)]
+    return -float(known.mean(dtype=float)) if len(known) else math.inf

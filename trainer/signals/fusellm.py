@@ -16,6 +16,7 @@ class _FuseLLMSignal:
 
     fused: ClassVar[bool] = True
     supports_chats: ClassVar[bool] = False
+    supports_masked: ClassVar[bool] = False
     method: ClassVar[Literal["em", "min_ed"]]
 
     def __init__(self, teacher: Vocabulary, student: Vocabulary, vocab_size: int, cache: Path) -> None:

@@ -53,6 +53,7 @@ class UldSignal:
 
     fused: ClassVar[bool] = False
     supports_chats: ClassVar[bool] = False
+    supports_masked: ClassVar[bool] = False
 
     def __init__(self, teacher: Vocabulary, student: Vocabulary, vocab_size: int, cache: Path) -> None:
         pass

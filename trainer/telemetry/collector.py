@@ -31,6 +31,7 @@ class TeacherTelemetry:
     weight       weight in the loss
     missing      positions without a valid target where another teacher had one
     unavailable  samples that were scored while the teacher was lost
+    masked       tokens of the teacher whose scores are masked, because its server returns no ids
     wait_s       seconds that the step waited for this teacher's last response
     pool         state of the teacher's replicas (teachers.client.load_balancer.LoadBalancerStats)
     """
@@ -39,6 +40,7 @@ class TeacherTelemetry:
     weight: float = 0.0
     missing: int = 0
     unavailable: int = 0
+    masked: int = 0
     wait_s: float = 0.0
     pool: Mapping[str, float] = field(default_factory=dict)
 
@@ -48,6 +50,7 @@ class TeacherTelemetry:
         self.weight += other.weight
         self.missing += other.missing
         self.unavailable += other.unavailable
+        self.masked += other.masked
         self.wait_s += other.wait_s
 
 

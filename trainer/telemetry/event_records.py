@@ -81,6 +81,8 @@ class PoolStep(Record):
     """Requests that were also sent to a second replica because the first one was slow."""
     rejected: int
     """Responses that failed validation."""
+    sent_tokens: int
+    """Tokens sent to the teacher, repeated and hedged requests included. What a paid endpoint counts."""
     replicas: int
     """Known replicas."""
     healthy: int
@@ -99,6 +101,9 @@ class TeacherStep(Record):
     """Positions at which this teacher has no distribution to fuse."""
     unavailable: int
     """Samples without scores of this teacher because it was unavailable."""
+    masked: int
+    """Tokens of the teacher whose scores are masked, because its server returns no ids and their strings are
+    ambiguous."""
     mass: float | None
     """Mean listed mass: probability of the listed tokens (0 to 1)."""
     own_bpb: float | None

@@ -72,6 +72,7 @@ def _teacher_step(
         weight=total.weight / examples if examples else None,
         missing=total.missing,
         unavailable=total.unavailable,
+        masked=total.masked,
         mass=_finite(total.report.mean_mass),
         own_bpb=_finite(total.report.teacher_bpb),
         aligned_bpb=_finite(total.report.aligned_bpb),

@@ -8,5 +8,6 @@ DIALECTS = {
     "native": "teachers.client.dialects.native:NativeDialect",
     "sglang": "teachers.client.dialects.sglang:SglangDialect",
     "vllm_openai": "teachers.client.dialects.vllm_openai:VllmOpenAIDialect",
+    "openai_echo": "teachers.client.dialects.openai_echo:OpenAIEchoDialect",
     "ray_handle": "teachers.client.dialects.ray_handle:RayHandleDialect",
 }

@@ -1,0 +1,206 @@
+"""An OpenAI-compatible endpoint as a teacher: token strings are placed by bytes, and ambiguous positions are masked."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+import teachers.protocol.errors as errors
+from teachers.client.dialects.base import ReplicaAddress
+from teachers.client.dialects.detect import connect_replica
+from teachers.client.dialects.openai_echo import EchoCard, OpenAIEchoClient
+from teachers.client.dialects.token_strings import TokenStrings, read_tokens
+from teachers.protocol.messages import ScoreRequest
+from teachers.protocol.rows import Rows
+from tests.fake_echo import GENERATED, EchoBehaviour, FakeEchoServer
+from tests.rows import random_rows
+from tests.serve import FormulaEngine
+
+T = TypeVar("T")
+TEXT = "The harbour office opened at six, and the keeper was there: naïve 東京.\n"
+
+
+def call(url: str, do: Callable[[OpenAIEchoClient], Awaitable[T]], tokenizer: Path | None, **address: Any) -> T:
+    async def run() -> T:
+        client = OpenAIEchoClient(ReplicaAddress("t", url, tokenizer=tokenizer, **address))
+        try:
+            return await do(client)
+        finally:
+            await client.aclose()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def folder(tiny_byte_level: Path, tmp_path: Path) -> Path:
+    """A directory with the tokenizer and a config.json."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_byte_level / name).read_bytes())
+    vocab_size = FormulaEngine(tiny_byte_level).card.vocab_size
+    (tmp_path / "config.json").write_text(f'{{"vocab_size": {vocab_size}, "max_position_embeddings": 300}}')
+    return tmp_path
+
+
+def score(folder: Path, behaviour: EchoBehaviour, ids: list[int], top_k: int = 3) -> tuple[EchoCard, Rows]:
+    server = FakeEchoServer(FormulaEngine(folder), behaviour)
+
+    async def run(client: OpenAIEchoClient) -> tuple[EchoCard, Rows]:
+        card = await client.card()
+        await client.check(card, 10)
+        request = ScoreRequest(sequences=[[*card.prefix, *ids]], starts=[1], top_k=top_k)
+        return card, (await client.score(request, card, 10))[0]
+
+    with server.serving() as url:
+        return call(url, run, folder)
+
+
+def encode(folder: Path, text: str = TEXT) -> list[int]:
+    tokenizer = FakeEchoServer(FormulaEngine(folder), EchoBehaviour()).tokenizer
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def engine_rows(folder: Path, sequence: list[int], top_k: int = 3) -> Rows:
+    vocab_size = FormulaEngine(folder).card.vocab_size
+    all_ids = np.array([*sequence, GENERATED])
+    return random_rows(all_ids, vocab_size, top_k, seed=len(all_ids), start=1)
+
+
+BEHAVIOURS = {
+    "OpenAI": EchoBehaviour("escaped", takes_ids=True, shifts=False),
+    "OpenAI, texts": EchoBehaviour("escaped", shifts=False),
+    "BOS added and listed": EchoBehaviour("escaped", adds_bos=True, lists_bos=True, shifts=False),
+    "llama-cpp-python with BOS": EchoBehaviour(adds_bos=True),
+    "llama-cpp-python without BOS": EchoBehaviour(),
+    "replacement characters": EchoBehaviour("replaced", shifts=False),
+    "pieces": EchoBehaviour("piece", takes_ids=True, shifts=False),
+}
+
+
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_rows_that_are_not_masked_are_those_of_the_engine(folder: Path, name: str) -> None:
+    behaviour, ids = BEHAVIOURS[name], encode(folder)
+    card, rows = score(folder, behaviour, ids)
+    assert card.expects_bos == behaviour.adds_bos
+    expected = engine_rows(folder, [*card.prefix, *ids])
+    known = ~np.isnan(rows.actual)
+    np.testing.assert_array_equal(rows.ids[known], expected.ids[:-1][known])
+    np.testing.assert_allclose(rows.logprobs[known], expected.logprobs[:-1][known], rtol=1e-5)
+    np.testing.assert_allclose(rows.actual[known], expected.actual[:-1][known], rtol=1e-5)
+    np.testing.assert_allclose(rows.tail[known], expected.tail[:-1][known], atol=1e-5)
+    assert known.sum() > 3
+    if behaviour.rendering in ("escaped", "piece"):
+        assert rows.num_masked == 0, "every string stands for one token"
+
+
+@pytest.mark.parametrize("name", [n for n in BEHAVIOURS if BEHAVIOURS[n].rendering in ("ignored", "replaced")])
+def test_ambiguous_candidates_are_masked(folder: Path, name: str) -> None:
+    behaviour, ids = BEHAVIOURS[name], encode(folder)
+    card, rows = score(folder, behaviour, ids)
+    server = FakeEchoServer(FormulaEngine(folder), behaviour)
+    strings = TokenStrings(server.tokens, [behaviour.rendering])
+    for row, listed in enumerate(engine_rows(folder, [*card.prefix, *ids]).ids[:-1].tolist()):
+        if any(strings.place(server.string(token)) is None for token in listed):
+            assert np.isnan(rows.actual[row])
+            assert rows.tail[row] == 1
+
+
+def test_a_string_is_placed_if_all_its_tokens_have_the_same_bytes(tiny_sentencepiece: Path) -> None:
+    tokens = read_tokens((tiny_sentencepiece / "tokenizer.json").read_bytes())
+    strings = TokenStrings(tokens, ["escaped"])
+    place = strings.place("a")
+    assert place is not None
+    assert tokens[place.id].data == b"a"
+    assert not place.is_only, "the piece a and the byte token <0x61>"
+    assert TokenStrings(tokens, ["stripped"]).place("the") is None or tokens[0], "▁the and the have different bytes"
+
+
+def test_special_tokens_without_a_name_are_ambiguous(tiny_byte_level: Path) -> None:
+    tokens = read_tokens((tiny_byte_level / "tokenizer.json").read_bytes())
+    assert TokenStrings(tokens, ["ignored"]).place("") is None
+
+
+def test_the_largest_k_and_the_context_are_found_by_requests(folder: Path) -> None:
+    card, _ = score(folder, EchoBehaviour("escaped", max_top_k=5, shifts=False), encode(folder))
+    assert (card.max_top_k, card.max_tokens) == (5, 399)
+
+
+def test_a_sequence_that_no_text_expresses_is_masked(folder: Path) -> None:
+    ids, server = encode(folder), FakeEchoServer(FormulaEngine(folder), EchoBehaviour())
+    half = next(token.id for token in server.tokens.values() if token.data == b"\xe6")  # of a character
+    _, rows = score(folder, EchoBehaviour("escaped", shifts=False), [*ids[:5], half, half])
+    assert rows.num_masked == len(rows)
+
+
+def with_choice(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def alter(response: dict[str, Any]) -> dict[str, Any]:
+        if response["usage"]["prompt_tokens"] > 20:
+            change(response["choices"][0])
+        return response
+
+    return alter
+
+
+FAULTS: dict[str, tuple[type[Exception], str, Callable[[dict[str, Any]], object]]] = {
+    "another token": (errors.RequestMismatch, "other token", lambda c: c["logprobs"]["tokens"].__setitem__(2, "xyzzy")),
+    "lists of different lengths": (errors.ProtocolError, "one length", lambda c: c["logprobs"]["tokens"].pop()),
+    "falling offsets": (errors.ProtocolError, "ascending", lambda c: c["logprobs"]["text_offset"].reverse()),
+    "no log-probabilities": (errors.ProtocolError, "ignores `echo`", lambda c: c.update(logprobs=None)),
+    "a mass above 1": (
+        errors.InvalidRows,
+        "have mass",
+        lambda c: c["logprobs"]["top_logprobs"][3].update(dict.fromkeys(c["logprobs"]["top_logprobs"][3], -0.01)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_response_is_rejected(folder: Path, name: str) -> None:
+    kind, message, change = FAULTS[name]
+    server = FakeEchoServer(FormulaEngine(folder), BEHAVIOURS["OpenAI"])
+
+    async def run(client: OpenAIEchoClient) -> None:
+        card = await client.card()
+        server.alter = with_choice(change)
+        await client.score(ScoreRequest(sequences=[encode(folder)], starts=[1], top_k=3), card, 10)
+
+    with server.serving() as url, pytest.raises(kind, match=f"teacher t at .*{message}"):
+        call(url, run, folder)
+
+
+def test_another_split_of_the_same_text_is_masked(folder: Path) -> None:
+    server = FakeEchoServer(FormulaEngine(folder), BEHAVIOURS["OpenAI, texts"])
+
+    def merge(choice: dict[str, Any]) -> None:
+        lists = choice["logprobs"]
+        lists["tokens"][4:6] = ["".join(lists["tokens"][4:6])]
+        for name in ("text_offset", "token_logprobs", "top_logprobs"):
+            del lists[name][4]
+
+    async def run(client: OpenAIEchoClient) -> Rows:
+        card = await client.card()
+        server.alter = with_choice(merge)
+        text = encode(folder, "The harbour office opened at six, and the keeper was there.")
+        return (await client.score(ScoreRequest(sequences=[text], starts=[1], top_k=3), card, 10))[0]
+
+    with server.serving() as url:
+        rows = call(url, run, folder)
+    assert rows.num_masked == len(rows)
+
+
+def test_several_models_need_a_name(folder: Path) -> None:
+    behaviour = EchoBehaviour("escaped", shifts=False, models=[{"id": "a"}, {"id": "b"}])
+    server = FakeEchoServer(FormulaEngine(folder), behaviour)
+    with server.serving() as url:
+        with pytest.raises(errors.TeacherError, match=r"has 2 models: set teachers.t.model to one of a, b"):
+            call(url, lambda c: c.card(), folder)
+        assert call(url, lambda c: c.card(), folder, model="b").model == "b"
+    assert server.requests[-1]["model"] == "b"
+
+
+def test_the_dialect_is_detected_after_all_others(folder: Path) -> None:
+    with FakeEchoServer(FormulaEngine(folder), EchoBehaviour()).serving() as url:
+        client = asyncio.run(connect_replica(ReplicaAddress("t", url, tokenizer=folder)))
+    assert isinstance(client, OpenAIEchoClient)
