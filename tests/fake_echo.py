@@ -47,7 +47,7 @@ class FakeEchoServer:
 
     def __init__(self, engine: FormulaEngine, behaviour: EchoBehaviour) -> None:
         self.engine, self.behaviour = engine, behaviour
-        data = engine.tokenizer_files["tokenizer.json"].read_bytes()
+        data = engine.tokenizer_files["tokenizer.json"]
         self.tokenizer, self.tokens = Tokenizer.from_buffer(data), read_tokens(data)
         self.requests: list[dict[str, Any]] = []
         self.alter: Callable[[dict[str, Any]], dict[str, Any]] = lambda response: response

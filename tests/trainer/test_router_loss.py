@@ -104,6 +104,7 @@ def test_the_model_config_decides_unless_the_run_file_does(tmp_path: Path, tiny_
     off = save_moe(tmp_path / "off", tiny_byte_level, on=False)
     plain = step(load(off), 2)
     assert plain.router_loss is None
+    assert plain.loss is not None
     for folder, configured, weight in (
         (save_moe(tmp_path / "on", tiny_byte_level, coef=10.0), None, 10.0),
         (off, 0.25, 0.25),

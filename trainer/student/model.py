@@ -60,15 +60,17 @@ class StudentModule(nn.Module):
         is_token_BL: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return the results of the function; with `is_token_BL`, also the unweighted loss of the router."""
-        balanced = self.router_loss if is_token_BL is not None else None
+        has_router_loss = is_token_BL is not None and self.router_loss is not None
         outputs = self.model.get_decoder()(
             input_ids=ids_BL,
             position_ids=positions_BL,
             use_cache=False,
-            **({"output_router_logits": True} if balanced else {}),
+            **({"output_router_logits": True} if has_router_loss else {}),
         )
         results = function(lm_head_of(self.model), outputs.last_hidden_state.flatten(0, 1)[states_T])
-        return (*results, balanced.compute(outputs.router_logits, is_token_BL)) if balanced else results
+        if is_token_BL is None or self.router_loss is None:
+            return results
+        return (*results, self.router_loss.compute(outputs.router_logits, is_token_BL))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """One optimizer step: passes over microbatches, with losses divided once by the global number of tokens."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -68,11 +68,8 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     *totals, router_total = ranks.all_reduce_sum(sums.tolist())
-    result = _result([value / num_tokens for value in totals], plan, num_tokens, float(norm))
-    if student.router_loss is None:
-        return result
-    router_mean = router_total / num_inputs
-    return replace(result, loss=result.loss + student.router_loss.weight * router_mean, router_loss=router_mean)
+    router = (student.router_loss.weight, router_total / num_inputs) if student.router_loss else None
+    return _result([value / num_tokens for value in totals], plan, (num_tokens, float(norm)), router)
 
 
 def _num_tokens(student: Student, examples: Sequence[DistillationExample], ranks: Ranks) -> tuple[int, int]:
@@ -88,21 +85,27 @@ def _clip(student: Student, max_norm: float) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _result(means: Sequence[float], plan: StepPlan, num_tokens: int, grad_norm: float) -> StepResult:
+def _result(
+    means: Sequence[float], plan: StepPlan, tokens_and_norm: tuple[int, float], router: tuple[float, float] | None
+) -> StepResult:
+    """Build the result from means over the supervised tokens. `router` is the weight and the mean of its loss."""
     cross_entropy, divergence, *auxiliary = means
+    num_tokens, grad_norm = tokens_and_norm
+    router_weight, router_loss = router or (0.0, None)
     objective = plan.objective
     distillation_loss = objective.target_weight * divergence
     distillation_loss += (1 - objective.ce_weight) * sum(
         loss.weight * value for loss, value in zip(plan.auxiliary, auxiliary, strict=True)
     )
     return StepResult(
-        loss=objective.ce_weight * cross_entropy + distillation_loss,
+        loss=objective.ce_weight * cross_entropy + distillation_loss + router_weight * (router_loss or 0.0),
         cross_entropy=cross_entropy,
         divergence=divergence if objective.target_weight > 0 else None,
         num_tokens=num_tokens,
         grad_norm=grad_norm,
         lr=plan.lr,
         auxiliary={loss.name: value for loss, value in zip(plan.auxiliary, auxiliary, strict=True)},
+        router_loss=router_loss,
     )
 
 

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alignment.tokenizers.folder import TokenizerError, has_tokenizer, tokenizer_files
+from alignment.tokenizers.folder import has_tokenizer, tokenizer_files
+from alignment.tokenizers.kinds import TokenizerError
 from teachers.bos import bos_id_of, declared_bos
 from teachers.client.dialects.probed_card import PROBE_TEXT
 from teachers.protocol.errors import FingerprintMismatch, TeacherError
