@@ -15,6 +15,7 @@ from trainer.records import Sample, TokenizedSample
 from trainer.sources.config import DataConfig
 
 T = TypeVar("T")
+STUDENT_WINDOW = "the student's window"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +82,8 @@ def tokenize_samples(
 def _tokenize_within_window(sample: Sample, tokenizer: SampleTokenizer, data: DataConfig) -> TokenizedSample:
     def attempt(sample: Sample) -> tuple[TokenizedSample, Excess | None]:
         tokenized = tokenizer.tokenize(sample)
-        # A window of text without a prompt has at most window_tokens.
-        is_whole = sample.is_chat or sample.prompt_bytes > 0
-        is_too_long = is_whole and len(tokenized) > data.window_tokens + sample.closes
-        return tokenized, Excess(tokenized, data.window_tokens, "the student's window") if is_too_long else None
+        limit = data.window_tokens + sample.closes
+        return tokenized, Excess(tokenized, limit, STUDENT_WINDOW) if len(tokenized) > limit else None
 
     return fit_sample(sample, attempt, data)
 
@@ -159,8 +158,9 @@ def _too_long(sample: Sample, excess: Excess, data: DataConfig) -> ChatError | D
         reason = 'its prompt alone is too long: raise data.window_tokens, or set data.invalid_chats = "skip" to skip it'
         advice = 'set data.too_long = "shorten" to shorten long completions'
         return ChatError(f"{problem}; {reason if may_shorten else advice}")
+    direction = "higher" if limited_by == STUDENT_WINDOW else "lower"
     advice = "" if may_shorten else ', or data.too_long = "shorten" to shorten the sample for all models'
-    return DataError(f"{problem}: set data.window_tokens lower{advice}")
+    return DataError(f"{problem}: set data.window_tokens {direction}{advice}")
 
 
 def shorten_text(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:

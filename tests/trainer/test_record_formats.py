@@ -184,3 +184,20 @@ def test_every_format_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|", page.partition("## Record formats")[2], re.MULTILINE)
     assert rows == [*RECORD_FORMATS]
+
+
+def test_a_prompt_needs_a_completion(tmp_path: Path) -> None:
+    template = {"prompt": "{a}", "completion": "{b}"}
+    cases: list[tuple[Row, Row]] = [
+        ({"prompt": "x", "completion": ""}, {}),
+        ({"a": "x", "b": ""}, {"template": template}),
+    ]
+    for row, source in cases:
+        with pytest.raises(DataError, match="line 1: the completion is empty, expected the text to train on"):
+            load_rows(tmp_path, row, **source)
+
+
+def test_a_chosen_format_without_its_columns_is_an_error_with_those_that_exist(tmp_path: Path) -> None:
+    for name in set(RECORD_FORMATS) - {"template"}:
+        with pytest.raises(DataError, match=r"d.jsonl has no column '\w+'; it has body"):
+            load_rows(tmp_path, {"body": "a b c"}, record_format=name)

@@ -20,7 +20,7 @@ from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
 from trainer.signals.base import TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
-from trainer.tokenization import Excess, SampleTokenizer, fit_sample
+from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class SampleScorer:
             if len(tokenized) > limit:
                 return Excess(tokenized, limit, f"teacher {teacher.config.name}")
         limit = self._data.window_tokens + sample.closes
-        return Excess(student, limit, "the student's window") if len(student) > limit else None
+        return Excess(student, limit, STUDENT_WINDOW) if len(student) > limit else None
 
     async def _request_one(
         self,

@@ -151,8 +151,8 @@ class DataConfig(Section):
     """A sample that exceeds the limit of some model: `refuse` ends the run and names the sample, `shorten` shortens it
     for all models alike."""
     invalid_chats: Literal["refuse", "skip"] = "refuse"
-    """A chat whose supervised spans cannot be found in every model's rendering: `refuse` ends the run, `skip` skips and
-    counts it."""
+    """A chat whose supervised spans cannot be found in every model's rendering, or a prompt that leaves no room for its
+    completion: `refuse` ends the run, `skip` skips and counts it."""
 
     @property
     def names_teachers(self) -> bool:

@@ -235,7 +235,7 @@ def _source_counts(inputs: SourceInputs, index: WindowIndex, draws: int) -> Sour
     source, summary = index.source, index.summary
     return SourceCounts(
         name=source.name or source.dataset or ", ".join(Path(file).name for file in source.files),
-        format=index.format.description,
+        format=" and ".join(dict.fromkeys(documents.format.description for documents in index.inputs)),
         is_chat=index.format.is_chat,
         has_prompt=index.format.is_whole and not index.format.is_chat,
         documents=summary.documents,

@@ -119,7 +119,7 @@ def _bind(table: Table, config: SourceConfig) -> BoundFormat:
     """
     formats: dict[str, RecordFormat] = {name: resolve_name(target)() for name, target in RECORD_FORMATS.items()}
     name = config.record_format or _implied_format(config) or _detect(table, config, formats)
-    return formats[name].bind(config, table.example)
+    return formats[name].bind(config, lambda column: table.example(column) if column in table.columns else None)
 
 
 def _implied_format(config: SourceConfig) -> str | None:

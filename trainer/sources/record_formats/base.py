@@ -87,6 +87,13 @@ def optional_string(values: Values, column: str) -> str:
     return "" if values.get(column) is None else string(values, column)
 
 
+def prompted_text(prompt: str, completion: str) -> TextContent:
+    """Return a text with a masked prompt. Raises InvalidRecordError if nothing follows the prompt."""
+    if not completion:
+        raise InvalidRecordError("the completion is empty, expected the text to train on")
+    return TextContent(prompt + completion, len(prompt))
+
+
 CHAT_COLUMNS = ("tools", "loss_mask", *MEDIA_COLUMNS)
 """Columns that every format of chats reads where they exist."""
 

@@ -12,6 +12,7 @@ from trainer.sources.record_formats.base import (
     TextContent,
     Values,
     chat,
+    prompted_text,
     string,
 )
 
@@ -37,10 +38,7 @@ class PromptCompletionFormat:
 
 
 def _text(values: Values) -> TextContent:
-    prompt, completion = string(values, "prompt"), string(values, "completion")
-    if not completion:
-        raise InvalidRecordError("'completion' is empty, expected the text to train on")
-    return TextContent(prompt + completion, len(prompt))
+    return prompted_text(string(values, "prompt"), string(values, "completion"))
 
 
 def _chat(values: Values, config: SourceConfig) -> ChatContent:

@@ -12,6 +12,7 @@ from trainer.sources.record_formats.base import (
     TextContent,
     Values,
     chat,
+    prompted_text,
     turn,
 )
 
@@ -42,7 +43,7 @@ def _text(values: Values, template: TemplateConfig) -> TextContent:
     rendered = template.render(_strings(values, template.columns))
     if template.text is not None:
         return TextContent(rendered["text"])
-    return TextContent(rendered["prompt"] + rendered["completion"], len(rendered["prompt"]))
+    return prompted_text(rendered["prompt"], rendered["completion"])
 
 
 def _strings(values: Values, columns: tuple[str, ...]) -> Mapping[str, str]:
