@@ -92,12 +92,15 @@ def _number(value: float | None) -> str:
 
 
 def _start_remarks(start: EventRecord) -> Iterator[str]:
-    """Yield a line for each source with invalid records and for each setting that differs from the previous start."""
+    """Yield a line for each source with invalid records, for the chats, and for each changed setting."""
     for source in start.get("sources", ()):
         if source["invalid"]:
             examples = "; ".join(source["first_invalid"])
             yield f"{source['name']}: {source['invalid']} invalid records are skipped ({examples})"
         yield from (f"warning: {each}" for each in source.get("repeated", ()))
+    if start.get("supervision"):
+        yield f"supervision: {start['supervision']}"
+    yield from start.get("remarks", ())
     for key, (old, new) in start.get("changed", {}).items():
         yield f"changed since the previous start: {key} {old} → {new}"
 

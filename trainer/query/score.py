@@ -20,7 +20,7 @@ from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
 from trainer.signals.base import TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
-from trainer.tokenization import Excess, SampleTokenizer, fit_sample
+from trainer.tokenization import Excess, SampleTokenizer, fit_sample, is_skipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +49,18 @@ class SampleScorer:
         """Tokenize a sample for every model, shortened to the limits of all. Return None for a skipped chat."""
         try:
             tokenizations, seconds = await in_thread(self._tokenize, sample)
-        except ChatError:
-            if self._data.invalid_chats != "skip":
+        except ChatError as error:
+            if not is_skipped(error, self._data):
                 raise
             collector.skipped += 1
             return None
         collector.record("tokenize", seconds)
         collector.shortened += tokenizations.sample is not sample
         rendered = tokenizations.student.rendered
-        collector.folded_system += rendered is not None and rendered.folded_system
+        if rendered is not None:
+            collector.folded_system += rendered.folded_system
+            collector.omitted_reasoning += sum(each.kind == "reasoning" for each in rendered.omissions)
+            collector.changed_content += sum(each.kind != "reasoning" for each in rendered.omissions)
         return tokenizations
 
     async def request(self, tokenizations: Tokenizations, collector: Collector) -> ScoredSample:
@@ -122,6 +125,7 @@ class SampleScorer:
             raise AlignmentError(f"teacher {name}, sample {sample.name}: {error}") from error
         collector.record("align", seconds)
         telemetry.report += prepared.report
+        telemetry.unaligned.update(prepared.unaligned)
         return TeacherScores(own, first_row, _copy(rows), prepared.nats_per_token, prepared.target, prepared.auxiliary)
 
 

@@ -1,6 +1,7 @@
 """Signal `byte_chain`: rows become a target by byte-chain alignment (alignment/byte_chain.py), for texts and chats."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -39,7 +40,10 @@ class ByteChainSignal:
         chat = align_chat(replace(rows, start=start), teacher.rendered, student.rendered, self._translation)
         supervised = rows.actual[teacher.supervised_T[first_row:]]
         nats = -float(supervised.mean(dtype=float)) if len(supervised) else math.inf
-        return Prepared(chat.target.from_position(student.hidden_bos), chat.report, nats)
+        unaligned = Counter[str]()
+        for span in chat.spans:
+            unaligned.update({str(reason): count for reason, count in span.unaligned.items()})
+        return Prepared(chat.target.from_position(student.hidden_bos), chat.report, nats, unaligned=unaligned)
 
     def close(self) -> None:
         """Do nothing: the translation is cached when it is built."""

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trainer.chats.config import SupervisionConfig
 from trainer.config_section import Name, PathText, Positive, Section
 
 
@@ -64,6 +65,9 @@ class DataConfig(Section):
     invalid_chats: Literal["refuse", "skip"] = "refuse"
     """A chat whose supervised spans cannot be found in every model's rendering: `refuse` ends the run, `skip` skips and
     counts it."""
+
+    supervision: SupervisionConfig = SupervisionConfig()
+    """[data.supervision] The parts of a chat that are trained on."""
 
     @property
     def has_chats(self) -> bool:

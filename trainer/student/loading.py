@@ -68,7 +68,7 @@ def student_tokenizer(folder: Path, vocabulary: Vocabulary, config: StudentConfi
     if not data.has_chats:
         return SampleTokenizer(vocabulary, vocabulary.prefix)
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    template = load_chat_template(files, vocabulary, config.roles, config.chat_template)
+    template = load_chat_template(files, vocabulary, config.roles, config.chat_template, data.supervision)
     return SampleTokenizer(vocabulary, vocabulary.prefix, template)
 
 

@@ -4,6 +4,7 @@ Every sample has a collector while its teachers are queried. The collectors of a
 fusion and the training loop complete. Collectors of several processes are merged in training/step_metrics.py.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,7 @@ class TeacherTelemetry:
     report       how much of the teacher's probability arrived at the student's tokens
     weight       weight in the loss
     missing      positions without a valid target where another teacher had one
+    unaligned    supervised positions of chats without a target of this teacher, by reason
     unavailable  samples that were scored while the teacher was lost
     wait_s       seconds that the step waited for this teacher's last response
     pool         state of the teacher's replicas (teachers.client.load_balancer.LoadBalancerStats)
@@ -38,6 +40,7 @@ class TeacherTelemetry:
     report: AlignmentReport = AlignmentReport()
     weight: float = 0.0
     missing: int = 0
+    unaligned: Counter[str] = field(default_factory=Counter)
     unavailable: int = 0
     wait_s: float = 0.0
     pool: Mapping[str, float] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class TeacherTelemetry:
         self.report += other.report
         self.weight += other.weight
         self.missing += other.missing
+        self.unaligned.update(other.unaligned)
         self.unavailable += other.unavailable
         self.wait_s += other.wait_s
 
@@ -66,6 +70,7 @@ class Collector:
     shortened      samples that exceeded the limit of a model
     skipped        chats that could not be rendered for every model
     folded_system  chats whose system message was moved into the first user message
+    omitted_reasoning, changed_content  texts that the student's template does not render, or rewrites
     """
 
     teachers: dict[str, TeacherTelemetry] = field(default_factory=dict)
@@ -83,6 +88,8 @@ class Collector:
     shortened: int = 0
     skipped: int = 0
     folded_system: int = 0
+    omitted_reasoning: int = 0
+    changed_content: int = 0
 
     def teacher(self, name: str) -> TeacherTelemetry:
         """Return the telemetry of one teacher, created if it does not exist."""
@@ -107,7 +114,7 @@ class Collector:
             self.respond(other.last_response)
         for count in ("examples", "positions", "valid", "mass", "tail", "fallbacks"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
-        for count in ("shortened", "skipped", "folded_system"):
+        for count in ("shortened", "skipped", "folded_system", "omitted_reasoning", "changed_content"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
 
     def wait(self, begin: float, end: float) -> None:

@@ -62,7 +62,8 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None) -> RunResul
         items = iter(stream)
         first = list(islice(items, 1))  # nothing is written before every teacher has been checked
         run.check_teachers(evaluator.snapshot_teachers(stream))
-        with on_stop_signal(stream.stop), run.opened(listener, stream.connect_s) as metrics:
+        remarks = run.check_chats(stream.tokenizers)
+        with on_stop_signal(stream.stop), run.opened(listener, stream.connect_s, remarks) as metrics:
             evaluator.evaluate(metrics, done, fusion_state)
             logged = _log_teacher_events(chain(first, items), stream, metrics)
             while not evaluator.early_stopped and not ranks.any((item := next(logged, None)) is None):

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from trainer.telemetry.events import CheckpointEvent, StartEvent
 from trainer.telemetry.jsonl import METRICS_FILE, Listener, Metrics
 from trainer.telemetry.tracking import open_trackers
 from trainer.tokenization import SampleTokenizer
+from trainer.training.chat_checks import check_chats
 from trainer.training.checkpoint import Checkpoints, load_checkpoint
 from trainer.training.checkpoint_folder import CheckpointMetadata, newest_intact
 from trainer.training.identity import (
@@ -50,6 +51,7 @@ class Run:
     num_steps  number of steps of the whole run
     done       number of steps before this start
     lock       the lock on the run's folder, checked before anything is written
+    remarks    remarks about the chats for the student
     saved      steps with a checkpoint since this start
     """
 
@@ -67,6 +69,7 @@ class Run:
     num_steps: int
     done: int
     lock: RunLock
+    remarks: tuple[str, ...] = ()
     saved: list[int] = field(default_factory=list)
 
     @property
@@ -78,11 +81,22 @@ class Run:
         """Raise ConfigError if a teacher is another model than before the run was resumed."""
         check_same_teachers(self.evaluator.earlier.start, cards)
 
+    def check_chats(self, teachers: Mapping[str, SampleTokenizer]) -> list[str]:
+        """Check the chats for every teacher, and return the remarks for the student and the teachers.
+
+        Raises DataError or ChatError.
+        """
+        checked = (
+            check_chats(self.corpus, tokenizer, self.config.data, f"teacher {name}")
+            for name, tokenizer in teachers.items()
+        )
+        return [*self.remarks, *(remark for remarks in checked for remark in remarks)]
+
     @contextmanager
-    def opened(self, listener: Listener | None, connect_s: float) -> Iterator[Metrics]:
+    def opened(self, listener: Listener | None, connect_s: float, remarks: Sequence[str] = ()) -> Iterator[Metrics]:
         """Create the run's folder, open metrics file and trackers on rank 0, and write the start event.
 
-        connect_s is the time that connecting to the teachers took, in seconds.
+        connect_s is the time that connecting to the teachers took, in seconds; remarks are those of `check_chats`.
         """
         make_folder(self.folder, self.ranks)
         with ExitStack() as stack:
@@ -91,11 +105,11 @@ class Run:
             metrics = stack.enter_context(Metrics(path, listener, *listeners, before_write=self.lock.check))
             stack.enter_context(self.checkpoints)
             run = self.config.model_dump(mode="json")
-            metrics.write(StartEvent(step=self.done, connect_s=connect_s, run=run, **self._facts()))
+            metrics.write(StartEvent(step=self.done, connect_s=connect_s, run=run, **self._facts(remarks)))
             yield metrics
 
-    def _facts(self) -> dict[str, Any]:
-        return {
+    def _facts(self, remarks: Sequence[str]) -> dict[str, Any]:
+        facts = {
             "steps": self.num_steps,
             "ranks": self.ranks.size,
             "precision": self.precision,
@@ -105,6 +119,9 @@ class Run:
             "changed": changed_settings(self.evaluator.earlier.start, self.config),
             **self.evaluator.facts(),
         }
+        if self.tokenizer.template is not None:
+            facts |= {"supervision": self.config.data.supervision.describe(), "remarks": list(remarks)}
+        return facts
 
     def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
         """Start to write a checkpoint, after the previous one is complete. Training continues while it is written."""
@@ -147,6 +164,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
     with ranks.local_rank_zero_first():
         corpus, num_steps = check_data(config, student.vocabulary)
     tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data)
+    remarks = check_chats(corpus, tokenizer, config.data)
     optimizer = make_optimizer(student, config.optim)
     identity = run_identity(config, base_weights_sha256(student.folder, ranks), corpus)
     check_same_settings(ranks.all_gather(process_settings(config, identity)))
@@ -170,6 +188,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
         num_steps=num_steps,
         done=done,
         lock=lock,
+        remarks=tuple(remarks),
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trainer.telemetry.collector import Collector, TeacherTelemetry
 from trainer.telemetry.event_records import PoolStep, TeacherStep
@@ -39,6 +40,9 @@ def step_event(
         "skipped": sum(collector.skipped for collector in collectors),
         "folded_system": sum(collector.folded_system for collector in collectors),
     }
+    for name in ("omitted_reasoning", "changed_content"):
+        if count := sum(getattr(collector, name) for collector in collectors):
+            values[name] = count
     if not plan.teachers:
         return StepEvent.model_validate(values)
     positions = sum(collector.positions for collector in collectors)
@@ -63,6 +67,9 @@ def _teacher_step(
     for telemetry in of_ranks:
         total.add(telemetry)
     pool = {key: value for key, value in of_ranks[0].pool.items() if key != "tokens_per_s"}
+    optional: dict[str, Any] = {"loss": auxiliary[name]} if name in auxiliary else {}
+    if total.unaligned:
+        optional["unaligned"] = dict(total.unaligned)
     return TeacherStep(
         weight=total.weight / sum(collector.examples for collector in collectors),
         missing=total.missing,
@@ -73,7 +80,7 @@ def _teacher_step(
         wait_s=slowest.teacher(name).wait_s,
         tokens_per_s=sum(telemetry.pool.get("tokens_per_s", 0.0) for telemetry in of_ranks),
         pool=PoolStep.model_validate(pool),
-        **({"loss": auxiliary[name]} if name in auxiliary else {}),
+        **optional,
     )
 
 
