@@ -12,7 +12,6 @@ from alignment import Vocabulary
 from tests.tiny import TEXT
 from tests.trainer.runs import held_out, losses, run_config, served_models
 from tests.trainer.test_ranks import torchrun
-from trainer.chats.jinja_template import ChatError
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError
 from trainer.fusion.run_fuser import Fuser
@@ -159,7 +158,7 @@ def test_a_chat_that_cannot_be_rendered_is_an_error_with_its_name_or_is_skipped_
         config = chat_config(tmp_path, tiny_byte_level, teachers, chats)
         raw = config.model_dump()
         raw["eval"]["held_out_documents"] = 0
-        with pytest.raises(ChatError, match=r"chats.jsonl:8.*<\|eos\|>"):
+        with pytest.raises(DataError, match=r"1 of 8 chats contain special tokens.*chats.jsonl:8.*<\|eos\|>"):
             train(RunConfig.model_validate(raw))
         raw["data"]["invalid_chats"] = "skip"
         raw["output"]["dir"] = str(tmp_path / "skipping")

@@ -112,12 +112,11 @@ class StepEvent(Event):
     """Chats that were skipped because a model cannot represent them."""
     folded_system: int
     """Chats whose system message was merged into the first user message."""
-    omitted_reasoning: int = 0
-    """Messages of chats whose reasoning the student's chat template does not render. Absent without
-    such messages."""
-    changed_content: int = 0
+    omitted_reasoning: int
+    """Messages of chats whose reasoning the student's chat template does not render."""
+    changed_content: int
     """Contents, tool calls and tools that the student's chat template drops or rewrites
-    (`data.supervision.changed_content = "count"`). Absent without such contents."""
+    (`data.supervision.changed_content = "count"`)."""
     divergence: float | None = None
     """Divergence of the student from the fused target, in nats per token; null where it is not computed because no
     position has a target or its weight in the loss is 0. Absent without teachers."""

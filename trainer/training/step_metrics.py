@@ -39,10 +39,9 @@ def step_event(
         "shortened": sum(collector.shortened for collector in collectors),
         "skipped": sum(collector.skipped for collector in collectors),
         "folded_system": sum(collector.folded_system for collector in collectors),
+        "omitted_reasoning": sum(collector.omitted_reasoning for collector in collectors),
+        "changed_content": sum(collector.changed_content for collector in collectors),
     }
-    for name in ("omitted_reasoning", "changed_content"):
-        if count := sum(getattr(collector, name) for collector in collectors):
-            values[name] = count
     if not plan.teachers:
         return StepEvent.model_validate(values)
     positions = sum(collector.positions for collector in collectors)
