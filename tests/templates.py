@@ -60,6 +60,39 @@ THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}{{ content }}{% else %}{{ m.content }}{% endif %}<|im_end|>
 {% endfor %}"""
 
+# Keeps the reasoning after the last user message, adds an empty block to a last answer without reasoning, and has a
+# generation prompt, as Qwen3.
+QWEN = """{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}
+{%- set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- if tools %}<|im_start|>system
+{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>
+{% endif %}{% for m in messages %}{% if m.role == 'assistant' %}{% set content, thought = m.content, '' %}
+{%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}
+{%- elif '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}<|im_start|>assistant
+{% if loop.index0 > ns.last and (loop.last or thought) %}<think>
+{{ thought }}
+</think>
+
+{% endif %}{{ content }}{% for c in m.tool_calls or [] %}{{ '\\n' if content or not loop.first }}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% elif m.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ m.content }}
+</tool_response><|im_end|>
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+# White space before EOS, as Llama 2.
+LLAMA2 = """{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]
+{%- else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"""
+
+# The marker of the next role follows a content.
+ROLE_MARKERS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "mistral": MISTRAL, "spaced": SPACED}
 SPECIALS = (
     "<|im_start|>",

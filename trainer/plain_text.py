@@ -24,6 +24,12 @@ def one_line(text: str) -> str:
     return _BIDI.sub("", "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in words))
 
 
+def printable(text: str) -> str:
+    """Return the text with line ends, control characters and bidirectional controls as escape sequences."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in storable(text))
+    return _BIDI.sub(lambda match: ascii(match[0])[1:-1], shown)
+
+
 def excerpt(value: object) -> str:
     """Return a short representation of a value for an error message; for a list or table, its type."""
     if isinstance(value, dict | list | tuple):

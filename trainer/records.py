@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import Target, Tokens
-from trainer.chats.chat_template import RenderedChat
+from trainer.chats.rendered_chat import RenderedChat
 
 Message = Mapping[str, Any]
 

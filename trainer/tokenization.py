@@ -8,14 +8,23 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from alignment import Tokens, Vocabulary
-from trainer.chats.chat_template import ChatTemplate, supervised_mask
+from trainer.chats.chat_template import ChatTemplate
+from trainer.chats.config import SupervisionConfig
 from trainer.chats.jinja_template import ChatError
+from trainer.chats.rendered_chat import supervised_mask
+from trainer.chats.special_tokens import SpecialTokenError
 from trainer.errors import ConfigError, DataError
 from trainer.records import Sample, TokenizedSample
 from trainer.sources.config import DataConfig
 
 T = TypeVar("T")
 STUDENT_WINDOW = "the student's window"
+
+
+def is_skipped(error: ChatError, data: DataConfig) -> bool:
+    """Return whether the run skips and counts a chat that raises this error, instead of ending."""
+    skips_spelled = data.supervision.special_tokens_in_content == "skip"
+    return data.invalid_chats == "skip" or (skips_spelled and isinstance(error, SpecialTokenError))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +62,8 @@ class SampleTokenizer:
                 f"sample {sample.name}, model {self.vocabulary.name}: no predicted token lies within an assistant "
                 "message"
             )
-        is_end = np.isin(tokens.ids, [span.end_of_turn for span in rendered.spans if span.end_of_turn is not None])
-        num_bytes_T = np.where(supervised_T & ~is_end, tokens.bytes_per_token, 0)
+        has_bytes_T = supervised_T & ~rendered.ends_turn & ~rendered.special_T
+        num_bytes_T = np.where(has_bytes_T, tokens.bytes_per_token, 0)
         without_bos = tokens.excerpt(slice(hidden_bos, None), 0, tokens.num_bytes)
         return TokenizedSample(without_bos, supervised_T[hidden_bos:], num_bytes_T[hidden_bos:], rendered, hidden_bos)
 
@@ -67,14 +76,14 @@ def tokenize_samples(
 ) -> Iterator[TokenizedSample]:
     """Tokenize samples with the student's tokenizer.
 
-    Long samples are handled according to data.too_long, chats that cannot be rendered according to
-    data.invalid_chats. `on_skip` is called for each chat that is skipped.
+    Long samples are handled according to data.too_long, chats that cannot be rendered according to data.invalid_chats
+    and data.supervision. `on_skip` is called for each chat that is skipped.
     """
     for sample in samples:
         try:
             yield _tokenize_within_window(sample, tokenizer, data)
         except ChatError as error:
-            if data.invalid_chats != "skip":
+            if not is_skipped(error, data):
                 raise
             on_skip(error)
 
@@ -184,17 +193,24 @@ def _is_character_end(data: bytes, end: int) -> bool:
 
 
 def load_chat_template(
-    files: Mapping[str, bytes], vocabulary: Vocabulary, roles: Mapping[str, str], path: str | None
+    files: Mapping[str, bytes],
+    vocabulary: Vocabulary,
+    roles: Mapping[str, str],
+    path: str | None,
+    supervision: SupervisionConfig = SupervisionConfig(),
 ) -> ChatTemplate:
     """Load the chat template of a model from its tokenizer files.
 
-    roles  special tokens by role; only "end_of_turn" matters
-    path   file of a template that replaces the model's own
+    roles        special tokens by role; only "end_of_turn" matters
+    path         file of a template that replaces the model's own
+    supervision  parts of a chat that are supervised
     Raises ChatError if the model has no template, ConfigError if the file cannot be read.
     """
     end_of_turn = {role: token for role, token in roles.items() if role == "end_of_turn"}
     template = _read_template(path) if path else None
-    return ChatTemplate.from_files(files, vocabulary, vocabulary.name, template=template, roles=end_of_turn)
+    return ChatTemplate.from_files(
+        files, vocabulary, vocabulary.name, template=template, roles=end_of_turn, supervision=supervision
+    )
 
 
 def _read_template(path: str) -> str:

@@ -11,6 +11,8 @@ from alignment.offsets import Tokens, join_tokens
 from alignment.placement import locate_tokens
 from alignment.tokenizers.kinds import TokenizerError
 
+_PROBE = "a"
+
 
 @dataclass(frozen=True, eq=False)
 class RenderedEncoder:
@@ -22,6 +24,8 @@ class RenderedEncoder:
     token_bytes [V] bytes of each id, None if it has none
     unknown_id  id of the unknown token, if there is one
     unwritable  bytes that no token writes alone
+    plain       tokenizes every text as ordinary text
+    continuing  the same without a space that a tokenizer adds in front of a text
     """
 
     name: str
@@ -30,9 +34,11 @@ class RenderedEncoder:
     token_bytes: Sequence[bytes | None]
     unknown_id: int | None
     unwritable: frozenset[int]
+    plain: Tokenizer
+    continuing: Tokenizer
 
-    def encode(self, text: str) -> Tokens:
-        """Tokenize a rendered chat. No BOS is added.
+    def encode(self, text: str, literals: Sequence[tuple[int, int]] = ()) -> Tokens:
+        """Tokenize a rendered chat. No BOS is added. `literals` are the bytes of texts that are not special tokens.
 
         A special token ends at the last byte of its text, including white space that some special tokens absorb. The
         text between two special tokens is located like a text of its own.
@@ -46,11 +52,20 @@ class RenderedEncoder:
             raise TokenizerError(f"{self.name}: a rendered chat has {token!r}, which its model does not know")
         segments: list[Tokens] = []
         char = byte = first = 0  # start of the current segment of ordinary tokens: in characters, bytes and tokens
-        special = [i for i, token in enumerate(ids) if self._is_special_at(token, text[slice(*offsets[i])])]
+        spelled = _characters(text, literals)
+        special = [
+            i
+            for i, token in enumerate(ids)
+            if self._is_special_at(token, text[slice(*offsets[i])]) and not _overlaps(offsets[i], spelled)
+        ]
         for i in [*special, len(ids)]:
             start, stop = offsets[i] if i < len(ids) else (len(text), len(text))
-            inside = [(begin - char, end - char) for begin, end in offsets[first:i]]
-            segment = self._encode_segment(text[char:start], ids[first:i], inside)
+            if _overlaps((char, start), spelled):
+                texts = {text[begin:end] for begin, end in spelled}
+                segment = self._encode_literally(text[char:start], ids[first - 1] if first else None, texts)
+            else:
+                inside = [(begin - char, end - char) for begin, end in offsets[first:i]]
+                segment = self._encode_segment(text[char:start], ids[first:i], inside)
             segments.append(segment.excerpt(slice(None), -byte, 0))  # offsets count from the start of the chat
             byte += len(text[char:start].encode())
             if i < len(ids):
@@ -71,6 +86,23 @@ class RenderedEncoder:
         if start < previous_stop or covered.strip() != expected.strip():
             raise TokenizerError(f"{self.name}: expected {expected!r} at character {start}, received {covered!r}")
 
+    def _encode_literally(self, text: str, previous: int | None, literals: set[str]) -> Tokens:
+        """Tokenize the text between two special tokens, in which texts of special tokens are ordinary text.
+
+        previous  the special token in front of the text; None at the beginning of the chat
+        """
+        tokenizer = self.plain
+        if previous is not None:  # does the tokenizer add a space to a text after this token?
+            after = self.tokenizer.encode(f"{self.tokens[previous]}{_PROBE}", add_special_tokens=False).ids[1:]
+            if after == self.continuing.encode(_PROBE, add_special_tokens=False).ids:
+                tokenizer = self.continuing
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        for token in ids:
+            if self.tokens[token] in literals or (self.token_bytes[token] is None and token != self.unknown_id):
+                raise TokenizerError(f"{self.name}: {self.tokens[token]!r} cannot be written as ordinary text")
+        return self._encode_segment(text, ids, list(encoding.offsets))
+
     def _encode_segment(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
         """Locate the ordinary tokens between two special tokens."""
         if all(0 <= begin <= end <= len(text) for begin, end in offsets):
@@ -87,6 +119,16 @@ class RenderedEncoder:
             f"{self.name}: its tokens do not cover a segment of a rendered chat: expected {text[:60]!r}, "
             f"received {[self.tokens[i] for i in ids[:12]]}"
         )
+
+
+def _characters(text: str, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Convert ranges of bytes in a text to ranges of characters."""
+    data = text.encode() if ranges else b""
+    return [(len(data[:start].decode()), len(data[:stop].decode())) for start, stop in ranges]
+
+
+def _overlaps(place: tuple[int, int], ranges: Sequence[tuple[int, int]]) -> bool:
+    return any(start < place[1] and place[0] < stop for start, stop in ranges)
 
 
 def _is_one_character(text: str) -> bool:

@@ -203,13 +203,15 @@ class Vocabulary:
                     self._check_ids(encoding.ids)
             return [len(encoding) for encoding in encodings]
 
-    def encode_rendered(self, text: str) -> Tokens:
+    def encode_rendered(self, text: str, literals: Sequence[tuple[int, int]] = ()) -> Tokens:
         """Tokenize a rendered chat: the text of a special token is that token. No BOS is added.
 
-        Raises TokenizerError if the tokens do not cover the text, or if a token is beyond the ids of the model.
+        literals  bytes [start, stop) of texts that are ordinary text, although they are those of special tokens
+        Raises TokenizerError if the tokens do not cover the text, if a token is beyond the ids of the model, or if the
+        tokenizer has no ordinary tokens for a literal.
         """
         with self._errors():
-            return self._rendered_encoder.encode(text)
+            return self._rendered_encoder.encode(text, literals)
 
     def write(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Tokenize each byte string as a continuation: no BOS, no space in front.
@@ -257,6 +259,8 @@ class Vocabulary:
             token_bytes=self.token_bytes,
             unknown_id=self.roles.get("unk"),
             unwritable=self._continuation_writer.unwritable,
+            plain=self._tokenizer,
+            continuing=self._continuing,
         )
 
 

@@ -12,7 +12,7 @@ from tests.rows import random_rows
 from tests.templates import TEMPLATES, chat, chat_template, chat_vocabulary
 from tests.tiny import TEXT, Kind
 from trainer.chats.chat_alignment import ChatTarget, align_chat
-from trainer.chats.chat_template import RenderedChat
+from trainer.chats.rendered_chat import RenderedChat
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 TRANSLATIONS = {(a, b): translate(chat_vocabulary(a), chat_vocabulary(b)) for a, b in product(KINDS, KINDS)}

@@ -151,7 +151,7 @@ def test_held_out_targets_use_the_fusion_state_of_the_step_and_do_not_update_it(
         config = columns_config(tmp_path, tiny_byte_level, urls, method="adaptive", margin_bpb=0.5)
         student = load_student(config.student)
         corpus = load_corpus(config.data, config.eval, student.vocabulary, 0)
-        tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
+        tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
         with ExampleStream(
             config, tokenizer, [corpus.train[:4]], fuser=Fuser(config, len(student.vocabulary))
         ) as stream:

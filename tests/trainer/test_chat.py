@@ -23,12 +23,19 @@ from tests.templates import (
     id_of,
 )
 from tests.tiny import TEXT, Kind
-from trainer.chats.chat_template import ChatTemplate, RenderedChat, chat_tokens, supervised_mask
+from trainer.chats.chat_template import ChatTemplate
 from trainer.chats.content_search import Chat
 from trainer.chats.jinja_template import ChatError
+from trainer.chats.rendered_chat import RenderedChat, chat_tokens, supervised_mask
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
-ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "gemma": "<end_of_turn>", "mistral": "<|eos|>", "spaced": None}
+ENDS = {
+    "chatml": "<|im_end|>",
+    "llama3": "<|eot|>",
+    "gemma": "<end_of_turn>",
+    "mistral": "<|eos|>",
+    "spaced": "<|im_end|>",
+}
 WORDS = ["user", "assistant", "model", "system", "\n", "\n\n", " ", "", "<", "|im_end|", "é", "😀", "日本", "Mark0Here"]
 ANY_TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
@@ -42,10 +49,16 @@ def span_texts(rendered: RenderedChat) -> list[str]:
     return [rendered.tokens.text[span.start : span.stop].decode() for span in rendered.spans]
 
 
+def content_texts(rendered: RenderedChat) -> list[str]:
+    parts = [part for span in rendered.spans for part in span.parts if part.kind == "content"]
+    return [rendered.tokens.text[part.start : part.stop].decode() for part in parts]
+
+
 def around(rendered: RenderedChat) -> list[tuple[str, str]]:
-    """Return the ten bytes before each span and the twelve bytes after it."""
+    """Return the ten bytes before each content and the twelve bytes after it."""
     text = rendered.tokens.text
-    return [(text[: s.start][-10:].decode(), text[s.stop :][:12].decode()) for s in rendered.spans]
+    parts = [part for span in rendered.spans for part in span.parts if part.kind == "content"]
+    return [(text[: p.start][-10:].decode(), text[p.stop :][:12].decode()) for p in parts]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +71,8 @@ def test_spans_are_the_contents_with_or_without_outer_white_space_and_tokens_cov
     given_contents = [content for turn in turns for content in turn]
     rendered = template.render(chat(*given_contents, system=system))
     trims = name in ("llama3", "gemma")
-    assert span_texts(rendered) == [content.strip() if trims else content for _, content in turns]
+    assert content_texts(rendered) == [content.strip() if trims else content for _, content in turns]
+    assert span_texts(rendered) == [text + ("\n" if name == "spaced" else "") for text in content_texts(rendered)]
     tokens = rendered.tokens
     for span in rendered.spans:
         part = chat_tokens(rendered, span)
@@ -76,10 +90,9 @@ def test_spans_are_the_contents_with_or_without_outer_white_space_and_tokens_cov
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_end_of_turn_is_the_special_token_that_follows_directly(name: str) -> None:
+def test_the_end_of_turn_is_the_special_token_with_which_the_template_ends_a_turn(name: str) -> None:
     rendered = chat_template(TEMPLATES[name]).render(chat("a", "b", "c", "d"))
-    end = ENDS[name]
-    assert [span.end_of_turn for span in rendered.spans] == [None if end is None else id_of(end)] * 2
+    assert [span.end_of_turn for span in rendered.spans] == [id_of(ENDS[name])] * 2
 
 
 @pytest.mark.parametrize(
@@ -232,13 +245,17 @@ def test_white_space_that_a_template_strips_is_not_part_of_the_span(trim: str, l
     assert span_texts(rendered) == [left, "b"]
 
 
-def test_thoughts_that_the_template_drops_are_an_error_and_kept_ones_are_found() -> None:
+def test_thoughts_that_the_template_drops_from_earlier_turns_are_counted_and_kept_ones_are_found() -> None:
     template, thought = chat_template(THINKING), "<think>\nIt is wet.\n</think>\n\nOne sack."
-    with pytest.raises(ChatError, match="the content of message 1 unchanged"):
-        template.render(chat("How many?", thought, "Sure?", "Yes."))
+    rendered = template.render(chat("How many?", thought, "Sure?", "Yes."))
+    assert span_texts(rendered) == ["One sack.", "Yes."]
+    assert [(o.message, o.kind, o.text, o.problem) for o in rendered.omissions] == [
+        (1, "reasoning", "\nIt is wet.\n", "")
+    ]
     rendered = template.render(chat("How many?", "One.", "Sure?", thought))
     assert span_texts(rendered) == ["One.", thought]
-    assert around(rendered)[1] == ("assistant\n", "<|im_end|>\n")
+    assert [part.kind for part in rendered.spans[1].parts] == ["reasoning", "content"]
+    assert rendered.text[: -len(thought) - len("<|im_end|>\n")].endswith("assistant\n")
     assert all(span.end_of_turn == id_of("<|im_end|>") for span in rendered.spans)
 
 
@@ -301,7 +318,7 @@ def test_any_chat_is_found_in_the_rendering_of_smollm2(smollm2_template: ChatTem
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "thinking"])
 @given(turns=st.lists(st.tuples(CONTENT, CONTENT | st.just("<think>so</think>yes")), min_size=2, max_size=5))
-def test_contents_found_together_are_those_found_one_by_one(name: str, turns: list[tuple[str, str]]) -> None:
+def test_parts_found_together_are_those_found_one_by_one(name: str, turns: list[tuple[str, str]]) -> None:
     template = chat_template(TEMPLATES.get(name, THINKING), "byte_level")
     messages = chat(*(content for turn in turns for content in turn))
 

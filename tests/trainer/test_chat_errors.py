@@ -7,7 +7,6 @@ import pytest
 from alignment import Vocabulary
 from tests.templates import (
     CHATML,
-    THINKING,
     TOOLS,
     chat,
     chat_files,
@@ -107,6 +106,8 @@ def test_an_omitted_content_is_not_matched_to_the_same_word_in_a_header() -> Non
 
 
 def test_a_content_found_by_text_search_must_occur_exactly_once() -> None:
-    thinking = "<think>\na\n</think>\n\nb"
+    template = chat_template(CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '!' if 'sack' in m.content }}"))
+    (span,) = template.render(chat("How many?", "one sack")).spans
+    assert span.stop - span.start == len("one sack")
     with pytest.raises(ChatError, match="the content of message 1 unchanged"):
-        chat_template(THINKING).render(chat(f"Say {thinking}", thinking))
+        template.render(chat("Say one sack", "one sack"))

@@ -18,8 +18,10 @@ from tests.templates import (
     id_of,
 )
 from tests.tiny import Kind
-from trainer.chats.chat_template import ChatTemplate, RenderedChat
+from trainer.chats.chat_template import ChatTemplate
+from trainer.chats.config import SupervisionConfig
 from trainer.chats.jinja_template import ChatError
+from trainer.chats.rendered_chat import RenderedChat
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 
@@ -45,17 +47,18 @@ def tool_chat(**changes: Any) -> list[dict[str, Any]]:
 
 def test_tools_tool_calls_and_results_are_rendered_by_a_template_with_tools() -> None:
     rendered = chat_template(TOOLS).render(tool_chat(), [TOOL])
-    assert span_texts(rendered) == ["14.5 kilograms."]
-    assert 'call weigh {"sack": 3}' in rendered.text
+    assert span_texts(rendered) == ['call weigh {"sack": 3}', "14.5 kilograms."]
     assert rendered.text.startswith('<|im_start|>tools\n{"type": "function"')
+    assert [span.end_of_turn for span in rendered.spans] == [id_of("<|im_end|>")] * 2
 
 
-def test_a_content_with_a_tool_call_is_supervised_without_an_end_of_turn() -> None:
-    rendered = chat_template(TOOLS).render(tool_chat(content="Let me see."), [TOOL])
+def test_without_tool_calls_a_content_in_front_of_a_call_is_supervised_without_an_end_of_turn() -> None:
+    without = SupervisionConfig(tool_calls=False)
+    rendered = chat_template(TOOLS, supervision=without).render(tool_chat(content="Let me see."), [TOOL])
     assert span_texts(rendered) == ["Let me see.", "14.5 kilograms."]
     assert [span.end_of_turn for span in rendered.spans] == [None, id_of("<|im_end|>")]
     marked = TOOLS.replace("\ncall", "<|eot|>call")  # the token that begins a call does not end a turn
-    rendered = chat_template(marked).render(tool_chat(content="Let me see."), [TOOL])
+    rendered = chat_template(marked, supervision=without).render(tool_chat(content="Let me see."), [TOOL])
     assert "see.<|eot|>call weigh" in rendered.text
     assert rendered.spans[0].end_of_turn is None
 

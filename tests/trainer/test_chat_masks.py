@@ -9,7 +9,8 @@ from tests.templates import chat, chat_vocabulary, prefixed
 from tests.tiny import Kind
 from tests.trainer.chat_cases import SENTENCE, TRANSLATIONS, case
 from trainer.chats.chat_alignment import align_chat
-from trainer.chats.chat_template import ChatTemplate, chat_tokens
+from trainer.chats.chat_template import ChatTemplate
+from trainer.chats.rendered_chat import chat_tokens
 
 
 @pytest.mark.parametrize(("teacher", "student"), [("mistral", "chatml"), ("chatml", "mistral"), ("mistral", "mistral")])
@@ -65,10 +66,12 @@ def test_a_stripped_content_is_aligned_and_white_space_and_end_of_turn_are_maske
 
 
 @pytest.mark.parametrize(("teacher", "student"), [("spaced", "chatml"), ("chatml", "spaced")])
-def test_the_end_of_turn_is_masked_if_one_side_has_none(teacher: str, student: str) -> None:
+def test_the_end_of_turn_is_masked_if_it_follows_different_texts(teacher: str, student: str) -> None:
     one = case(["How many?", "sacks"], (teacher, student), ("byte_level", "byte_level"))
     result = one.aligned()
     part = chat_tokens(one.student, one.student.spans[0])
-    assert part.closes == (student == "chatml")
+    added = 1 + (student == "spaced")  # the end of turn, and the line end in front of it
+    assert part.closes
     assert not result.spans[0].end_of_turn
-    assert np.flatnonzero(result.target.valid).tolist() == [*range(part.begin, part.stop - part.closes)]
+    assert np.flatnonzero(result.target.valid).tolist() == [*range(part.begin, part.stop - added)]
+    assert result.supervised_T[part.stop - 1]

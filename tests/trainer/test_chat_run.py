@@ -12,9 +12,8 @@ from alignment import Vocabulary
 from tests.tiny import TEXT
 from tests.trainer.runs import held_out, losses, run_config, served_models
 from tests.trainer.test_ranks import torchrun
-from trainer.chats.jinja_template import ChatError
 from trainer.config import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, DataError
 from trainer.fusion.run_fuser import Fuser
 from trainer.query.connect import connect_teachers, gather
 from trainer.query.score import SampleScorer
@@ -64,7 +63,7 @@ def score(config: RunConfig) -> list[tuple[ScoredSample | None, Collector]]:
     """Score every sample of a run."""
     student = load_student(config.student)
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
-    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
+    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
 
     async def score_all() -> list[tuple[ScoredSample | None, Collector]]:
         collectors = [Collector() for _ in corpus.train]
@@ -159,7 +158,7 @@ def test_a_chat_that_cannot_be_rendered_is_an_error_with_its_name_or_is_skipped_
         config = chat_config(tmp_path, tiny_byte_level, teachers, chats)
         raw = config.model_dump()
         raw["eval"]["held_out_documents"] = 0
-        with pytest.raises(ChatError, match=r"chats.jsonl:8.*<\|eos\|>"):
+        with pytest.raises(DataError, match=r"1 of 8 chats contain special tokens.*chats.jsonl:8.*<\|eos\|>"):
             train(RunConfig.model_validate(raw))
         raw["data"]["invalid_chats"] = "skip"
         raw["output"]["dir"] = str(tmp_path / "skipping")

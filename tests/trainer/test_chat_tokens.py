@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from alignment import TokenizerError, Vocabulary
 from tests.templates import CHATML, SPECIALS, chat, chat_vocabulary, id_of, prefixed, spec_of, vocabulary_of
 from tests.tiny import Kind, tokenizer_config
-from trainer.chats.chat_template import ChatTemplate, RenderedChat, chat_tokens, supervised_mask
+from trainer.chats.chat_template import ChatTemplate
 from trainer.chats.jinja_template import ChatError
+from trainer.chats.rendered_chat import RenderedChat, chat_tokens, supervised_mask
 
 KINDS: tuple[Kind, ...] = ("byte_level", "sentencepiece")
 PIECES = st.one_of(

@@ -56,6 +56,8 @@ PLAIN_STEP = [
     "shortened",
     "skipped",
     "folded_system",
+    "omitted_reasoning",
+    "changed_content",
 ]  # keys of a step without teachers
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 values = st.recursive(

@@ -1,13 +1,13 @@
 """Alignment of one chat: from a teacher's rows for its rendering to a target over the student's rendering.
 
-The two renderings have only the contents in common, so that each content is aligned separately: from the first byte at
-which both models begin a token to the last byte at which both models end one. A token that contains text of the
-template and of the content (Mistral's space before an assistant content) covers bytes that the other rendering does
-not have; it is left out and counted as masked. The teacher's end of turn is translated to the student's, although the
-two tokens differ.
+Only texts that both renderings have in common (trainer/chats/span_pairs.py) are aligned, each separately: from the
+first byte at which both models begin a token to the last byte at which both models end one. A token that contains text
+of the template and of the content (Mistral's space before an assistant content) covers bytes that the other rendering
+does not have; it is left out and counted as masked. The teacher's end of turn is translated to the student's, although
+the two tokens differ.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -19,8 +19,9 @@ from alignment import AlignmentError, Target, Tokens, Translation, align
 from alignment.byte_chain import ScoredRows
 from alignment.offsets import INSIDE
 from alignment.report import AlignmentReport, report
-from trainer.chats.chat_template import RenderedChat, Span, SpanTokens, chat_tokens, supervised_mask
 from trainer.chats.jinja_template import ChatError
+from trainer.chats.rendered_chat import RenderedChat, Span, SpanTokens, chat_tokens, supervised_mask
+from trainer.chats.span_pairs import Reason, SpanPair, pair_spans
 
 Align = Callable[[ScoredRows, int, Tokens, Tokens, Translation], Target]
 
@@ -37,15 +38,17 @@ class SpanCounts:
     """Counts of one span.
 
     message      index of the message
-    positions    student tokens that contain the content or end the turn
+    positions    student tokens of the span, with its end of turn
     aligned      positions that have a target
-    end_of_turn  whether the last aligned position is an end of turn
+    end_of_turn  whether the last aligned position is the end of turn
+    unaligned    positions without a target, by reason
     """
 
     message: int
     positions: int
     aligned: int
     end_of_turn: bool
+    unaligned: Mapping[Reason, int]
 
     @property
     def masked(self) -> int:
@@ -80,19 +83,15 @@ class _RowSlice:
     actual: NDArray[np.floating]
 
 
-class _RenderedSpan(NamedTuple):
-    """One span in the rendering of one model."""
+class _AlignedPair(NamedTuple):
+    """The target of one pair's shared stretch, which begins at token `begin` of the student's rendering.
 
-    rendered: RenderedChat
-    span: Span
-
-
-class _AlignedSpan(NamedTuple):
-    """The target of one span's shared stretch, which begins at token `begin` of the student's rendering."""
+    end  index of the student's end of turn if it has a target, else −1
+    """
 
     begin: int
     target: Target
-    counts: SpanCounts
+    end: int
     report: AlignmentReport
 
 
@@ -112,50 +111,78 @@ def align_chat(
             f"sample {teacher.sample}, teacher {teacher.name}: expected rows up to position {len(teacher.sequence)}, "
             f"received {len(rows.actual)} rows from position {rows.start}"
         )
-    if [s.message for s in teacher.spans] != [s.message for s in student.spans]:
-        raise ChatError(
-            f"sample {teacher.sample}: {teacher.name} supervises messages {[s.message for s in teacher.spans]}, "
-            f"{student.name} {[s.message for s in student.spans]}: expected two renderings of the same chat"
-        )
-    spans = [
-        _align_span(_RenderedSpan(teacher, a), _RenderedSpan(student, b), (rows, first_row), translation, align)
-        for a, b in zip(teacher.spans, student.spans, strict=True)
-    ]
-    figures = sum((span.report for span in spans), AlignmentReport())
+    by_message = {span.message: span for span in teacher.spans}
+    supervised_T = supervised_mask(student)
+    aligned: list[_AlignedPair] = []
+    counts: list[SpanCounts] = []
+    for span in student.spans:
+        paired = pair_spans(teacher, by_message.get(span.message), student, span)
+        of_span = [
+            _align_pair((teacher, student), pair, (rows, first_row), translation, align) for pair in paired.pairs
+        ]
+        counts.append(_count(student, span, of_span, paired.unpaired))
+        aligned += of_span
+    figures = sum((pair.report for pair in aligned), AlignmentReport())
     return ChatTarget(
-        target=_scatter([(span.begin, span.target) for span in spans], len(student.tokens)),
-        supervised_T=supervised_mask(student),
-        spans=tuple(span.counts for span in spans),
-        report=replace(figures, positions=sum(span.counts.positions for span in spans)),
+        target=_scatter([(pair.begin, pair.target) for pair in aligned], len(student.tokens)),
+        supervised_T=supervised_T,
+        spans=tuple(counts),
+        report=replace(figures, positions=sum(span.positions for span in counts)),
     )
 
 
-def _align_span(
-    teacher: _RenderedSpan,
-    student: _RenderedSpan,
+def _count(
+    student: RenderedChat, span: Span, aligned: Sequence[_AlignedPair], unpaired: Sequence[tuple[int, int, Reason]]
+) -> SpanCounts:
+    """Count the positions of one span with a target and, by reason, those without."""
+    tokens = chat_tokens(student, span)
+    valid_T = np.zeros(len(student.tokens), dtype=bool)
+    for pair in aligned:
+        valid_T[pair.begin : pair.begin + len(pair.target)] |= pair.target.valid
+    missing = ~valid_T[tokens.begin : tokens.stop]
+    ends = student.tokens.ends[tokens.begin : tokens.stop]
+    unaligned: dict[Reason, int] = {}
+    for start, stop, reason in unpaired:
+        inside = missing & (ends > start) & (ends <= stop)
+        unaligned[reason] = unaligned.get(reason, 0) + int(inside.sum())
+        missing &= ~inside
+    unaligned["boundary"] = int(missing.sum())
+    return SpanCounts(
+        message=span.message,
+        positions=len(tokens.tokens),
+        aligned=int(valid_T[tokens.begin : tokens.stop].sum()),
+        end_of_turn=bool(aligned) and tokens.closes and aligned[-1].end == tokens.stop - 1,
+        unaligned={reason: count for reason, count in unaligned.items() if count},
+    )
+
+
+def _align_pair(
+    chats: tuple[RenderedChat, RenderedChat],
+    pair: SpanPair,
     response: tuple[ChatRows, int],
     translation: Translation,
     align: Align,
-) -> _AlignedSpan:
-    """Align one span. `response` is the teacher's rows and the index of the token that the first row predicts."""
-    tokens = chat_tokens(*teacher), chat_tokens(*student)
+) -> _AlignedPair:
+    """Align one pair. `response` is the teacher's rows and the index of the token that the first row predicts."""
+    teacher, student = chats
+    tokens = chat_tokens(teacher, pair.teacher), chat_tokens(student, pair.student)
     if not translation.is_identity:
         tokens = (
             _exclude_added_space(tokens[0], translation.pieces),
             _exclude_added_space(tokens[1], translation.student.token_bytes),
         )
-    where = f"sample {teacher.rendered.sample}, message {teacher.span.message}"
-    pair, closes = _shared_stretch(*tokens, f"{where}, {teacher.rendered.name} and {student.rendered.name}")
-    teacher_part, student_part = pair
-    if teacher.span.end_of_turn is not None and student.span.end_of_turn is not None:
-        translation = with_end_of_turn(translation, teacher.span.end_of_turn, student.span.end_of_turn)
+    where = f"sample {teacher.sample}, message {pair.teacher.message}"
+    stretches, closes = _shared_stretch(*tokens, f"{where}, {teacher.name} and {student.name}")
+    teacher_part, student_part = stretches
+    if pair.teacher.end_of_turn is not None and pair.student.end_of_turn is not None:
+        translation = with_end_of_turn(translation, pair.teacher.end_of_turn, pair.student.end_of_turn)
     target, figures = Target.empty(len(student_part.tokens)), AlignmentReport()
     if len(teacher_part.tokens) and len(student_part.tokens):
-        part = _slice_rows(response, teacher_part, f"{where}, teacher {teacher.rendered.name}")
+        part = _slice_rows(response, teacher_part, f"{where}, teacher {teacher.name}")
         target = align(part, 0, teacher_part.tokens, student_part.tokens, translation)
         figures = report(part, 0, (teacher_part.tokens, student_part.tokens), target, translation)
-    counts = SpanCounts(teacher.span.message, len(tokens[1].tokens), int(target.valid.sum()), closes)
-    return _AlignedSpan(student_part.begin, target, counts, figures)
+    end = student_part.begin + len(student_part.tokens) - 1 if closes else -1
+    return _AlignedPair(student_part.begin, target, end, figures)
 
 
 def _slice_rows(response: tuple[ChatRows, int], stretch: _Stretch, where: str) -> _RowSlice:

@@ -1,8 +1,4 @@
-"""Chats as one model tokenizes them: the rendered text, its tokens, and the supervised spans.
-
-A span is the content of one assistant message and, if a special token follows it directly, that token as the end of
-the turn.
-"""
+"""The chat template and the vocabulary of one model: render and tokenize a chat, and find its supervised spans."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,97 +11,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import TokenizerError, Tokens, Vocabulary
+from trainer.chats.config import SupervisionConfig
 from trainer.chats.content_search import Chat
-from trainer.chats.jinja_template import TODAY, ChatError, JinjaTemplate
+from trainer.chats.jinja_template import TODAY, ChatError, JinjaTemplate, Message
+from trainer.chats.message_parts import MessageError, check_tools, normalized, supervised_slots
+from trainer.chats.rendered_chat import MessagePart, RenderedChat, Span, token_range
+from trainer.chats.special_tokens import (
+    Escape,
+    PlainText,
+    SpecialTokenError,
+    first_spelled_token,
+    place_of_surrogate,
+    plain_text,
+)
+from trainer.chats.turn_regions import Region, regions
+from trainer.chats.turn_syntax import TurnEnds, TurnSyntax, turn_ends, turn_syntax
 
 END_OF_TURN = "end_of_turn"
 _TURN_MARKER = re.compile(r"<[|｜].+[|｜]>")  # tokens such as <|user|>, whether or not the tokenizer calls them special
-
-
-@dataclass(frozen=True)
-class Span:
-    """The content of one assistant message in a rendered chat.
-
-    message      index of the message in the original chat
-    start, stop  bytes [start, stop) of the rendered text
-    end_of_turn  id of the special token that follows directly; None without one
-    """
-
-    message: int
-    start: int
-    stop: int
-    end_of_turn: int | None
-
-
-@dataclass(frozen=True, eq=False)
-class RenderedChat:
-    """A chat as one model tokenizes it.
-
-    name           model
-    sample         name of the sample
-    tokens         tokens of the whole rendered text, without `prefix`
-    prefix         BOS, if the model expects it and the template does not render it; otherwise empty
-    spans          supervised contents, in order
-    folded_system  the template accepts no system message: it was merged into the first user message
-    """
-
-    name: str
-    sample: str
-    tokens: Tokens
-    prefix: tuple[int, ...]
-    spans: tuple[Span, ...]
-    folded_system: bool
-
-    @property
-    def text(self) -> str:
-        return self.tokens.text.decode()
-
-    @property
-    def sequence(self) -> list[int]:
-        """Return the token ids of the model's input: prefix and tokens."""
-        return [*self.prefix, *self.tokens.ids.tolist()]
-
-
-@dataclass(frozen=True, eq=False)
-class SpanTokens:
-    """The tokens of one span.
-
-    tokens     tokens of the content; `ends` counts from the first byte of the content. With `closes`, the last token
-               is the end of turn, which ends one byte after the content. Without `closes`, the tokens may end before
-               the content does
-    begin      index of the first of these tokens in the rendered chat
-    straddles  the first token cannot be supervised: it begins before the content, or it begins the sequence, where
-               nothing predicts it
-    closes     the content ends with a token, and the end of turn follows directly
-    """
-
-    tokens: Tokens
-    begin: int
-    straddles: bool
-    closes: bool
-
-    @property
-    def first(self) -> int:
-        """Return the index of the first supervised token in the rendered chat."""
-        return self.begin + (self.straddles and len(self.tokens) > 0)
-
-    @property
-    def stop(self) -> int:
-        """Return the index after the last token in the rendered chat."""
-        return self.begin + len(self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """The chat template and the vocabulary of one model.
 
-    end_of_turn  id of the only token that may end a turn; None accepts any special token that follows a content
+    end_of_turn  id of the only token that may end a turn; None accepts the token with which the template ends a turn
     """
 
     name: str
     vocabulary: Vocabulary
     template: JinjaTemplate
     end_of_turn: int | None
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @classmethod
     def from_files(
@@ -117,130 +54,183 @@ class ChatTemplate:
         template: str | None = None,
         roles: Mapping[str, str | int] | None = None,
         today: date = TODAY,
+        supervision: SupervisionConfig = SupervisionConfig(),
     ) -> "ChatTemplate":
         """Build from tokenizer files by file name.
 
-        template  Jinja code that replaces the template in the files
-        roles     {"end_of_turn": token id or token text}, if the token that follows a content is not the end of turn
-        today     date that templates insert; it must be the same for all models of a run
+        template     Jinja code that replaces the template in the files
+        roles        {"end_of_turn": token id or token text}, if the template does not end a turn with this token
+        today        date that templates insert; it must be the same for all models of a run
+        supervision  parts of a chat that are supervised; the same for all models of a run
         Raises ChatError if a file cannot be read, there is no template, or a role or its token is unknown.
         """
         jinja = JinjaTemplate.from_files(files, name, template, today)
-        return cls(name, vocabulary, jinja, _end_of_turn(roles or {}, vocabulary, name))
+        return cls(name, vocabulary, jinja, _end_of_turn(roles or {}, vocabulary, name), supervision)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, sample: str = "chat"
     ) -> RenderedChat:
-        """Render and tokenize a chat, and find the supervised spans: assistant messages without "train": false.
+        """Render and tokenize a chat, and find the spans of the messages that `supervision` names.
 
-        A message is {"role", "content"} and further keys that the template reads (tool_calls, name, …). An assistant
-        content with tool calls is a span without an end of turn. A message of tool calls without content has no span.
+        A message is {"role", "content"} and further keys (reasoning_content, tool_calls, name, train, …).
         Raises ChatError with sample and model.
         """
-        chat = Chat(
-            self.template,
-            tuple(dict(message) for message in messages),
-            tuple(dict(tool) for tool in tools),
-            f"sample {sample}, model {self.name}",
-        )
+        label = f"sample {sample}, model {self.name}"
         try:
-            rendered = chat.render(self._special_tokens)
+            return self._render([dict(m) for m in messages], [dict(t) for t in tools], sample, label)
         except RecursionError as error:
-            raise chat.error("a message or a tool is nested too deeply") from error
-        try:
-            tokens = self.vocabulary.encode_rendered(rendered.text)
-        except TokenizerError as error:
-            raise chat.error(str(error)) from error
+            raise ChatError(f"{label}: a message or a tool is nested too deeply") from error
+        except (MessageError, TokenizerError) as error:
+            raise ChatError(f"{label}: {error}") from error
+
+    def _render(self, messages: list[Message], tools: list[Message], sample: str, label: str) -> RenderedChat:
+        messages = _normalized(messages)
+        check_tools(tools)
+        slots = supervised_slots(messages, self.supervision)
+        if not slots:
+            raise MessageError("the chat has no assistant message to train on")
+        escape = self._escape(messages, tools, label)
+        if escape is not None:
+            messages, tools = list(map(escape.message, messages)), list(map(escape.tool, tools))
+        syntax, ends = self._with_tools if tools else self._without_tools
+        chat = Chat(
+            self.template, tuple(messages), tuple(tools), label, self.supervision, reasoning_key=syntax.reasoning_key
+        )
+        rendered = chat.render(slots)
+        turns = regions(rendered, slots, syntax, ends, escape.mark if escape else "")
+        if not turns:
+            raise MessageError("the template renders no supervised part of the chat unchanged")
+        plain = plain_text(rendered.text, _chars(turns), escape)
+        tokens = self.vocabulary.encode_rendered(plain.text, plain.literals)
         prefix = self.vocabulary.prefix
-        with_calls = {i for i, message in enumerate(messages) if message.get("tool_calls")}
         return RenderedChat(
             name=self.name,
             sample=sample,
             tokens=tokens,
             prefix=() if tokens.ids[:1].tolist() == prefix else tuple(prefix),
-            spans=tuple(
-                Span(i, *content_range, None if i in with_calls else self._end_after(tokens, content_range))
-                for i, content_range in rendered.content_ranges.items()
-            ),
-            folded_system=rendered.folded_system,
+            spans=tuple(self._span(turn, tokens, plain, ends) for turn in turns),
+            special_T=self._is_special[tokens.ids],
+            folded_system=bool(rendered.chat.num_folded),
+            omissions=rendered.omissions,
         )
 
-    def _end_after(self, tokens: Tokens, content_range: tuple[int, int]) -> int | None:
-        """Return the end-of-turn token that directly follows the content; None without one."""
-        _, after, is_whole = token_range(tokens, *content_range)
-        if not is_whole or after == len(tokens):
-            return None
-        token = int(tokens.ids[after])
-        return token if self._ends_turn(token) else None
+    def spelled_token(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        """Describe the first special token that the texts of a chat contain; empty without one."""
+        spelled = first_spelled_token(list(map(dict, messages)), list(map(dict, tools)), self.special_tokens)
+        return "" if spelled is None else str(spelled)
 
-    def _ends_turn(self, token: int) -> bool:
+    @property
+    def turn_ends(self) -> frozenset[int]:
+        """Return the ids of the tokens with which the template ends a turn, also after tool calls.
+
+        If the template ends none, it is the token of the vocabulary that has this role.
+        """
+        if self.end_of_turn is not None:
+            return frozenset({self.end_of_turn})
+        variants = [self._without_tools, *([self._with_tools] if "tool_use" in self.template.sources else [])]
+        texts = {text for _, ends in variants for text in (ends.token, ends.call_token)} - {""}
+        role = self.vocabulary.roles.get(END_OF_TURN)
+        if not texts:
+            return frozenset() if role is None else frozenset({role})
+        return frozenset(map(self.vocabulary.tokens.index, texts))
+
+    def _escape(self, messages: list[Message], tools: list[Message], label: str) -> Escape | None:
+        """Return the escape of special tokens in the texts; None if no text contains one.
+
+        Raises ChatError for half of a surrogate pair, and SpecialTokenError unless such texts are ordinary text.
+        """
+        if place := place_of_surrogate(messages, tools):
+            raise MessageError(f"{place} contains half of a surrogate pair")
+        spelled = first_spelled_token(messages, tools, self.special_tokens)
+        if spelled is None:
+            return None
+        if self.supervision.special_tokens_in_content != "text":
+            raise SpecialTokenError(f"{label}: {spelled}")
+        return Escape.unused_in([*messages, *tools], self.special_tokens)
+
+    def _span(self, turn: Region, tokens: Tokens, plain: PlainText, ends: TurnEnds) -> Span:
+        """Return the span of a turn, with the end of turn if its token follows directly."""
+        parts = tuple(MessagePart(p.kind, plain.byte_of(p.start), plain.byte_of(p.stop)) for p in turn.parts)
+        start, last = plain.byte_of(turn.start), parts[-1].stop
+        if turn.may_end and self.supervision.end_of_turn:
+            for stop in dict.fromkeys((plain.byte_of(turn.stop), last)):
+                _, after, is_whole = token_range(tokens, start, stop)
+                if is_whole and after < len(tokens) and self._ends_turn(int(tokens.ids[after]), ends):
+                    return Span(turn.message, start, stop, int(tokens.ids[after]), parts)
+        return Span(turn.message, start, last, None, parts)
+
+    def _ends_turn(self, token: int, ends: TurnEnds) -> bool:
+        """Return whether a token that follows a turn ends it.
+
+        A special token is the role marker of the next turn, not the end of this one, if the template writes no token
+        after the last turn.
+        """
         if self.end_of_turn is not None:
             return token == self.end_of_turn
         roles = self.vocabulary.roles
-        if token == roles.get("eos"):
+        if token in (roles.get("eos"), roles.get(END_OF_TURN)):
             return True
-        return token != roles.get("bos") and self.vocabulary.token_bytes[token] is None
+        return bool(ends.token or ends.call_token) and bool(self._is_marker[token]) and token != roles.get("bos")
 
     @cached_property
-    def _special_tokens(self) -> re.Pattern[str]:
-        """Match the text of every special token, and of every token that looks like a turn marker.
+    def _without_tools(self) -> tuple[TurnSyntax, TurnEnds]:
+        return self._syntax_and_ends([])
+
+    @cached_property
+    def _with_tools(self) -> tuple[TurnSyntax, TurnEnds]:
+        tool = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        return self._syntax_and_ends([{"type": "function", "function": tool}])
+
+    def _syntax_and_ends(self, tools: list[Message]) -> tuple[TurnSyntax, TurnEnds]:
+        """Return what the template writes around the parts of a turn, and how it ends a turn."""
+        syntax = turn_syntax(self.template, tools)
+        texts, bos = self.vocabulary.tokens, self.vocabulary.roles.get("bos")
+        if self.end_of_turn is not None:
+            return syntax, turn_ends(syntax, re.compile(re.escape(texts[self.end_of_turn])), ())
+        return syntax, turn_ends(syntax, self.special_tokens, () if bos is None else (texts[bos],))
+
+    @cached_property
+    def _is_special(self) -> NDArray[np.bool_]:
+        """[V] Whether a token has no bytes."""
+        return np.array([data is None for data in self.vocabulary.token_bytes])
+
+    @cached_property
+    def _is_marker(self) -> NDArray[np.bool_]:
+        """[V] Whether a token is special or looks like a turn marker, or ends texts or turns.
 
         The turns of DeepSeek's template are marked by tokens that its tokenizer does not call special.
         """
-        texts, token_bytes = self.vocabulary.tokens, self.vocabulary.token_bytes
-        special = {
-            text
-            for text, data in zip(texts, token_bytes, strict=True)
-            if text and (data is None or _TURN_MARKER.fullmatch(text))
-        }
-        if self.end_of_turn is not None:
-            special.add(texts[self.end_of_turn])
+        markers: NDArray[np.bool_] = self._is_special | np.array(
+            [bool(_TURN_MARKER.fullmatch(t)) for t in self.vocabulary.tokens]
+        )
+        roles = self.vocabulary.roles
+        ends = (roles.get("eos"), roles.get(END_OF_TURN), self.end_of_turn)
+        markers[[token for token in ends if token is not None]] = True
+        return markers
+
+    @cached_property
+    def special_tokens(self) -> re.Pattern[str]:
+        """Match the text of every special token, and of every token that looks like a turn marker."""
+        special = {self.vocabulary.tokens[i] for i in np.flatnonzero(self._is_marker)} - {""}
         # The longest alternative first, so that errors name the whole token. (?!) matches nothing.
         return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
 
-def chat_tokens(rendered: RenderedChat, span: Span) -> SpanTokens:
-    """Return the tokens of a span's content and of its end of turn."""
-    tokens = rendered.tokens
-    begin, end, is_whole = token_range(tokens, span.start, span.stop)
-    content = tokens.excerpt(slice(begin, end), span.start, span.stop)
-    closes = is_whole and span.end_of_turn is not None
-    if span.end_of_turn is not None and closes:
-        content = content.with_end_token(span.end_of_turn)
-    previous_end = tokens.ends[begin - 1] if begin else 0
-    return SpanTokens(
-        tokens=content,
-        begin=begin,
-        straddles=bool(previous_end != span.start) or (begin == 0 and not rendered.prefix),
-        closes=closes,
-    )
+def _normalized(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages without null contents and repeated reasoning. Raises MessageError."""
+    result = []
+    for i, message in enumerate(messages):
+        try:
+            result.append(normalized(message))
+        except ValueError as error:
+            raise MessageError(f"message {i}: {error}") from error
+    return result
 
 
-def supervised_mask(rendered: RenderedChat) -> NDArray[np.bool_]:
-    """[T] Return the supervised tokens of a chat: assistant contents and their ends of turn."""
-    mask = np.zeros(len(rendered.tokens), dtype=bool)
-    for span in rendered.spans:
-        tokens = chat_tokens(rendered, span)
-        mask[tokens.first : tokens.stop] = True
-    return mask
-
-
-def token_range(tokens: Tokens, start: int, stop: int) -> tuple[int, int, bool]:
-    """Return the tokens [begin, end) of the bytes [start, stop), and whether the last token ends exactly at `stop`.
-
-    The first token contains the first byte and may begin before `start`. The last token does not end after `stop`.
-    Tokens that end inside a character have no byte offset (`ends` is negative) and are skipped by the search.
-    """
-    known = np.flatnonzero(tokens.ends >= 0)
-    ends = tokens.ends[known]
-    before = int(np.searchsorted(ends, start, side="right"))  # number of known ends at or before `start`
-    begin = int(known[before - 1]) + 1 if before else 0
-    if start == stop:
-        return begin, begin, bool(start == (tokens.ends[begin - 1] if begin else 0))
-    last = int(np.searchsorted(ends, stop, side="left"))  # first known end at or after `stop`
-    is_whole = last < len(ends) and bool(ends[last] == stop)
-    end = int(known[last]) + 1 if is_whole else int(known[last - 1]) + 1 if last else 0
-    return begin, max(begin, end), is_whole
+def _chars(turns: Sequence[Region]) -> list[int]:
+    """Return all character offsets of the turns."""
+    ranges = [(each.start, each.stop) for turn in turns for each in turn.parts]
+    return [char for each in [*ranges, *((turn.start, turn.stop) for turn in turns)] for char in each]
 
 
 def _end_of_turn(roles: Mapping[str, str | int], vocabulary: Vocabulary, name: str) -> int | None:

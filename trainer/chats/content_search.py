@@ -1,71 +1,91 @@
-"""Rendering of one chat by one template, and search for the assistant contents in the rendered text.
+"""Rendering of one chat by one template, and search for the supervised parts of its messages in the rendered text.
 
 The search does not rely on the words of the template. The chat is rendered a second time with a marker in place of
-one content. The text before the marker, the content, and the text after the marker must then be the first rendering,
-character by character. A content that the template rewrites, truncates, drops or repeats is a ChatError.
+one part. The text before the marker, the part, and the text after the marker must then be the first rendering,
+character by character. A content that the template rewrites, truncates, drops or repeats is an error or is counted.
+The tool calls of a message are located by a marker in front of the first name, because the template determines their
+syntax.
 
-One rendering with a marker in place of every content usually locates all of them. If the text around the markers
-differs from the first rendering, for example because the template treats reasoning separately, smaller groups of
-contents are searched, and finally single contents.
+One rendering with a marker in place of every part usually locates all of them. If the text around the markers differs
+from the first rendering, smaller groups of parts are searched, and finally single parts.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from trainer.chats.config import SupervisionConfig
 from trainer.chats.jinja_template import ChatError, JinjaTemplate, Message, TemplateError
+from trainer.chats.message_parts import PART_KINDS, REASONING, Slot, has_text, part_text, with_marks
+from trainer.chats.omissions import EXCERPT_CHARS, Omission, excerpt_of_call, mark_unsearched
 
-_EXCERPT_CHARS = 40  # characters of a text that an error message shows
+Range = tuple[int, int]  # characters [start, stop) of the rendered text
+_ADVICE = (
+    'set data.supervision.changed_content = "count" to train on what the template renders unchanged, or set '
+    "chat_template to a template that renders it"
+)
 
 
 @dataclass(frozen=True)
 class RenderedText:
     """A rendered chat as text.
 
-    content_ranges  bytes [start, stop) of each supervised content in the text, by index of its message
-    folded_system   the template accepts no system message: it was merged into the first user message
+    chat       the chat as it was rendered
+    parts      characters [start, stop) of each supervised part; those of tool calls end where they start, at the name
+    omissions  what the template does not render unchanged
     """
 
     text: str
-    content_ranges: Mapping[int, tuple[int, int]]
-    folded_system: bool
+    chat: "Chat"
+    parts: Mapping[Slot, Range]
+    omissions: tuple[Omission, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Chat:
     """A chat and the template that renders it.
 
-    label       sample and model, for error messages
-    num_folded  number of messages merged into their successors; message indices refer to the original chat
+    label          sample and model, for error messages
+    reasoning_key  key of a message by which the template reads its reasoning
+    num_folded     number of messages merged into their successors; message indices refer to the original chat
     """
 
     template: JinjaTemplate
     messages: tuple[Message, ...]
     tools: tuple[Message, ...]
     label: str
+    supervision: SupervisionConfig
+    reasoning_key: str = REASONING
     num_folded: int = 0
 
-    def render(self, special_tokens: re.Pattern[str]) -> RenderedText:
-        """Render the chat and find the contents of assistant messages, except messages with "train": false.
-
-        special_tokens  matches text that the model's tokenizer reads as a special token
-        Raises ChatError with sample and model.
-        """
-        supervised = self._supervised_messages()
-        self._check_special_tokens(special_tokens)
+    def render(self, slots: Sequence[Slot]) -> RenderedText:
+        """Render the chat and find the parts named by `slots`. Raises ChatError with sample and model."""
         chat, text = self._fold_system_message()
         marker = _unused_marker(text)
-        chat._check_nothing_dropped(marker, supervised)
-        ranges = dict(chat._find_contents(supervised, text, marker))
-        if list(ranges.values()) != sorted(ranges.values()):
-            raise self.error(f"the template reorders the assistant messages {supervised}")
-        return RenderedText(text, ranges, folded_system=bool(chat.num_folded))
+        omissions = list(chat._dropped(marker, slots))
+        found = dict(chat._find(slots, text, marker))
+        parts = {slot: each for slot, each in found.items() if not isinstance(each, Omission)}
+        lost = [each for each in found.values() if isinstance(each, Omission)]
+        omissions += chat._checked_reasoning(lost, parts, marker)
+        order = [slot.message for slot in sorted(parts, key=lambda slot: parts[slot])]
+        if order != sorted(order):
+            raise self.error(f"the template reorders the assistant messages {sorted(set(order))}")
+        return RenderedText(text, chat, parts, tuple(omissions))
 
     def error(self, problem: str, kind: type[ChatError] = ChatError) -> ChatError:
         """Build an error that names sample and model."""
         return kind(f"{self.label}: {problem}")
+
+    def end_of_message(self, i: int, text: str) -> int:
+        """Return the character of the rendered text at which message i ends, from a rendering of the chat up to it."""
+        try:
+            shorter = replace(self, messages=self.messages[: i + 1 - self.num_folded])._render_text()
+        except TemplateError:
+            return 0
+        return first_difference(shorter, text)
+
+    def _message(self, i: int) -> Message:
+        return self.messages[i - self.num_folded]
 
     def _numbered_messages(self) -> Iterator[tuple[int, Message]]:
         return enumerate(self.messages, self.num_folded)
@@ -74,47 +94,18 @@ class Chat:
         """Render the chat with some messages replaced, by index. Raises TemplateError."""
         messages = [(replacements or {}).get(i, message) for i, message in self._numbered_messages()]
         # Templates must not see the key "train", which only this project defines.
-        plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        renames = {REASONING: self.reasoning_key}
+        plain = [{renames.get(k, k): value for k, value in message.items() if k != "train"} for message in messages]
         try:
             return self.template.render(plain, self.tools)
         except TemplateError as error:
             raise self.error(str(error), TemplateError) from error
 
-    def _supervised_messages(self) -> list[int]:
-        """Return the indices of the messages with a supervised content.
-
-        Raises ChatError if a message or tool is malformed, or if there is no such message.
-        """
-        for n, tool in enumerate(self.tools):
-            if not isinstance(tool.get("function", tool), dict):
-                raise self.error(f"tool {n}: expected a function schema")
-        supervised = [i for i, message in self._numbered_messages() if self._is_supervised(i, message)]
-        if not supervised:
-            raise self.error("the chat has no assistant message to train on")
-        return supervised
-
-    def _is_supervised(self, i: int, message: Message) -> bool:
-        """Return whether the content of message i is supervised. Raises ChatError if the message is malformed."""
-        content, calls = message.get("content"), message.get("tool_calls")
-        train = message.get("train", message.get("role") == "assistant")
-        if not isinstance(message.get("role"), str) or not _are_tool_calls(calls):
-            raise self.error(f"message {i}: expected a role, and tool calls with a function name")
-        if not isinstance(content, str) and not (content is None and calls):
-            raise self.error(f"message {i}: expected a string as content, received {type(content).__name__}")
-        if not isinstance(train, bool) or (train and message.get("role") != "assistant"):
-            raise self.error(f"message {i}: train is {train!r}, expected a bool, and true for assistant messages only")
-        return train and bool(content or not calls)
-
-    def _check_special_tokens(self, special_tokens: re.Pattern[str]) -> None:
-        """Raise ChatError if a text contains a special token, which would begin or end a turn within a content."""
-        messages = [(f"message {i}", message) for i, message in self._numbered_messages()]
-        for where, value in [*messages, *((f"tool {i}", tool) for i, tool in enumerate(self.tools))]:
-            for text in _strings(value):
-                if match := special_tokens.search(text):
-                    excerpt = text[max(0, match.start() - _EXCERPT_CHARS) : match.end() + _EXCERPT_CHARS]
-                    raise self.error(f"{where} contains the special token {match[0]!r} in {excerpt!r}")
-                if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                    raise self.error(f"{where} contains half of a surrogate pair")
+    def _omitted(self, omission: Omission) -> Omission:
+        """Return the omission. Raises ChatError if it is unexpected and the run does not count such omissions."""
+        if omission.problem and self.supervision.changed_content == "refuse":
+            raise self.error(f"{omission.problem}; {_ADVICE}")
+        return omission
 
     def _fold_system_message(self) -> tuple["Chat", str]:
         """Return the chat that the template renders, and its text.
@@ -128,7 +119,7 @@ class Chat:
         try:
             text, problem = self._render_text(), self.error("the template omits the system message")
             marker = _unused_marker(text)
-            if not _has_text(first) or marker in self._render_text({0: first | {"content": marker}}):
+            if not has_text(first) or marker in self._render_text({0: first | {"content": marker}}):
                 return self, text
         except TemplateError as error:
             problem = error
@@ -141,99 +132,109 @@ class Chat:
         except TemplateError:
             raise problem from None
 
-    def _check_nothing_dropped(self, marker: str, supervised: Sequence[int]) -> None:
-        """Check that the template renders everything that `_find_content` does not search for.
+    def _dropped(self, marker: str, slots: Sequence[Slot]) -> Iterator[Omission]:
+        """Yield what the template does not render, among everything that `_find` does not search for."""
+        searched = {slot.message for slot in slots if slot.kind in ("content", "tool_result")}
+        marked = mark_unsearched(dict(self._numbered_messages()), self.tools, searched, marker)
+        text = replace(self, tools=marked.tools)._render_text(marked.messages)
+        for omission in marked.missing_in(text):
+            yield self._omitted(omission)
 
-        These are the contents of all other messages, names and arguments of tool calls, and tools. Each is replaced
-        by a separate marker, which must occur anywhere in the rendered text.
-        """
-        searched, descriptions = set(supervised), dict[str, str]()  # descriptions by marker
+    def _checked_reasoning(
+        self, lost: Sequence[Omission], parts: Mapping[Slot, Range], marker: str
+    ) -> Iterator[Omission]:
+        """Yield the omissions. Reasoning that is rendered in no turn, not even as the last one, is a problem."""
+        reasoning = [each for each in lost if each.kind == "reasoning" and not each.problem]
+        renders = any(slot.kind == "reasoning" for slot in parts)
+        if reasoning and not renders:
+            last = reasoning[-1].message
+            assert last is not None
+            shorter = replace(self, messages=self.messages[: last + 1 - self.num_folded])
+            renders = marker in shorter._render_text({last: with_marks(self._message(last), {"reasoning": marker})})
+        for each in lost:
+            if each in reasoning and not renders:
+                problem = f"the template drops the reasoning of every message, such as {each.text!r} of message "
+                each = replace(each, problem=f"{problem}{each.message}")
+            yield self._omitted(each)
+
+    def _find(self, slots: Sequence[Slot], text: str, marker: str) -> Iterator[tuple[Slot, Range | Omission]]:
+        """Yield the range of each part in the text, or an omission."""
+        if len(slots) == 1:
+            yield slots[0], self._find_one(slots[0], text, marker)
+        elif (found := self._find_together(slots, text, marker)) is not None:
+            yield from found.items()
+        elif slots:
+            middle = len(slots) // 2
+            yield from self._find(slots[:middle], text, marker)
+            yield from self._find(slots[middle:], text, marker)
+
+    def _find_together(self, slots: Sequence[Slot], text: str, marker: str) -> dict[Slot, Range | Omission] | None:
+        """Find several parts with one rendering. Return None if the rendering does not determine all positions."""
+        marks = {f"{marker}{slot.message}{slot.kind}x": slot for slot in slots}
         replacements: dict[int, Message] = {}
-        for i, message in self._numbered_messages():
-            replacements[i] = dict(message)
-            if i not in searched and _has_text(message):
-                replacements[i]["content"] = f"{marker}{i}x"
-                descriptions[f"{marker}{i}x"] = f"the content of message {i} ({message['role']})"
-            if calls := message.get("tool_calls"):
-                names = [f"{marker}{i}n{n}x" for n in range(len(calls))]
-                arguments = [f"{marker}{i}v{n}x" for n in range(len(calls))]
-                replacements[i]["tool_calls"] = [_marked_call(*c) for c in zip(calls, names, arguments, strict=True)]
-                descriptions |= dict.fromkeys([*names, *arguments], f"a tool call of message {i}")
-        tools = tuple(_renamed(tool, f"{marker}t{n}x") for n, tool in enumerate(self.tools))
-        descriptions |= {f"{marker}t{n}x": f"tool {n}" for n in range(len(tools))}
-        text = replace(self, tools=tools)._render_text(replacements)
-        found = set(re.findall(rf"{marker}t?[0-9]+(?:[nv][0-9]+)?x", text))
-        for each, description in descriptions.items():
-            if each not in found:
-                raise self.error(f"the template omits or rewrites {description}")
-
-    def _find_contents(self, indices: Sequence[int], text: str, marker: str) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Yield message index and byte range [start, stop) of each content, with the result of `_find_content`."""
-        if len(indices) == 1:
-            yield indices[0], self._find_content(indices[0], text, marker)
-        elif (ranges := self._find_together(indices, text, marker)) is not None:
-            yield from zip(indices, ranges, strict=True)
-        else:
-            middle = len(indices) // 2
-            yield from self._find_contents(indices[:middle], text, marker)
-            yield from self._find_contents(indices[middle:], text, marker)
-
-    def _find_together(self, indices: Sequence[int], text: str, marker: str) -> list[tuple[int, int]] | None:
-        """Find several contents with one rendering. Return None if the rendering does not determine all positions."""
-        contents = [self.messages[i - self.num_folded] for i in indices]
-        replacements = {i: m | {"content": f"{marker}{i}x"} for i, m in zip(indices, contents, strict=True)}
+        for mark, slot in marks.items():
+            message = replacements.get(slot.message, self._message(slot.message))
+            replacements[slot.message] = with_marks(message, {slot.kind: mark})
         try:
-            parts = re.split(rf"{marker}([0-9]+)x", self._render_text(replacements))
+            pieces = re.split(rf"({marker}[0-9]+(?:{'|'.join(PART_KINDS)})x)", self._render_text(replacements))
         except TemplateError:  # the template may accept one marker and reject several
             return None
-        if parts[1::2] != [str(i) for i in indices] or not text.startswith(parts[0]):
+        if not text.startswith(pieces[0]):
             return None
-        ranges: list[tuple[int, int]] = []
-        char, byte = len(parts[0]), len(parts[0].encode())
-        for message, after in zip(contents, parts[2::2], strict=True):
-            # Of several forms that are possible here, a later part of the text would have to decide.
-            possible = {f for f in _forms(message["content"]) if text.startswith(f + after, char)}
-            if len(possible) != 1:
+        found: dict[Slot, Range | Omission] = {}
+        char = len(pieces[0])
+        for mark, after in zip(pieces[1::2], pieces[2::2], strict=True):
+            slot = marks[mark]
+            if slot in found and slot.kind != "tool_calls":
                 return None
-            (form,) = possible
-            ranges.append((byte, byte + len(form.encode())))
-            char, byte = char + len(form) + len(after), ranges[-1][1] + len(after.encode())
-        return ranges if char == len(text) else None
+            # Of several forms that are possible here, a later part of the text would have to decide.
+            forms = {f for f in _forms(self._text_of(slot)) if text.startswith(f + after, char)}
+            if len(forms) != 1:
+                return None
+            stop = char + len(forms.pop())
+            found.setdefault(slot, (char, stop))
+            char = stop + len(after)
+        dropped = [slot for slot in slots if slot not in found]
+        if char != len(text) or any(slot.kind != "reasoning" for slot in dropped):
+            return None
+        return found | {slot: self._omission(slot) for slot in dropped}
 
-    def _find_content(self, i: int, text: str, marker: str) -> tuple[int, int]:
-        """Return the bytes [start, stop) of the content of message i, without white space that the template strips.
-
-        Raises ChatError if the template does not render the content unchanged.
-        """
-        message = self.messages[i - self.num_folded]
-        content: str = message["content"]
-        marked = self._render_text({i: message | {"content": marker}})
+    def _find_one(self, slot: Slot, text: str, marker: str) -> Range | Omission:
+        """Return the range of one part, without white space that the template strips, or an omission."""
+        marked = self._render_text({slot.message: with_marks(self._message(slot.message), {slot.kind: marker})})
         before, found, after = marked.partition(marker)
+        if slot.kind == "tool_calls":
+            if found and marked.replace(marker, "") == text:
+                return len(before), len(before)
+            return self._omitted(self._omission(slot, f"the template rewrites a tool call of message {slot.message}"))
+        if slot.kind == "reasoning" and not found:
+            return self._omission(slot)
+        content = self._text_of(slot)
         forms = _forms(content)
         for form in forms if found else ():
             if text == before + form + after:
-                return _byte_range(text, len(before), len(form))
+                return len(before), len(before) + len(form)
         # The text around the content depends on the content (a template that treats thoughts separately). The content
         # is then accepted if it occurs exactly once, and not in the text of the template itself.
         for form in forms[:2]:
-            if form and form not in marked and 0 <= text.find(form) == text.rfind(form):
-                return _byte_range(text, text.find(form), len(form))
+            if form and form not in marked and 0 <= (start := text.find(form)) == text.rfind(form):
+                return start, start + len(form)
         expected = before + content + after if found else marked
-        difference = _first_difference(expected, text)
-        excerpt = slice(max(0, difference - _EXCERPT_CHARS), difference + _EXCERPT_CHARS)
-        raise self.error(
-            f"the template does not render the content of message {i} unchanged: expected "
-            f"{(expected[excerpt] if found else content[:_EXCERPT_CHARS])!r}, found {text[excerpt]!r}"
+        difference = first_difference(expected, text)
+        excerpt = slice(max(0, difference - EXCERPT_CHARS), difference + EXCERPT_CHARS)
+        problem = (
+            f"the template does not render the {slot.kind.removeprefix('tool_')} of message {slot.message} unchanged: "
+            f"expected {(expected[excerpt] if found else content[:EXCERPT_CHARS])!r}, found {text[excerpt]!r}"
         )
+        return self._omitted(self._omission(slot, problem))
 
+    def _text_of(self, slot: Slot) -> str:
+        return part_text(self._message(slot.message), slot.kind)
 
-def _are_tool_calls(calls: object) -> bool:
-    return calls is None or (isinstance(calls, list | tuple) and all(map(_is_tool_call, calls)))
-
-
-def _is_tool_call(call: Any) -> bool:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    return isinstance(function, dict) and isinstance(function.get("name"), str)
+    def _omission(self, slot: Slot, problem: str = "") -> Omission:
+        calls = self._message(slot.message).get("tool_calls")
+        text = excerpt_of_call(calls[0]) if slot.kind == "tool_calls" and calls else self._text_of(slot)
+        return Omission(slot.message, slot.kind, text[:EXCERPT_CHARS], problem)
 
 
 def _unused_marker(text: str) -> str:
@@ -244,53 +245,17 @@ def _unused_marker(text: str) -> str:
 def _forms(content: str) -> list[str]:
     """Return a content and its variants after the white-space stripping that templates apply."""
     forms = [content, content.strip(), content.rstrip(), content.lstrip()]
-    return [*forms, content.strip("\n"), content.lstrip("\n")]
-
-
-def _byte_range(text: str, start: int, length: int) -> tuple[int, int]:
-    begin = len(text[:start].encode())
-    return begin, begin + len(text[start : start + length].encode())
-
-
-def _has_text(message: Message) -> bool:
-    return bool((message.get("content") or "").strip())
+    return [*forms, content.strip("\n"), content.lstrip("\n"), content.rstrip("\n")]
 
 
 def _merge(system: Message, user: Message) -> Message:
     """Put the content of the system message in front of the content of the user message."""
-    if not _has_text(system):
+    if not has_text(system):
         return user
     return user | {"content": f"{system['content']}\n\n{user['content']}"}
 
 
-def _renamed(tool: Message, name: str) -> Message:
-    """Return a tool, or a tool call, with another function name."""
-    return tool | ({"function": tool["function"] | {"name": name}} if "function" in tool else {"name": name})
-
-
-def _marked_call(call: Message, name: str, argument: str) -> Message:
-    """Return a tool call with another name and one other argument. Arguments keep their type, JSON text or object."""
-    call = _renamed(call, name)
-    function = call.get("function", call)
-    arguments = {argument: argument}
-    marked = function | {
-        "arguments": json.dumps(arguments) if isinstance(function.get("arguments"), str) else arguments
-    }
-    return call | {"function": marked} if "function" in call else marked
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every string in a message or a tool, including keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from (*_strings(key), *_strings(item))
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _strings(item)
-
-
-def _first_difference(a: str, b: str) -> int:
+def first_difference(a: str, b: str) -> int:
+    """Return the index of the first character in which two texts differ."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))

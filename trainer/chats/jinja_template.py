@@ -63,8 +63,11 @@ class JinjaTemplate:
         variables = _special_tokens(_json_object(files, "special_tokens_map.json", name)) | _special_tokens(config)
         return cls(sources, variables, today)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Message]) -> str:
-        """Render a chat as text. Raises TemplateError with the message of the template."""
+    def render(self, messages: Sequence[Message], tools: Sequence[Message], generation_prompt: bool = False) -> str:
+        """Render a chat as text, with `generation_prompt` up to the beginning of the next assistant message.
+
+        Raises TemplateError with the message of the template.
+        """
         source = self.sources.get(TOOL_USE) if tools else None
         request = {
             "source": source or self.sources[DEFAULT],
@@ -72,6 +75,7 @@ class JinjaTemplate:
             "tools": list(tools) or None,
             "variables": dict(self.variables),
             "today": self.today.isoformat(),
+            "generation_prompt": generation_prompt,
         }
         try:
             return WORKER.render(request)

@@ -3,7 +3,7 @@
 The process reads requests from standard input and writes one response per request to standard output. Each message is
 JSON, preceded by its length (4 bytes, little-endian):
 
-    request   {"source", "messages", "tools", "variables", "today", "max_chars"}
+    request   {"source", "messages", "tools", "variables", "today", "max_chars", "generation_prompt"?}
     response  {"text"} or {"error"}; a first response, {}, is sent when the process is ready
 
 It is run as a script, so that it imports only jinja2. It ends when its standard input is closed, and so when its parent
@@ -73,7 +73,11 @@ def render(request: dict[str, Any]) -> str:
     variables = {**request["variables"], "strftime_now": date.fromisoformat(request["today"]).strftime}
     chunks, num_chars = list[str](), 0
     stream = compiled(request["source"]).generate(
-        messages=request["messages"], tools=request["tools"], documents=None, add_generation_prompt=False, **variables
+        messages=request["messages"],
+        tools=request["tools"],
+        documents=None,
+        add_generation_prompt=request.get("generation_prompt", False),
+        **variables,
     )
     for chunk in stream:
         num_chars += len(chunk)

@@ -108,7 +108,7 @@ def _percent(value: float | None) -> str:
 
 
 def _start_remarks(start: EventRecord) -> Iterator[str]:
-    """Yield the format of each source, its invalid records, and each setting that differs from the previous start."""
+    """Yield a line for the format of each source, its invalid records, the supervision, and each changed setting."""
     for source in start.get("sources", ()):
         yield f"{source['name']}: {source['format']}"
         if source["empty"]:
@@ -117,6 +117,9 @@ def _start_remarks(start: EventRecord) -> Iterator[str]:
             examples = "; ".join(source["first_invalid"])
             yield f"{source['name']}: {source['invalid']} invalid records are skipped ({examples})"
         yield from (f"warning: {each}" for each in source.get("repeated", ()))
+    if start.get("supervision"):
+        yield f"supervision: {start['supervision']}"
+    yield from start.get("remarks", ())
     for key, (old, new) in start.get("changed", {}).items():
         warning = "warning: " if key in start.get("changed_results", ()) else ""
         yield f"{warning}changed since the previous start: {key} {old} → {new}"

@@ -1,5 +1,6 @@
 """`tutelage doctor RUN.toml`: check a run file before training."""
 
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -29,8 +30,11 @@ def doctor(
         if as_json:
             print_json({"ok": all(f.ok for f in findings), "findings": [asdict(f) for f in findings]})
         else:
+            marks = typer.style("|", fg="green", reverse=True).split("|") if sys.stdout.isatty() else ("[[", "]]")
             for finding in findings:
                 result = "ok   " if finding.ok else "WRONG"
                 typer.echo(f"{result}  {one_line(finding.subject)}: {one_line(finding.detail)}")
+                for example in finding.examples:
+                    typer.echo(f"         {one_line(example.sample)}: {example.marked(*marks)}")
         if not all(finding.ok for finding in findings):
             raise typer.Exit(1)

@@ -6,7 +6,6 @@ cannot be checked without the student.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,29 +15,33 @@ from teachers.client.pool import TeacherPool
 from teachers.protocol.errors import TeacherError
 from teachers.protocol.messages import PROBE
 from trainer.chats.jinja_template import ChatError
+from trainer.cli.supervised_text import SupervisedText, supervised_text
 from trainer.config import RunConfig
 from trainer.errors import UserError
 from trainer.query.config import TeacherConfig
 from trainer.query.connect import ConnectedTeacher, connect_teacher, teacher_address
-from trainer.records import Sample
+from trainer.records import Sample, TokenizedSample
 from trainer.sources.config import DataConfig
 from trainer.sources.corpus import Corpus, SourceCounts
 from trainer.student.checks import check_weights
 from trainer.student.loading import resolve_precision, student_tokenizer
-from trainer.tokenization import tokenize_samples
+from trainer.tokenization import SampleTokenizer, is_skipped, tokenize_samples
+from trainer.training.chat_checks import check_chats
 from trainer.training.start_checks import StudentFiles, check_data, check_settings, check_student
 
 MAX_EXAMINED = 4096  # samples that are tokenized for every model, evenly spaced
+NUM_EXAMPLES = 3
 BOS_RATIO = 1.1  # the served choice of BOS is wrong if its loss is this many times that of the other
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check: its subject, whether it passed, and what was found or what to change."""
+    """The result of one check: its subject, whether it passed, what was found or what to change, and examples."""
 
     subject: str
     ok: bool
     detail: str
+    examples: tuple[SupervisedText, ...] = ()
 
 
 def examine(config: RunConfig, *, wait: bool = False) -> list[Finding]:
@@ -49,11 +52,19 @@ def examine(config: RunConfig, *, wait: bool = False) -> list[Finding]:
     findings = [*_check_settings(config)]
     student, student_findings = _check_student(config)
     findings += student_findings
-    samples: Sequence[Sample] = ()
+    data = _Data()
     if student is not None:
-        samples, data_findings = _check_data(config, student)
+        data, data_findings = _check_data(config, student)
         findings += data_findings
-    return findings + asyncio.run(_check_teachers(config, samples, wait))
+    return findings + asyncio.run(_check_teachers(config, data, wait))
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """The corpus, None if it could not be read, and the samples that are tokenized for every model."""
+
+    corpus: Corpus | None = None
+    samples: Sequence[Sample] = ()
 
 
 def _check_settings(config: RunConfig) -> list[Finding]:
@@ -80,23 +91,64 @@ def _check_student(config: RunConfig) -> tuple[StudentFiles | None, list[Finding
     return student, [Finding("student", True, detail)]
 
 
-def _check_data(config: RunConfig, student: StudentFiles) -> tuple[Sequence[Sample], list[Finding]]:
+def _check_data(config: RunConfig, student: StudentFiles) -> tuple[_Data, list[Finding]]:
     findings: list[Finding] = []
-    samples: Sequence[Sample] = ()
+    data = _Data()
     try:
         corpus, num_steps = check_data(config, student.vocabulary)
         findings += [Finding("data", True, _describe(source)) for source in corpus.sources]
         findings += [Finding("data", True, f"warning: {each}") for source in corpus.sources for each in source.repeated]
-        samples = _evenly_spaced(corpus)
-        tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
-        skipped: list[ChatError] = []
-        deque(tokenize_samples(samples, tokenizer, config.data, on_skip=skipped.append), maxlen=0)
-        findings += _describe_skipped("data", skipped, len(samples))
+        data = _Data(corpus, samples := _evenly_spaced(corpus))
+        tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
+        remarks = check_chats(corpus, tokenizer, config.data)
+        tokenized = _Tokenized("student")
+        for sample in samples:
+            for one in tokenize_samples([sample], tokenizer, config.data, on_skip=tokenized.skipped.append):
+                tokenized.add(sample, one)
+        findings += _describe_skipped("data", tokenized.skipped, len(samples))
         detail = f"{len(corpus.train)} windows to train on, {len(corpus.held_out)} held out, {num_steps} steps"
         findings.append(Finding("data", True, detail))
+        findings += _supervision(tokenized, tokenizer, config.data, remarks)
     except (UserError, TokenizerError) as error:
         findings.append(Finding("data", False, str(error)))
-    return samples, findings
+    return data, findings
+
+
+def _supervision(
+    tokenized: "_Tokenized", tokenizer: SampleTokenizer, config: DataConfig, remarks: Sequence[str]
+) -> list[Finding]:
+    """Report the supervision in force, with examples, and the remarks of `check_chats`."""
+    supervision = config.supervision.describe() if tokenizer.template is not None else "all tokens of the texts"
+    findings = [Finding(tokenized.model, True, f"supervised are {supervision}", tuple(tokenized.examples))]
+    return findings + [Finding(tokenized.model, True, remark) for remark in [*tokenized.omissions(), *remarks]]
+
+
+class _Tokenized:
+    """Counts of the samples that one model tokenizes, with the first ones as examples, and the skipped chats."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.count = self.longest = 0
+        self.examples: list[SupervisedText] = []
+        self.skipped: list[ChatError] = []
+        self._omissions: dict[str, list[str]] = {}
+
+    def add(self, sample: Sample, tokenized: TokenizedSample) -> None:
+        """Add one sample."""
+        self.count += 1
+        self.longest = max(self.longest, len(tokenized))
+        if len(self.examples) < NUM_EXAMPLES:
+            self.examples.append(supervised_text(self.model, sample.name, tokenized))
+        for omission in tokenized.rendered.omissions if tokenized.rendered is not None else ():
+            kind = "texts dropped or rewritten" if omission.problem else "reasoning of an earlier turn dropped"
+            self._omissions.setdefault(kind, []).append(f"{sample.name}: {omission.text!r}")
+
+    def omissions(self) -> list[str]:
+        """Describe what the chat template of the model does not render, with the first example of each kind."""
+        return [
+            f"{len(found)} {kind} by the chat template in {self.count} samples, first in {found[0]}"
+            for kind, found in self._omissions.items()
+        ]
 
 
 def _describe_skipped(subject: str, skipped: Sequence[ChatError], num_samples: int) -> list[Finding]:
@@ -124,48 +176,56 @@ def _evenly_spaced(corpus: Corpus) -> list[Sample]:
     return [corpus.train[i] if i < num_train else corpus.held_out[i - num_train] for i in chosen]
 
 
-async def _check_teachers(config: RunConfig, samples: Sequence[Sample], wait: bool) -> list[Finding]:
-    groups = await asyncio.gather(*(_check_teacher(t, samples, config.data, wait) for t in config.teachers))
+async def _check_teachers(config: RunConfig, examined: _Data, wait: bool) -> list[Finding]:
+    groups = await asyncio.gather(*(_check_teacher(t, examined, config.data, wait) for t in config.teachers))
     return [finding for group in groups for finding in group]
 
 
-async def _check_teacher(
-    config: TeacherConfig, samples: Sequence[Sample], data: DataConfig, wait: bool
-) -> list[Finding]:
-    """Check card, tokenizer, top_k and sample lengths, then score a probe sentence with and without BOS."""
+async def _check_teacher(config: TeacherConfig, examined: _Data, data: DataConfig, wait: bool) -> list[Finding]:
+    """Check card, tokenizer, top_k, sample lengths and chats, then score a probe sentence with and without BOS."""
     findings: list[Finding] = []
     subject = f"teacher {config.name}"
     try:
         async with TeacherPool([teacher_address(config, wait=wait)]) as pool:
-            has_chats = any(sample.is_chat for sample in samples)
+            has_chats = any(sample.is_chat for sample in examined.samples)
             teacher = await connect_teacher(pool, config, data, has_chats)
             card = teacher.card
             detail = f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}"
             findings.append(Finding(subject, True, detail))
             num_tokens = len(teacher.tokenizer.vocabulary)
             findings.append(Finding(subject, True, f"the tokenizer of {num_tokens} tokens matches the card"))
-            findings += _check_lengths(teacher, samples, data)
+            remarks = check_chats(examined.corpus, teacher.tokenizer, data, subject) if examined.corpus else []
+            tokenized = _tokenize(teacher, examined.samples, data)
+            findings.append(_check_lengths(teacher, tokenized, data))
+            findings += _describe_skipped(subject, tokenized.skipped, len(examined.samples))
+            if teacher.tokenizer.template is not None:
+                findings += _supervision(tokenized, teacher.tokenizer, data, remarks)
             findings.append(await _check_bos(pool, teacher))
     except (UserError, TeacherError, TokenizerError, AlignmentError) as error:
         findings.append(Finding(subject, False, str(error).removeprefix(subject).lstrip(": ")))
     return findings
 
 
-def _check_lengths(teacher: ConnectedTeacher, samples: Sequence[Sample], data: DataConfig) -> list[Finding]:
-    """Compare the longest sample with the teacher's limit, BOS and EOS included. Count the skipped chats."""
-    lengths, card, skipped = [0], teacher.card, list[ChatError]()
+def _tokenize(teacher: ConnectedTeacher, samples: Sequence[Sample], data: DataConfig) -> _Tokenized:
+    """Tokenize the samples for a teacher, except chats that are skipped."""
+    tokenized = _Tokenized(f"teacher {teacher.config.name}")
     for sample in samples:
         try:
-            lengths.append(len(card.prefix) + len(teacher.tokenizer.tokenize(sample)))
+            tokenized.add(sample, teacher.tokenizer.tokenize(sample))
         except ChatError as error:
-            if data.invalid_chats != "skip":
+            if not is_skipped(error, data):
                 raise
-            skipped.append(error)
-    detail = f"takes {card.max_tokens} tokens; the longest of {len(samples)} samples has {max(lengths)}"
-    fits, shortens = max(lengths) <= card.max_tokens, data.too_long == "shorten"
+            tokenized.skipped.append(error)
+    return tokenized
+
+
+def _check_lengths(teacher: ConnectedTeacher, tokenized: _Tokenized, data: DataConfig) -> Finding:
+    """Compare the longest sample with the teacher's limit, BOS and EOS included."""
+    card, longest = teacher.card, len(teacher.card.prefix) + tokenized.longest if tokenized.count else 0
+    detail = f"takes {card.max_tokens} tokens; the longest of {tokenized.count} samples has {longest}"
+    fits, shortens = longest <= card.max_tokens, data.too_long == "shorten"
     advice = "" if fits else "; it is shortened for all models" if shortens else ": lower data.window_tokens"
-    subject = f"teacher {teacher.config.name}"
-    return [Finding(subject, fits or shortens, detail + advice), *_describe_skipped(subject, skipped, len(samples))]
+    return Finding(f"teacher {teacher.config.name}", fits or shortens, detail + advice)
 
 
 async def _check_bos(pool: TeacherPool, teacher: ConnectedTeacher) -> Finding:

@@ -155,5 +155,5 @@ def evaluate_folder(folder: Path, config: RunConfig) -> dict[str, Evaluation]:
     corpus = load_corpus(config.data, config.eval, student.vocabulary, config.train.seed)
     if not corpus.held_out:
         raise DataError("there is no held-out text to measure on; set eval.held_out_documents")
-    tokenizer = student_tokenizer(folder, student.vocabulary, config.student, corpus.has_chats)
+    tokenizer = student_tokenizer(folder, student.vocabulary, config.student, config.data, corpus.has_chats)
     return evaluate_domains(student, held_out_domains(corpus, tokenizer, config.data), config.loss.chunk_tokens)

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer.chats.chat_template import END_OF_TURN, ChatTemplate
+from trainer.chats.chat_template import ChatTemplate
 from trainer.chats.jinja_template import DEFAULT
 from trainer.errors import CheckpointError
 from trainer.manifest import replace_file
@@ -52,17 +52,14 @@ def save_card(card: str, folder: Path) -> None:
 
 
 def _write_chats(folder: Path, template: ChatTemplate) -> None:
-    """Write the chat template that the student was trained with, and add its end of turn to the EOS ids."""
+    """Write the chat template that the student was trained with, and add its ends of turn to the EOS ids."""
     sources = template.template.sources
     if sources.keys() == {DEFAULT}:  # otherwise Student.export has copied the base model's templates
         (folder / "chat_template.jinja").write_text(sources[DEFAULT], encoding="utf-8")
-    end_of_turn = template.vocabulary.roles.get(END_OF_TURN) if template.end_of_turn is None else template.end_of_turn
     path = folder / "generation_config.json"
-    if end_of_turn is None or not path.is_file():
-        return
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     eos = settings.get("eos_token_id")
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if end_of_turn not in eos_ids:
-        settings["eos_token_id"] = [*eos_ids, end_of_turn]
+    if new := sorted(template.turn_ends - set(eos_ids)):
+        settings["eos_token_id"] = [*eos_ids, *new]
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

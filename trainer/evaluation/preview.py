@@ -116,7 +116,7 @@ def preview(config: RunConfig) -> Preview:
     if not corpus.held_out:
         raise DataError("there is no held-out text to measure on; set eval.held_out_documents")
     check_chat_support(config.teachers, corpus)
-    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
+    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
     measurement = Measurement(config, student)
     asyncio.run(_score(config, tokenizer, corpus.held_out, measurement))
     return measurement.result()

@@ -99,7 +99,9 @@ async def connect_teacher(
             f"teacher {config.name}: its tokenizer has no EOS for the ends of documents (data.close_documents); "
             "set eos in the roles of this teacher"
         )
-    template = load_chat_template(files, vocabulary, config.roles, config.chat_template) if has_chats else None
+    template = None
+    if has_chats:
+        template = load_chat_template(files, vocabulary, config.roles, config.chat_template, data.supervision)
     return ConnectedTeacher(config, card, SampleTokenizer(vocabulary, card.prefix, template))
 
 

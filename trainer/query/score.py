@@ -20,7 +20,7 @@ from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
 from trainer.signals.base import TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
-from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample
+from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample, is_skipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +50,17 @@ class SampleScorer:
         try:
             tokenizations, seconds = await in_thread(self._tokenize, sample)
         except ChatError as error:
-            if self._data.invalid_chats != "skip":
+            if not is_skipped(error, self._data):
                 raise
             collector.skipped, collector.skip_reason = collector.skipped + 1, str(error)
             return None
         collector.record("tokenize", seconds)
         collector.shortened += tokenizations.sample is not sample
         rendered = tokenizations.student.rendered
-        collector.folded_system += rendered is not None and rendered.folded_system
+        if rendered is not None:
+            collector.folded_system += rendered.folded_system
+            collector.omitted_reasoning += sum(each.kind == "reasoning" for each in rendered.omissions)
+            collector.changed_content += sum(each.kind != "reasoning" for each in rendered.omissions)
         return tokenizations
 
     async def request(self, tokenizations: Tokenizations, collector: Collector) -> ScoredSample:
@@ -123,6 +126,7 @@ class SampleScorer:
             raise AlignmentError(f"teacher {name}, sample {sample.name}: {error}") from error
         collector.record("align", seconds)
         telemetry.report += prepared.report
+        telemetry.unaligned.update(prepared.unaligned)
         return TeacherScores(own, first_row, _copy(rows), prepared.nats_per_token, prepared.target, prepared.auxiliary)
 
 

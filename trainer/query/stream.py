@@ -82,6 +82,7 @@ class ExampleStream:
         self._main: asyncio.Task[Any] | None = None
         self._scorer: SampleScorer | None = None
         self._cards: dict[str, TeacherCard] = {}
+        self._tokenizers: dict[str, SampleTokenizer] = {}
         self._stopping = self._closing = False
         self._began = self._connected = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
@@ -119,6 +120,11 @@ class ExampleStream:
     def connect_s(self) -> float:
         """Seconds that connecting to the teachers and building their signals took; 0 before the first batch."""
         return self._connected - self._began
+
+    @property
+    def tokenizers(self) -> dict[str, SampleTokenizer]:
+        """Tokenizers of the teachers by name; complete once the first batch has been returned."""
+        return self._tokenizers
 
     @property
     def cards(self) -> dict[str, TeacherCard]:
@@ -190,6 +196,7 @@ class ExampleStream:
                 on_event=self._events.put,
             ) as connection:
                 self._connected, self._cards = time.monotonic(), connection.cards
+                self._tokenizers = {teacher.config.name: teacher.tokenizer for teacher in connection.teachers}
                 self._scorer = SampleScorer(connection, self._student, config.data)
                 try:
                     await self._produce_batches(self._scorer, connection)

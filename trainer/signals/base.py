@@ -1,7 +1,8 @@
 """The protocol of a teacher signal: how one teacher's rows become a target, or an auxiliary loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, Protocol
 
 from alignment import Target, Vocabulary
@@ -18,12 +19,14 @@ class Prepared(NamedTuple):
     report          how much of the teacher's probability arrived
     nats_per_token  mean negative log-likelihood of the teacher's supervised tokens; inf without any
     auxiliary       scores of a signal that is not fused
+    unaligned       supervised positions of a chat without a target, by reason (trainer/chats/span_pairs.py)
     """
 
     target: Target
     report: AlignmentReport
     nats_per_token: float
     auxiliary: AuxiliaryScores | None = None
+    unaligned: Mapping[str, int] = MappingProxyType({})
 
 
 class TeacherSignal(Protocol):

@@ -1,6 +1,7 @@
 """Signal `byte_chain`: rows become a target by byte-chain alignment (alignment/byte_chain.py), for texts and chats."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -40,8 +41,11 @@ class ByteChainSignal:
         # row positions count from the beginning of the rendered chat, with the BOS that its template writes
         start = len(teacher.rendered.prefix) + teacher.hidden_bos + first_row
         chat = align_chat(replace(rows, start=start), teacher.rendered, student.rendered, self._translation)
+        unaligned = Counter[str]()
+        for span in chat.spans:
+            unaligned.update({str(reason): count for reason, count in span.unaligned.items()})
         nats = _supervised_nats(rows, first_row, teacher)
-        return Prepared(chat.target.from_position(student.hidden_bos), chat.report, nats)
+        return Prepared(chat.target.from_position(student.hidden_bos), chat.report, nats, unaligned=unaligned)
 
     def close(self) -> None:
         """Do nothing: the translation is cached when it is built."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trainer.chats.config import SupervisionConfig
 from trainer.config_section import Name, PathText, Positive, Section, one_of
 from trainer.sources import SOURCES
 from trainer.sources.record_formats import RECORD_FORMATS
@@ -153,6 +154,8 @@ class DataConfig(Section):
     invalid_chats: Literal["refuse", "skip"] = "refuse"
     """A chat whose supervised spans cannot be found in every model's rendering, or a prompt that leaves no room for its
     completion: `refuse` ends the run, `skip` skips and counts it."""
+    supervision: SupervisionConfig = SupervisionConfig()
+    """[data.supervision] The parts of a chat that are trained on."""
 
     @property
     def names_teachers(self) -> bool:

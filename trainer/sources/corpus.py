@@ -3,9 +3,9 @@
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import overload
 
@@ -99,6 +99,12 @@ class Samples(Sequence[Sample]):
             return replace(sample, messages=tuple(messages), tools=tuple(tools))
         closes = self._closes and bool(index.ends_document(window))
         return replace(sample, text=content.decode(), closes=closes, prompt_bytes=index.prompt_bytes(window))
+
+    def chat_indices(self) -> Iterator[int]:
+        """Yield the indices of all chats, in order."""
+        for first, stop in pairwise(self._firsts):
+            if first < stop and self._read(first).is_chat:  # a source has either texts or chats
+                yield from range(first, stop)
 
     def teachers(self) -> dict[str | None, str]:
         """Return every value of the teacher columns, with the name of its first sample. None stands for no column."""

@@ -14,6 +14,7 @@ from teachers.model_loading import bf16_is_native, load_model
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.paths import resolve_model_dir
+from trainer.sources.config import DataConfig
 from trainer.student.checks import check_device, check_head, load_vocabulary, packing_is_isolated, student_errors
 from trainer.student.config import StudentConfig
 from trainer.student.fsdp import decoder_layers, make_mesh, shard
@@ -62,11 +63,15 @@ def resolve_precision(precision: str, device: str) -> Literal["bf16", "fp32"]:
     return cast(Literal["bf16", "fp32"], precision)
 
 
-def student_tokenizer(folder: Path, vocabulary: Vocabulary, config: StudentConfig, has_chats: bool) -> SampleTokenizer:
+def student_tokenizer(
+    folder: Path, vocabulary: Vocabulary, config: StudentConfig, data: DataConfig, has_chats: bool
+) -> SampleTokenizer:
     """Return the tokenizer of samples. Raises ChatError if the data has chats and the model has no chat template."""
     if not has_chats:
         return SampleTokenizer(vocabulary, vocabulary.prefix)
-    template = load_chat_template(tokenizer_files(folder), vocabulary, config.roles, config.chat_template)
+    template = load_chat_template(
+        tokenizer_files(folder), vocabulary, config.roles, config.chat_template, data.supervision
+    )
     return SampleTokenizer(vocabulary, vocabulary.prefix, template)
 
 

@@ -4,6 +4,7 @@ Every sample has a collector while its teachers are queried. The collectors of a
 fusion and the training loop complete. Collectors of several processes are merged in training/step_metrics.py.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,7 @@ class TeacherTelemetry:
     report       how much of the teacher's probability arrived at the student's tokens
     weight       weight in the loss
     missing      positions without a valid target where another teacher had one
+    unaligned    supervised positions of chats without a target of this teacher, by reason
     unavailable  samples that were scored while the teacher was lost
     masked       tokens of the teacher whose scores are masked, because its server returns no ids
     wait_s       seconds that the step waited for this teacher's last response
@@ -39,6 +41,7 @@ class TeacherTelemetry:
     report: AlignmentReport = AlignmentReport()
     weight: float = 0.0
     missing: int = 0
+    unaligned: Counter[str] = field(default_factory=Counter)
     unavailable: int = 0
     masked: int = 0
     wait_s: float = 0.0
@@ -49,6 +52,7 @@ class TeacherTelemetry:
         self.report += other.report
         self.weight += other.weight
         self.missing += other.missing
+        self.unaligned.update(other.unaligned)
         self.unavailable += other.unavailable
         self.masked += other.masked
         self.wait_s += other.wait_s
@@ -69,6 +73,7 @@ class Collector:
     shortened      samples that exceeded the limit of a model
     skipped        chats that could not be rendered for every model; skip_reason is the error of one of them
     folded_system  chats whose system message was moved into the first user message
+    omitted_reasoning, changed_content  texts that the student's template does not render, or rewrites
     """
 
     teachers: dict[str, TeacherTelemetry] = field(default_factory=dict)
@@ -87,6 +92,8 @@ class Collector:
     skipped: int = 0
     skip_reason: str = ""
     folded_system: int = 0
+    omitted_reasoning: int = 0
+    changed_content: int = 0
 
     def teacher(self, name: str) -> TeacherTelemetry:
         """Return the telemetry of one teacher, created if it does not exist."""
@@ -112,7 +119,7 @@ class Collector:
         self.skip_reason = self.skip_reason or other.skip_reason
         for count in ("examples", "positions", "valid", "mass", "tail", "fallbacks"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
-        for count in ("shortened", "skipped", "folded_system"):
+        for count in ("shortened", "skipped", "folded_system", "omitted_reasoning", "changed_content"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
 
     def wait(self, begin: float, end: float) -> None:

@@ -66,6 +66,7 @@ class _Start(_Fields):
     changed_results: list[str] = []
     teachers: dict[str, dict[str, str | int | None]] = {}
     software: dict[str, str] = {}
+    remarks: list[str] = []
     precision: str = ""
 
 
@@ -139,9 +140,11 @@ def _field_types() -> dict[str, dict[str, tuple[type, ...]]]:
         types = kinds.setdefault(event.kind, {})
         for name, field in event.model_fields.items():
             plain = next((a for a in (field.annotation, *get_args(field.annotation)) if a in json_types), None)
-            is_table, is_list = (getattr(field.annotation, "__origin__", None) is kind for kind in (dict, list))
-            if is_table or (plain is not None and not is_list):
-                types[name] = (dict,) if is_table else json_types[plain]
+            container = getattr(field.annotation, "__origin__", None)
+            if container is dict:
+                types[name] = (dict,)
+            elif container is not list and plain is not None:
+                types[name] = json_types[plain]
     return kinds
 
 

@@ -1,6 +1,6 @@
 """Records nested in the events of metrics.jsonl. The docstring under each field is its entry in docs/metrics.md."""
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Record(BaseModel):
@@ -118,6 +118,10 @@ class TeacherStep(Record):
     """Load balancer of the teacher."""
     loss: float = 0.0
     """Loss of a teacher that is not fused, without its weight, in nats per token."""
+    unaligned: dict[str, int] = Field(default={})
+    """Supervised positions of chats without a distribution of this teacher, by reason: its template omits the part
+    (`omitted`) or renders it differently (`different`), or a token reaches across a boundary (`boundary`). Absent
+    without such positions."""
 
 
 class Agreement(Record):

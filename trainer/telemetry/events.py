@@ -66,6 +66,10 @@ class StartEvent(Event):
     """Identity of each teacher, by name."""
     software: dict[str, str]
     """Versions of Python and of the main packages."""
+    supervision: str = ""
+    """Parts of a chat that are supervised. Absent in runs without chats."""
+    remarks: list[str] = Field(default=[])
+    """Remarks and warnings about the chats, for the student and for each teacher. Absent in runs without chats."""
 
 
 class StepEvent(Event):
@@ -113,6 +117,11 @@ class StepEvent(Event):
     """Chats that were skipped because a model cannot represent them."""
     folded_system: int
     """Chats whose system message was merged into the first user message."""
+    omitted_reasoning: int
+    """Messages of chats whose reasoning the student's chat template does not render."""
+    changed_content: int
+    """Contents, tool calls and tools that the student's chat template drops or rewrites
+    (`data.supervision.changed_content = "count"`)."""
     divergence: float | None = None
     """Divergence of the student from the fused target, in nats per token; null where it is not computed because no
     position has a target or its weight in the loss is 0. Absent without teachers."""

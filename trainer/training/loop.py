@@ -68,12 +68,13 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
     skipped_chats = SkippedChats(config, run.corpus.order, done)
     with ExampleStream(config, run.tokenizer, samples, fuser=run.fuser, first_step=done) as stream:
         items = iter(stream)
-        with on_stop_signal(stream.stop):  # the first batch may wait for a teacher
+        with on_stop(stream.stop):  # the first batch may wait for a teacher
             first = list(islice(items, 1))  # nothing is written before every teacher has been checked
         if stream.stopped:
             return RunResult(done, (), None, terminated=True)
         run.check_teachers(evaluator.snapshot_teachers(stream))
-        with on_stop(stream.stop), run.opened(listener, stream.connect_s) as metrics:
+        remarks = run.check_chats(stream.tokenizers)
+        with on_stop(stream.stop), run.opened(listener, stream.connect_s, remarks) as metrics:
             evaluator.evaluate(metrics, done, fusion_state)
             logged = _log_teacher_events(chain(first, items), stream, metrics)
             while not evaluator.early_stopped and not ranks.any((item := next(logged, None)) is None):

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from trainer.telemetry.events import CheckpointEvent, StartEvent
 from trainer.telemetry.jsonl import METRICS_FILE, Listener, Metrics
 from trainer.telemetry.tracking import open_trackers
 from trainer.tokenization import SampleTokenizer
+from trainer.training.chat_checks import check_chats
 from trainer.training.checkpoint import Checkpoints, load_checkpoint
 from trainer.training.checkpoint_folder import CheckpointMetadata, newest_intact
 from trainer.training.identity import (
@@ -52,6 +53,7 @@ class Run:
     num_steps  number of steps of the whole run
     done       number of steps before this start
     lock       the lock on the run's folder, checked before anything is written
+    remarks    remarks about the chats for the student
     saved      steps with a checkpoint since this start
     """
 
@@ -69,6 +71,7 @@ class Run:
     num_steps: int
     done: int
     lock: RunLock
+    remarks: tuple[str, ...] = ()
     saved: list[int] = field(default_factory=list)
 
     @property
@@ -80,11 +83,22 @@ class Run:
         """Raise ConfigError if a teacher is another model than before the run was resumed."""
         check_same_teachers(self.evaluator.earlier.start, cards)
 
+    def check_chats(self, teachers: Mapping[str, SampleTokenizer]) -> list[str]:
+        """Check the chats for every teacher, and return the remarks for the student and the teachers.
+
+        Raises DataError or ChatError.
+        """
+        checked = (
+            check_chats(self.corpus, tokenizer, self.config.data, f"teacher {name}")
+            for name, tokenizer in teachers.items()
+        )
+        return [*self.remarks, *(remark for remarks in checked for remark in remarks)]
+
     @contextmanager
-    def opened(self, listener: Listener | None, connect_s: float) -> Iterator[Metrics]:
+    def opened(self, listener: Listener | None, connect_s: float, remarks: Sequence[str] = ()) -> Iterator[Metrics]:
         """Create the run's folder, open metrics file and trackers on rank 0, and write the start event.
 
-        connect_s is the time that connecting to the teachers took, in seconds.
+        connect_s is the time that connecting to the teachers took, in seconds; remarks are those of `check_chats`.
         """
         make_folder(self.folder, self.ranks)
         with ExitStack() as stack:
@@ -93,12 +107,12 @@ class Run:
             metrics = stack.enter_context(Metrics(path, listener, *listeners, before_write=self.lock.check))
             stack.enter_context(self.checkpoints)
             run = self.config.model_dump(mode="json")
-            metrics.write(StartEvent(step=self.done, connect_s=connect_s, run=run, **self._facts()))
+            metrics.write(StartEvent(step=self.done, connect_s=connect_s, run=run, **self._facts(remarks)))
             yield metrics
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, remarks: Sequence[str]) -> dict[str, Any]:
         changed = changed_settings(self.evaluator.earlier.start, self.config)
-        return {
+        facts = {
             "steps": self.num_steps,
             "ranks": self.ranks.size,
             "precision": self.precision,
@@ -109,6 +123,9 @@ class Run:
             "changed_results": changed_results(changed),
             **self.evaluator.facts(),
         }
+        if self.tokenizer.template is not None:
+            facts |= {"supervision": self.config.data.supervision.describe(), "remarks": list(remarks)}
+        return facts
 
     def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
         """Start to write a checkpoint, after the previous one is complete. Training continues while it is written."""
@@ -150,7 +167,8 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
     student = load_student(config.student.model_copy(update={"precision": precision}), ranks)
     with ranks.local_rank_zero_first():
         corpus, num_steps = check_data(config, student.vocabulary)
-    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, corpus.has_chats)
+    tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
+    remarks = check_chats(corpus, tokenizer, config.data)
     optimizer = make_optimizer(student, config.optim)
     weights = base_weights_sha256(student.folder, ranks)
     identity = run_identity(config, weights, student.vocabulary.fingerprint, corpus)
@@ -180,6 +198,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
         num_steps=num_steps,
         done=done,
         lock=lock,
+        remarks=tuple(remarks),
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trainer.telemetry.collector import Collector, TeacherTelemetry
 from trainer.telemetry.event_records import PoolStep, TeacherStep
@@ -40,6 +41,8 @@ def step_event(
         "shortened": sum(collector.shortened for collector in collectors),
         "skipped": sum(collector.skipped for collector in collectors),
         "folded_system": sum(collector.folded_system for collector in collectors),
+        "omitted_reasoning": sum(collector.omitted_reasoning for collector in collectors),
+        "changed_content": sum(collector.changed_content for collector in collectors),
     }
     if result.router_loss is not None:
         values["router_loss"] = result.router_loss
@@ -68,6 +71,9 @@ def _teacher_step(
         total.add(telemetry)
     pool = {key: value for key, value in of_ranks[0].pool.items() if key != "tokens_per_s"}
     examples = sum(collector.examples for collector in collectors)
+    optional: dict[str, Any] = {"loss": auxiliary[name]} if name in auxiliary else {}
+    if total.unaligned:
+        optional["unaligned"] = dict(total.unaligned)
     return TeacherStep(
         weight=total.weight / examples if examples else None,
         missing=total.missing,
@@ -79,7 +85,7 @@ def _teacher_step(
         wait_s=slowest.teacher(name).wait_s,
         tokens_per_s=sum(telemetry.pool.get("tokens_per_s", 0.0) for telemetry in of_ranks),
         pool=PoolStep.model_validate(pool),
-        **({"loss": auxiliary[name]} if name in auxiliary else {}),
+        **optional,
     )
 
 

@@ -1,0 +1,123 @@
+"""What a chat template writes around the parts of an assistant message, found by rendering short chats of markers.
+
+The text that a model generates for a turn begins after the generation prompt and ends with a token. Both are known from
+the template only: the generation prompt is what it appends for `add_generation_prompt`, and the end of turn is what
+follows the last message of a chat.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from trainer.chats.content_search import first_difference
+from trainer.chats.jinja_template import JinjaTemplate, Message, TemplateError
+from trainer.chats.message_parts import REASONING
+
+REASONING_KEYS = (REASONING, "reasoning", "thinking")  # names by which templates read the reasoning of a message
+INLINE = "inline"  # opening of reasoning in the content
+_USER, _CONTENT, _REASONING, _CALL = "ProbeUser", "ProbeContent", "ProbeReasoning", "ProbeCall"
+
+
+@dataclass(frozen=True)
+class TurnSyntax:
+    """The text of the template around the parts of an assistant message.
+
+    openings       text between the generation prompt and the first part of a message, by kind of that part
+    after_content  text after the content of the last message of a chat
+    after_calls    text after the arguments of the last tool call of the last message; empty if it is unknown
+    reasoning_key  key of a message by which the template reads its reasoning
+    """
+
+    openings: Mapping[str, str]
+    after_content: str
+    after_calls: str
+    reasoning_key: str
+
+
+def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax:
+    """Render short chats with the template, or with its variant for tools. What the template rejects stays empty."""
+    probe = _Probe(template, tools)
+    user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _CONTENT}
+    call = {"type": "function", "function": {"name": _CALL, "arguments": {_CALL: _CALL}}}
+    plain, earlier = probe.render([user, assistant]), probe.render([user, assistant, user])
+    header, prompt = (probe.render([user], is_prompt).rpartition(_USER)[2] for is_prompt in (False, True))
+    if prompt == header:  # the template has no generation prompt
+        prompt = _between(earlier, _CONTENT) or _between(plain, _CONTENT)
+    calls = probe.render([user, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    inline = probe.render([user, assistant | {"content": f"<think>{_REASONING}</think>{_CONTENT}"}])
+    reasoning_key, reasoning = probe.reasoning(user, assistant)
+    return TurnSyntax(
+        openings={
+            "reasoning": _without_prompt(_between(reasoning, _REASONING), prompt),
+            INLINE: _without_prompt(_between(inline, _REASONING), prompt),
+            # An empty block of reasoning that precedes contents and calls is not generated.
+            "tool_calls": _without_prompt(_between(calls, _CALL), prompt, _between(plain, _CONTENT)),
+        },
+        after_content=plain.rpartition(_CONTENT)[2],
+        after_calls=calls.rpartition(_CALL)[2] if _CALL in calls else "",
+        reasoning_key=reasoning_key,
+    )
+
+
+@dataclass(frozen=True)
+class TurnEnds:
+    """How a template ends the turns of the assistant.
+
+    after_content  text between a content and the token that ends the turn
+    token          text of the token that ends the last turn of a chat after a content; empty without one
+    call_token     text of the token that ends a turn after tool calls; empty without one
+    """
+
+    after_content: str
+    token: str
+    call_token: str
+
+
+def turn_ends(syntax: TurnSyntax, special_tokens: re.Pattern[str], excluded: Collection[str]) -> TurnEnds:
+    """Find the tokens that end a turn in the text that follows the last message.
+
+    special_tokens  matches the text of every token that may end a turn, except those in `excluded`
+    After a content, it is the first such token. The token after tool calls is at the same place before the end of the
+    text if the texts end alike. Otherwise it is the last such token, because the syntax of calls contains others.
+    """
+    content = next((m for m in special_tokens.finditer(syntax.after_content) if m[0] not in excluded), None)
+    calls = [m for m in special_tokens.finditer(syntax.after_calls) if m[0] not in excluded]
+    ending = syntax.after_content[content.start() :] if content else ""
+    call_token = calls[-1][0] if calls else ""
+    if content is None:
+        return TurnEnds("", "", call_token)
+    if syntax.after_calls.endswith(ending):
+        call_token = content[0]
+    return TurnEnds(syntax.after_content[: content.start()], content[0], call_token)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    template: JinjaTemplate
+    tools: Sequence[Message]
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        """Render a chat; an error of the template gives an empty text."""
+        try:
+            return self.template.render(messages, self.tools, generation_prompt)
+        except TemplateError:
+            return ""
+
+    def reasoning(self, user: Message, assistant: Message) -> tuple[str, str]:
+        """Return the key by which the template reads the reasoning of a message, and a chat rendered with it."""
+        for key in REASONING_KEYS:
+            text = self.render([user, assistant | {key: _REASONING}])
+            if _REASONING in text:
+                return key, text
+        return REASONING, ""
+
+
+def _between(text: str, marker: str) -> str:
+    """Return the text between the user's content and a marker after it; empty if there is no such marker."""
+    after_user = text.partition(_USER)[2]
+    return after_user.partition(marker)[0] if marker in after_user else ""
+
+
+def _without_prompt(before: str, *prompts: str) -> str:
+    """Remove what a text has in common with the beginning of one of the prompts, the longest one."""
+    return before[max(first_difference(before, prompt) for prompt in prompts) :]

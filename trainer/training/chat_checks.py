@@ -1,0 +1,87 @@
+"""Checks of the chats of a run at its start: special tokens in their texts, and the token that ends a turn.
+
+`train` and `doctor` call the same functions.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from trainer.chats.chat_template import ChatTemplate
+from trainer.chats.jinja_template import ChatError
+from trainer.chats.rendered_chat import RenderedChat
+from trainer.errors import DataError
+from trainer.records import Sample
+from trainer.sources.config import DataConfig
+from trainer.sources.corpus import Corpus
+from trainer.tokenization import SampleTokenizer, is_skipped
+
+MAX_RENDERED = 32  # chats, evenly spaced, in which a turn must end
+
+
+def check_chats(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig, model: str = "student") -> list[str]:
+    """Check all chats for one model, "student" or "teacher NAME", and return remarks and warnings.
+
+    Raises DataError for special tokens in the texts of chats that are neither skipped nor encoded as ordinary text, and
+    ChatError for a chat that cannot be rendered.
+    """
+    if tokenizer.template is None:
+        return []
+    spelled = [*_count_spelled(corpus, tokenizer.template, data, model)]
+    return [*spelled, *_check_end_of_turn(corpus, tokenizer, data, model)]
+
+
+def _count_spelled(corpus: Corpus, template: ChatTemplate, data: DataConfig, model: str) -> Iterator[str]:
+    """Count the chats whose texts contain special tokens of a model."""
+    total, count, first = 0, 0, ""
+    for sample in _chats(corpus):
+        total += 1
+        if spelled := template.spelled_token(sample.messages, sample.tools):
+            count += 1
+            first = first or f"{sample.name}: {spelled}"
+    if not count:
+        return
+    found = f"{count} of {total} chats contain special tokens of {model}, first in {first}"
+    choice = data.supervision.special_tokens_in_content
+    if choice == "text":
+        yield f"{found}; they are encoded as ordinary text"
+    elif choice == "skip" or data.invalid_chats == "skip":
+        yield f"{found}; they are skipped"
+    else:
+        raise DataError(
+            f'{found}: set data.supervision.special_tokens_in_content to "text" to encode them as ordinary text, or to '
+            '"skip" to skip these chats'
+        )
+
+
+def _check_end_of_turn(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig, model: str) -> Iterator[str]:
+    """Yield a warning if no turn of some rendered chats ends with a token."""
+    if not data.supervision.end_of_turn:
+        return
+    rendered = [*_rendered(corpus, tokenizer, data)]
+    if not rendered or any(span.end_of_turn is not None for chat in rendered for span in chat.spans):
+        return
+    section = "[student]" if model == "student" else "the [[teachers]] section"
+    effect = "the student does not learn to stop" if model == "student" else "this teacher has no target for it"
+    yield (
+        f"warning: {model}: no turn of the rendered chats ends with a known token, so that {effect}: name the token "
+        f"that the chat template writes after a turn by roles.end_of_turn in {section}, or set chat_template to a "
+        "template that writes one"
+    )
+
+
+def _rendered(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig) -> Iterator[RenderedChat]:
+    """Render some chats, evenly spaced, without those that are skipped."""
+    chats: Sequence[int] = [*corpus.train.chat_indices()]
+    for i in chats[:: -(-len(chats) // MAX_RENDERED) or 1]:
+        try:
+            rendered = tokenizer.tokenize(corpus.train[i]).rendered
+        except ChatError as error:
+            if not is_skipped(error, data):
+                raise
+            continue
+        if rendered is not None:
+            yield rendered
+
+
+def _chats(corpus: Corpus) -> Iterator[Sample]:
+    for samples in (corpus.train, corpus.held_out):
+        yield from (samples[i] for i in samples.chat_indices())
