@@ -169,7 +169,7 @@ def test_doctor_accepts_a_valid_run(tmp_path: Path, tiny_byte_level: Path) -> No
         result = call("doctor", path, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["ok"]
-    assert "corpus.jsonl: 10 documents, " in result.stdout
+    assert "corpus.jsonl: texts: column text; 10 documents, " in result.stdout
 
 
 def test_doctor_lists_invalid_lines_and_tokenizes_at_most_max_examined_samples(
@@ -318,7 +318,10 @@ def test_train_rejects_a_wrong_key(tmp_path: Path, tiny_byte_level: Path) -> Non
         assert call("train", path, "--json", "--set", f"teachers.0.key_file='{tmp_path}/key'").exit_code == 0
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"\xff\xfe", "is not UTF-8: byte 0xff at 0")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"\xff\xfe", "is UTF-16, expected UTF-8"), (b"\xffa", "is not UTF-8: byte 0xff at 0")],
+)
 def test_align_rejects_invalid_text_files(tmp_path: Path, tiny_byte_level: Path, content: bytes, message: str) -> None:
     (tmp_path / "t.txt").write_bytes(content)
     arguments = ["--teacher", tiny_byte_level, "--student", tiny_byte_level, "--text", tmp_path / "t.txt"]

@@ -103,22 +103,27 @@ def test_a_value_that_is_not_finite_is_shown_as_a_dash(capsys: pytest.CaptureFix
 
 
 def test_invalid_records_and_changed_settings_are_listed_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
-    source = {"name": "corpus", "invalid": 2, "first_invalid": ["line 3: no object", "line 9: no text"]}
+    source = {"name": "corpus", "format": "chats: column messages", "empty": 1, "invalid": 2}
+    source |= {"first_invalid": ["line 3: no object", "line 9: no text"]}
     progress_listener("training")(start(10, sources=[source], changed={"optim.lr": [0.1, 0.2]}))
-    *_, invalid, changed = lines(capsys)
+    *_, kind, empty, invalid, changed = lines(capsys)
+    assert kind == "corpus: chats: column messages"
+    assert empty == "corpus: 1 empty records are left out"
     assert invalid == "corpus: 2 invalid records are skipped (line 3: no object; line 9: no text)"
     assert changed == "changed since the previous start: optim.lr 0.1 → 0.2"
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     show = progress_listener("[/red]")
-    source = {"name": "[/x]", "invalid": 1, "first_invalid": ["[bold]\x1b[31m"], "repeated": ["[/a] is [b"]}
+    source = {"name": "[/x]", "format": "texts: column [/t]", "empty": 0, "invalid": 1}
+    source |= {"first_invalid": ["[bold]\x1b[31m"], "repeated": ["[/a] is [b"]}
     show(start(2, sources=[source], changed={"[/k]": ["[/old]", ":smile:"]}))
     show(step_record(1, teachers={"[/red]": {"weight": 1.0, "wait_s": 1.0}}))
     show({"event": "end", "step": 2, "model": "out/[/red]/model"})
     console.show_evaluation({"held_out_bpb": 1.0, "held_out_domains": {"[/x]": 1.0}}, {"[/task]": {"[m]": 1.0}})
     printed = capsys.readouterr().err
     for text in (
+        "[/x]: texts: column [/t]",
         "[/x]: 1 invalid",
         r"[bold]\x1b[31m",
         "[/a] is [b",
