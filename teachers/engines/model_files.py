@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignment.tokenizers.folder import TokenizerError, tokenizer_files
+from alignment.tokenizers.folder import tokenizer_files
+from alignment.tokenizers.kinds import TokenizerError
 from alignment.tokenizers.vocabulary import Vocabulary
 from teachers.bos import bos_id_of, declared_bos
 from teachers.model_dirs import name_of, weights_sha256

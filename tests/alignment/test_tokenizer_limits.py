@@ -149,7 +149,7 @@ def test_a_trial_that_ends_or_takes_long_refuses_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    monkeypatch.setattr(trial, "_SCRIPT", tmp_path / "script.py")
+    monkeypatch.setattr(trial, "SCRIPT", tmp_path / "script.py")
     monkeypatch.setattr(trial, "TIMEOUT_S", 0.5)
     with pytest.raises(TokenizerError, match=f"the tokenizer of evil cannot be read: {reason}"):
         try_tokenizer(b"{}", "evil")
@@ -157,10 +157,10 @@ def test_a_trial_that_ends_or_takes_long_refuses_the_file(
 
 def test_a_trial_imports_little_and_is_fast() -> None:
     code = "import sys, runpy; runpy.run_path(sys.argv[1]); print(sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-P", "-c", code, str(trial._SCRIPT)], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(trial.SCRIPT)], check=True, capture_output=True)
     assert not [name for name in ("numpy", "numba", "alignment", "torch") if f"'{name}'" in done.stdout.decode()]
     began = time.monotonic()
-    assert trial._trial(tokenizer_json("byte_level").encode()) == ""
+    assert trial._run_script([], tokenizer_json("byte_level").encode(), trial.TIMEOUT_S) == {}
     assert time.monotonic() - began < 5  # 0.25 s on an idle machine
 
 

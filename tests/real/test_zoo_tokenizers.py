@@ -29,7 +29,7 @@ OVERRIDES: dict[str, list[dict[str, Any]]] = {
     ],
     "t5": [{"add_prefix_space": False}],
 }
-CASES = [(entry.name, {}) for entry in ZOO if entry.name not in WRONG_CLASS]
+CASES: list[tuple[str, dict[str, Any]]] = [(entry.name, {}) for entry in ZOO if entry.name not in WRONG_CLASS]
 CASES += [(name, override) for name, overrides in OVERRIDES.items() for override in overrides]
 
 

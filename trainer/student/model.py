@@ -60,7 +60,7 @@ class StudentModule(nn.Module):
         is_token_BL: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return the results of the function; with `is_token_BL`, also the unweighted loss of the router."""
-        balanced = self.router_loss if is_token_BL is not None else None
+        balanced = None if is_token_BL is None else self.router_loss
         outputs = self.model.get_decoder()(
             input_ids=ids_BL,
             position_ids=positions_BL,
@@ -68,7 +68,9 @@ class StudentModule(nn.Module):
             **({"output_router_logits": True} if balanced else {}),
         )
         results = function(lm_head_of(self.model), outputs.last_hidden_state.flatten(0, 1)[states_T])
-        return (*results, balanced.compute(outputs.router_logits, is_token_BL)) if balanced else results
+        if balanced is None or is_token_BL is None:
+            return results
+        return (*results, balanced.compute(outputs.router_logits, is_token_BL))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from alignment.tokenizers.folder import TokenizerError, tokenizer_files
+from alignment.tokenizers.folder import tokenizer_files
+from alignment.tokenizers.kinds import TokenizerError
 from teachers.bos import bos_id_of, declared_bos
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import FingerprintMismatch, TeacherError
