@@ -28,10 +28,8 @@ from kernel_cache.hub_cache import file_inside
 JSON, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json", "tiktoken.model", "*.model", "tokenizer.model.v*")
 """Names of files any of which is a vocabulary, as glob patterns."""
-FILES = (
-    *(JSON, CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json"),
-    *VOCABULARIES,
-)
+OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json")
+FILES = (JSON, CONFIG, TEMPLATE, *OTHER_FILES, *VOCABULARIES)
 MODEL_KEYS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
 """Keys of config.json by which transformers chooses the class of the tokenizer."""
 WARNING = ".warning"

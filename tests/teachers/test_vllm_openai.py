@@ -137,7 +137,9 @@ def test_a_changed_tokenizer_file_is_rejected(tiny_byte_level: Path, tmp_path: P
     shutil.copytree(tiny_byte_level, tmp_path / "model")
     with FakeVllmServer(FormulaEngine(tiny_byte_level)).serving() as url:
         card = call(url, lambda c: c.card(), tmp_path / "model")
-        (tmp_path / "model" / "tokenizer.json").write_text("{}")
+        spec = json.loads((tmp_path / "model" / "tokenizer.json").read_text(encoding="utf-8"))
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": len(spec["model"]["vocab"]), "content": "<new>"})
+        (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(spec))
         with pytest.raises(errors.FingerprintMismatch, match="expected .*tokenizer.json with sha256"):
             call(url, lambda c: c.tokenizer_files(card), tmp_path / "model")
 
