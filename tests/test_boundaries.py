@@ -19,7 +19,7 @@ def by_name(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Boundary]:
 
 
 NAMES = (
-    "rows", "card", "completion", "request", "tokenizer byte_level", "tokenizer sentencepiece", "run file", "metrics",
+    "rows", "card", "completion", "SGLang results", "echo completion", "request", "tokenizer byte_level", "tokenizer sentencepiece", "run file", "metrics",
     "text lines", "chat lines", "text", "parquet", "template", "model folder", "checkpoint",
 )  # fmt: skip
 
