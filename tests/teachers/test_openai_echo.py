@@ -11,7 +11,8 @@ import pytest
 import teachers.protocol.errors as errors
 from teachers.client.dialects.base import ReplicaAddress
 from teachers.client.dialects.detect import connect_replica
-from teachers.client.dialects.openai_echo import EchoCard, OpenAIEchoClient
+from teachers.client.dialects.echo_card import EchoCard
+from teachers.client.dialects.openai_echo import OpenAIEchoClient
 from teachers.client.dialects.token_strings import TokenStrings, read_tokens
 from teachers.protocol.messages import ScoreRequest
 from teachers.protocol.rows import Rows

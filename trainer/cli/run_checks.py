@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from alignment import AlignmentError, TokenizerError
 from teachers.client.pool import TeacherPool
 from teachers.protocol.errors import TeacherError
@@ -234,6 +236,8 @@ async def _check_bos(pool: TeacherPool, teacher: ConnectedTeacher) -> Finding:
     if card.expects_bos and card.bos_id is None:
         return Finding(subject, False, "its card expects BOS but names no BOS token: serve the teacher with --bos no")
     ids = teacher.tokenizer.vocabulary.encode(PROBE).ids.tolist()
+    if card.masks_positions:  # the server decides about BOS, and may not score a text without it
+        return await _check_masked(pool, teacher, [*card.prefix, *ids])
     without = await _nats(pool, teacher, ids, 1)
     with_bos = without if card.bos_id is None else await _nats(pool, teacher, [card.bos_id, *ids], 2)
     used, other = (with_bos, without) if card.expects_bos else (without, with_bos)
@@ -242,6 +246,17 @@ async def _check_bos(pool: TeacherPool, teacher: ConnectedTeacher) -> Finding:
         flag = "no" if card.expects_bos else "yes"
         return Finding(subject, False, f"{result}, {other:.2f} otherwise: serve the teacher with --bos {flag}")
     return Finding(subject, True, result)
+
+
+async def _check_masked(pool: TeacherPool, teacher: ConnectedTeacher, sequence: list[int]) -> Finding:
+    """Score a sentence of a server that returns no ids, and count the masked tokens."""
+    subject, top_k = f"teacher {teacher.config.name}", teacher.config.top_k
+    rows = await pool.score(teacher.config.name, sequence, 1, top_k)
+    known = rows.actual[~np.isnan(rows.actual)]
+    if not len(known):
+        return Finding(subject, False, f"every token of the probe sentence is masked at top_k = {top_k}: lower top_k")
+    detail = f"probe sentence {-float(known.mean()):.2f} nats per token; {rows.num_masked} of {len(rows)} tokens masked"
+    return Finding(subject, True, f"{detail}, mean tail {float(rows.tail[~np.isnan(rows.actual)].mean()):.2f}")
 
 
 async def _nats(pool: TeacherPool, teacher: ConnectedTeacher, sequence: list[int], start: int) -> float:

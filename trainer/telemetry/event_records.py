@@ -81,7 +81,7 @@ class PoolStep(Record):
     """Requests that were also sent to a second replica because the first one was slow."""
     rejected: int
     """Responses that failed validation."""
-    sent_tokens: int
+    sent_tokens: int = 0
     """Tokens sent to the teacher, repeated and hedged requests included. What a paid endpoint counts."""
     replicas: int
     """Known replicas."""
@@ -101,7 +101,7 @@ class TeacherStep(Record):
     """Positions at which this teacher has no distribution to fuse."""
     unavailable: int
     """Samples without scores of this teacher because it was unavailable."""
-    masked: int
+    masked: int = 0
     """Tokens of the teacher whose scores are masked, because its server returns no ids and their strings are
     ambiguous."""
     mass: float | None

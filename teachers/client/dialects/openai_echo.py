@@ -19,18 +19,23 @@ whether they are other tokens with the same strings; the log-probabilities of ma
 """
 
 import asyncio
-import hashlib
-import json
 import logging
-import re
-from dataclasses import astuple
 from functools import cache
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from teachers.client.dialects.base import ReplicaAddress, has_route
+from teachers.client.dialects.echo_card import (
+    EchoCard,
+    Model,
+    ModelList,
+    context_in,
+    draft_card,
+    find_reader,
+    fingerprint,
+    text_of,
+)
 from teachers.client.dialects.echo_completions import (
     EchoFormat,
     EchoReader,
@@ -40,8 +45,8 @@ from teachers.client.dialects.echo_completions import (
     read_completion,
     response_limit_bytes,
 )
-from teachers.client.dialects.probed_card import PROBE_TEXT, ProbedCard, check_probe
-from teachers.client.dialects.token_strings import TokenStrings, read_tokens
+from teachers.client.dialects.probed_card import PROBE_TEXT, check_probe
+from teachers.client.dialects.token_strings import read_tokens
 from teachers.client.dialects.tokenizer_folder import TokenizerFolder, open_tokenizer_folder
 from teachers.client.http import Transport
 from teachers.protocol.decoding import decoding
@@ -67,25 +72,6 @@ MAX_LIST_BYTES = 4 << 20
 TOP_KS = (64, 50, 32, 20, 16, 10, 8, 5, 4, 3, 2, 1)
 PROBE_TOP_K = 5  # with more candidates, more positions have an ambiguous string and are masked
 SHORT_TEXT = "The lighthouse"  # of few tokens, to try values of K
-CONTEXT_ERROR = re.compile(r"context (?:length|window|size)\D{0,20}(\d{1,9})")
-
-
-class _Model(msgspec.Struct):
-    id: str
-    max_model_len: int | None = None
-    context_length: int | None = None
-
-
-class _ModelList(msgspec.Struct):
-    data: list[_Model]
-
-
-class EchoCard(ProbedCard):
-    """The card of an OpenAI-compatible endpoint."""
-
-    @property
-    def masks_positions(self) -> bool:
-        return True
 
 
 class OpenAIEchoDialect:
@@ -158,7 +144,7 @@ class OpenAIEchoClient:
                 raise FingerprintMismatch(
                     f"expected the teacher {card.model} ({card.engine}), received an OpenAI-compatible endpoint"
                 )
-            received = self._fingerprint(model, reader.format, max_top_k)
+            received = fingerprint(model, reader, max_top_k, self._folder())
             if received != card.fingerprint:
                 raise FingerprintMismatch(f"expected {card.model}, received {model}, or responses of another form")
         logprobs = await self._probe(card, timeout_s)
@@ -174,32 +160,16 @@ class OpenAIEchoClient:
         max_tokens = await self._max_tokens(model, reader.format)
         with self._http.named_errors():
             folder = self._folder()
-            bos = folder.bos_id
             with decoding(f"card (from /v1/models and {folder.path})"):
-                card = EchoCard(
-                    model=clean(model, 300),
-                    fingerprint=self._fingerprint(model, reader.format, max_top_k),
-                    engine="OpenAI-compatible endpoint",
-                    dtype="unknown",
-                    vocab_size=folder.config.get("vocab_size") or max(reader.strings.tokens) + 1,
-                    tokenizer_sha256=folder.sha256("tokenizer.json") or "",
-                    bos_id=bos,
-                    eos_id=folder.special_id("eos"),
-                    expects_bos=reader.format.adds_bos or (reader.format.takes_ids and bool(folder.declared_bos(bos))),
-                    chat_template_sha256=folder.sha256("chat_template.jinja"),
-                    max_tokens=max_tokens,
-                    max_top_k=max_top_k,
-                    root=None,
-                    probe_ids=tuple(folder.encode(PROBE_TEXT)),
-                )
+                card = draft_card(model, reader, folder, (max_tokens, max_top_k))
         return card.model_copy(update={"probe_logprobs": await self._probe(card, TIMEOUT_S)})
 
-    async def models(self) -> list[_Model]:
+    async def models(self) -> list[Model]:
         """Return the served models. Raises NotFound if the server has no such list."""
         data = await self._http.get("/v1/models", TIMEOUT_S, MAX_LIST_BYTES)
         with self._http.named_errors():
             try:
-                return msgspec.json.decode(data, type=_ModelList).data
+                return msgspec.json.decode(data, type=ModelList).data
             except msgspec.MsgspecError as error:
                 raise NotFound(f"/v1/models: {clean(error)}") from error
 
@@ -219,7 +189,8 @@ class OpenAIEchoClient:
                 prompt = ids if takes_ids else PROBE_TEXT
                 lists, num_tokens = await self._complete(model, prompt, max_top_k, len(ids))
                 with self._http.named_errors():
-                    self._found = model, _reader(lists, num_tokens, takes_ids, (ids, folder.bos_id, tokens)), max_top_k
+                    reader = find_reader(lists, num_tokens, takes_ids, (ids, folder.bos_id, tokens))
+                self._found = model, reader, max_top_k
         return self._found
 
     async def _model(self) -> str:
@@ -262,9 +233,10 @@ class OpenAIEchoClient:
 
     async def _max_tokens(self, model: str, form: EchoFormat) -> int:
         """Return the longest sequence: one token less than the context, because one is generated."""
-        stated = [m.max_model_len or m.context_length for m in await self._listed_models() if m.id == model]
-        if stated and stated[0]:
-            return stated[0] - 1
+        if self._model_name is None:
+            stated = next(m.max_model_len or m.context_length for m in await self.models() if m.id == model)
+            if stated is not None:
+                return stated - 1
         with self._http.named_errors():
             folder = self._folder()
             expected = folder.config.get("max_position_embeddings")
@@ -276,19 +248,8 @@ class OpenAIEchoClient:
         try:
             await self._complete(model, token * (2 * expected) if form.takes_ids else " a" * (2 * expected), 1, 8)
         except Rejected as error:
-            found = CONTEXT_ERROR.search(str(error))
-            return (int(found[1]) if found else expected) - 1
+            return (context_in(str(error)) or expected) - 1
         return 2 * expected - 1
-
-    async def _listed_models(self) -> list[_Model]:
-        try:
-            return await self.models()
-        except NotFound:
-            return []
-
-    def _fingerprint(self, model: str, form: EchoFormat, max_top_k: int) -> str:
-        properties: list[Any] = [model, max_top_k, *astuple(form), self._folder().sha256("tokenizer.json")]
-        return hashlib.sha256(json.dumps(properties).encode()).hexdigest()
 
     async def _probe(self, card: EchoCard, timeout_s: float) -> tuple[float, ...]:
         request = ScoreRequest(
@@ -310,7 +271,7 @@ class OpenAIEchoClient:
             if reader.format.adds_bos and sequence[0] != reader.bos_id:
                 raise Rejected("the server puts BOS in front of every prompt: it cannot score a sequence without BOS")
         sent = sequence[reader.format.adds_bos :]
-        prompt = sent if reader.format.takes_ids else self._text_of(sent, reader.strings)
+        prompt = sent if reader.format.takes_ids else text_of(sent, reader.strings, self._folder())
         if prompt is None:
             return masked_rows(request)
         lists, _ = await self._complete(model, prompt, request.top_k, len(sequence), timeout_s)
@@ -322,14 +283,6 @@ class OpenAIEchoClient:
                     return masked_rows(request)  # the same text, which the server splits into other tokens
                 raise
 
-    def _text_of(self, ids: list[int], strings: TokenStrings) -> str | None:
-        """Return a text that the tokenizer splits into these ids; None if there is none."""
-        tokens = [strings.tokens[i] for i in ids if i in strings.tokens]
-        data = b"".join(token.piece.encode() if token.data is None else token.data for token in tokens)
-        text = data.decode(errors="replace")
-        folder = self._folder()
-        return next((each for each in (text, text.removeprefix(" ")) if folder.encode(each) == ids), None)
-
     async def _complete(
         self, model: str, prompt: str | list[int], top_k: int, num_tokens: int, timeout_s: float = TIMEOUT_S
     ) -> tuple[Logprobs, int | None]:
@@ -338,33 +291,3 @@ class OpenAIEchoClient:
         data = await self._http.post("/v1/completions", body, timeout_s, expect=JSON, limit_bytes=limit)
         with self._http.named_errors():
             return read_completion(data)
-
-
-def _reader(
-    lists: Logprobs, num_prompt_tokens: int | None, takes_ids: bool, text: tuple[list[int], int | None, dict[int, Any]]
-) -> EchoReader:
-    """Build the reader of a server from its response to PROBE_TEXT. Raises TeacherError.
-
-    text  ids of PROBE_TEXT, id of BOS, and all tokens of the tokenizer
-    """
-    ids, bos, tokens = text
-    if num_prompt_tokens is None or num_prompt_tokens - len(ids) not in (0, 1):
-        raise TeacherError(
-            f"expected usage.prompt_tokens of {len(ids)} for the probe text, or one more for BOS, received "
-            f"{num_prompt_tokens}: the server's tokenizer differs from tokenizer.json, or it does not count tokens"
-        )
-    adds_bos = num_prompt_tokens > len(ids)
-    if adds_bos and bos is None:
-        raise TeacherError("the server puts a token in front of the prompt, but the tokenizer has no BOS")
-    first = int(adds_bos and lists.tokens[:1] == [tokens[bos].piece]) if bos is not None else 0  # BOS is listed
-    strings = TokenStrings.observed(tokens, ids, lists.tokens[first : first + len(ids)])
-    is_shifted = _num_predicted(lists, 1) > _num_predicted(lists, 0)
-    return EchoReader(EchoFormat(takes_ids, adds_bos, is_shifted), strings, bos)
-
-
-def _num_predicted(lists: Logprobs, shift: int) -> int:
-    """Return how many tokens are among the candidates of the entry `shift` tokens earlier, the added one excluded."""
-    tokens, entries = lists.tokens, lists.top_logprobs or []
-    top_k = min((len(entry) for entry in entries if entry), default=0)
-    pairs = zip(tokens[shift:], entries, strict=False)
-    return sum(token in list(entry)[:top_k] for token, entry in pairs if entry)
