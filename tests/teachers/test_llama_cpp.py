@@ -3,9 +3,13 @@
 import asyncio
 import json
 import os
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI, Request
@@ -13,8 +17,10 @@ from fastapi.responses import JSONResponse
 
 from teachers.client.dialects.tokenizer_folder import TokenizerFolder
 from teachers.protocol.rows import Rows
-from tests.serve import serving_app
+from tests.serve import free_port, serving_app
 from tests.teachers.llama_cpp.record import RECORDING, TEXT, TOP_K, exchange
+
+START_S = 60.0
 
 
 def replaying() -> FastAPI:
@@ -50,7 +56,33 @@ def test_recorded_responses_are_read(smollm2: Path) -> None:
     check_scores(card, rows, smollm2)
 
 
+@pytest.fixture
+def llama_cpp_server() -> Iterator[str]:
+    """Start the server with the Python and the model that the environment names, and end it after the test."""
+    python, model, port = os.environ["LLAMA_CPP_PYTHON"], os.environ["LLAMA_CPP_MODEL"], free_port()
+    command = [python, "-m", "llama_cpp.server", "--model", model, "--logits_all", "true", "--n_ctx", "512"]
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_S
+        while not _responds(url):
+            assert process.poll() is None, f"the server ended with {process.returncode}"
+            assert time.monotonic() < deadline, "the server does not respond"
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _responds(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/v1/models").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 @pytest.mark.llama_cpp
-def test_the_server_itself_is_read(smollm2: Path) -> None:
-    card, rows = asyncio.run(exchange(os.environ["TUTELAGE_LLAMA_CPP_URL"], smollm2))
+def test_the_server_itself_is_read(llama_cpp_server: str, smollm2: Path) -> None:
+    card, rows = asyncio.run(exchange(llama_cpp_server, smollm2))
     check_scores(card, rows, smollm2)

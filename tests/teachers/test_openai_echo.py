@@ -103,7 +103,7 @@ def test_ambiguous_candidates_are_masked(folder: Path, name: str) -> None:
     server = FakeEchoServer(FormulaEngine(folder), behaviour)
     strings = TokenStrings(server.tokens, [behaviour.rendering])
     for row, listed in enumerate(engine_rows(folder, [*card.prefix, *ids]).ids[:-1].tolist()):
-        if any(strings.place(server.string(token)) is None for token in listed):
+        if any(strings.match(server.string(token)) is None for token in listed):
             assert np.isnan(rows.actual[row])
             assert rows.tail[row] == 1
 
@@ -111,16 +111,16 @@ def test_ambiguous_candidates_are_masked(folder: Path, name: str) -> None:
 def test_a_string_is_placed_if_all_its_tokens_have_the_same_bytes(tiny_sentencepiece: Path) -> None:
     tokens = read_tokens((tiny_sentencepiece / "tokenizer.json").read_bytes())
     strings = TokenStrings(tokens, ["escaped"])
-    place = strings.place("a")
-    assert place is not None
-    assert tokens[place.id].data == b"a"
-    assert not place.is_only, "the piece a and the byte token <0x61>"
-    assert TokenStrings(tokens, ["stripped"]).place("the") is None or tokens[0], "▁the and the have different bytes"
+    match = strings.match("a")
+    assert match is not None
+    assert tokens[match.id].data == b"a"
+    assert not match.is_only, "the piece a and the byte token <0x61>"
+    assert TokenStrings(tokens, ["stripped"]).match("a") is None, "▁a and a have different bytes"
 
 
 def test_special_tokens_without_a_name_are_ambiguous(tiny_byte_level: Path) -> None:
     tokens = read_tokens((tiny_byte_level / "tokenizer.json").read_bytes())
-    assert TokenStrings(tokens, ["ignored"]).place("") is None
+    assert TokenStrings(tokens, ["ignored"]).match("") is None
 
 
 def test_the_largest_k_and_the_context_are_found_by_requests(folder: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.tiny import TEXT
@@ -172,6 +172,7 @@ JSON = st.recursive(
 )
 
 
+@example(values=[1.5e-07], indent=None, chunk=3)
 @given(values=st.lists(JSON, min_size=1, max_size=4), indent=st.sampled_from([None, 0, 2]), chunk=st.integers(1, 40))
 def test_the_elements_of_any_array_are_read_in_chunks_of_any_size(
     tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None, chunk: int

@@ -108,7 +108,7 @@ def test_doctor_counts_skipped_chats_and_rejects_data_without_a_usable_one(
     tmp_path: Path, tiny_byte_level: Path, num_usable: int
 ) -> None:
     config = chats_config(tmp_path, tiny_byte_level, [UNUSABLE] * 2 + [USABLE] * num_usable)
-    (finding,) = [each for each in examine(config) if "skipped" in each.detail]
+    (finding,) = [each for each in examine(config) if "are chats that are skipped" in each.detail]
     assert finding.ok == (num_usable > 0)
     expected = f"2 of {2 + num_usable} samples are chats that are skipped (the first one: sample chats.jsonl:1, "
     assert finding.detail.startswith(expected)

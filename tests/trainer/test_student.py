@@ -107,7 +107,7 @@ def test_frozen_matrices_in_bf16_give_bit_identical_results(
         if not cast:
             monkeypatch.setattr("trainer.student.loading.cast_frozen_to_bf16", lambda _: None)
         torch.manual_seed(0)  # initializes new adapters
-        student = load_student(StudentConfig(model=str(base), device=device, **trained))
+        student = load_student(StudentConfig(model=str(base), device=device, precision="bf16", **trained))
         dtypes = {p.requires_grad: p.dtype for name, p in student.model.named_parameters() if name.count("_proj")}
         assert dtypes == {True: torch.float32, False: torch.bfloat16 if cast else torch.float32}
         text = student.vocabulary.encode(TEXT[:200])
@@ -263,7 +263,7 @@ def test_a_multimodal_model_is_trained_on_text_resumed_and_exported_completely(
 
 def test_a_model_without_causal_language_model_is_rejected_before_loading(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "m")
-    Mistral3Config().save_pretrained(folder)
+    Mistral3Config(text_config={"model_type": "mistral", **SIZES}).save_pretrained(folder)
     with pytest.raises(ConfigError, match="no causal language model for mistral3"):
         check_folder(folder, StudentConfig(model=str(folder)))
 

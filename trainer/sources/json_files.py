@@ -15,6 +15,7 @@ from trainer.sources.json_lines import MAX_LINE_BYTES, JsonLinesTable
 from trainer.sources.table_documents import TableDocuments
 
 _SPACE = " \t\n\r"
+_OF_NUMBERS = "0123456789+-.eE"
 _MAX_LITERAL = 16  # characters; no number prefix, literal or escape that may be cut off is longer before its error
 
 
@@ -90,7 +91,8 @@ class _ArrayReader:
         while True:
             try:
                 _, end = self._decoder.raw_decode(self._text, self._at)
-                if end < len(self._text) or self._is_complete:  # else a number may continue
+                may_continue = not self._text[end:].strip(_OF_NUMBERS)  # a cut 1.5e3 is the number 1
+                if not may_continue or self._is_complete:
                     element, self._at = self._text[self._at : end], end
                     return element
             except json.JSONDecodeError as error:

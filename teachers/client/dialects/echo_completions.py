@@ -3,7 +3,7 @@
 Format of OpenAI's API, as llama-cpp-python 0.3.36 implements it (tests/teachers/llama_cpp/ has recorded responses).
 `logprobs` of a choice has four lists with one entry for each token of the prompt and of the completion:
 
-- `tokens`: strings, which token_strings.py places by their bytes;
+- `tokens`: strings, which token_strings.py matches by their bytes;
 - `text_offset`: characters before the token. They must not decrease, and are not used otherwise;
 - `token_logprobs`: of the actual tokens, the first one null;
 - `top_logprobs`: the K most probable tokens as an object from strings to log-probabilities, the first one null. Many
@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from teachers.client.dialects.token_strings import Place, TokenStrings
+from teachers.client.dialects.token_strings import StringMatch, TokenStrings
 from teachers.client.dialects.top_k_rows import RowPosition, tail_of
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import ProtocolError, RequestMismatch
@@ -128,20 +128,20 @@ class EchoReader:
         candidates = None if found is None else _top_candidates(found, top_k, self.strings)
         if found is None or candidates is None:
             return None
-        places = {string: self.strings.place(string) for string in candidates}
+        matches = {string: self.strings.match(string) for string in candidates}
         token = sequence[position]
-        own = next((s for s, place in places.items() if place and self._is_same(place, token)), None)
+        own = next((s for s, match in matches.items() if match and self._is_same(match, token)), None)
         actual = found.logprob if found.logprob is not None else None if own is None else candidates[own]
-        ids = [token if string == own else place.id for string, place in places.items() if place]
+        ids = [token if string == own else match.id for string, match in matches.items() if match]
         if actual is None or len(set(ids)) < top_k:
             return None
         values = list(candidates.values())
         order = sorted(range(top_k), key=lambda k: -values[k])
         return _Row([ids[k] for k in order], [values[k] for k in order], actual)
 
-    def _is_same(self, place: Place, token: int) -> bool:
+    def _is_same(self, match: StringMatch, token: int) -> bool:
         data = self.strings.tokens[token].data
-        return place.id == token or (data is not None and self.strings.tokens[place.id].data == data)
+        return match.id == token or (data is not None and self.strings.tokens[match.id].data == data)
 
 
 @dataclass(frozen=True)
@@ -176,8 +176,8 @@ def _top_candidates(found: _PositionEntry, top_k: int, strings: TokenStrings) ->
     if len(entry) == top_k + 1 and last == found.string:
         del entry[last]
     elif len(entry) == top_k:
-        places = [strings.place(string) for string in entry]
-        if last == found.string and any(place is None or not place.is_only for place in places):
+        matches = [strings.match(string) for string in entry]
+        if last == found.string and any(match is None or not match.is_only for match in matches):
             return None
     else:
         return None

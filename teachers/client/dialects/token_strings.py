@@ -49,7 +49,7 @@ RENDERINGS: Mapping[str, Callable[[Token], str]] = {
 
 
 @dataclass(frozen=True)
-class Place:
+class StringMatch:
     """The id that a string stands for, and whether no other id has the same string."""
 
     id: int
@@ -92,19 +92,19 @@ class TokenStrings:
         """Return whether the server may have written a token as `string`."""
         return any(string in _strings(self.tokens[token], name) for name in self.renderings)
 
-    def place(self, string: str) -> Place | None:
+    def match(self, string: str) -> StringMatch | None:
         """Return the id that a string stands for; None if there is none, or tokens of different bytes."""
-        return self._places.get(string)
+        return self._matches.get(string)
 
     @cached_property
-    def _places(self) -> dict[str, Place]:
+    def _matches(self) -> dict[str, StringMatch]:
         by_string: dict[str, dict[int, bytes | None]] = defaultdict(dict)
         for token in self.tokens.values():
             for name in self.renderings:
                 for string in _strings(token, name):
                     by_string[string][token.id] = token.data
         return {
-            string: Place(max(ids), len(ids) == 1)  # SentencePiece has the byte tokens before the pieces
+            string: StringMatch(max(ids), len(ids) == 1)  # SentencePiece has the byte tokens before the pieces
             for string, ids in by_string.items()
             if len(ids) == 1 or (len(set(ids.values())) == 1 and None not in ids.values())
         }
