@@ -178,7 +178,7 @@ def test_the_servers_own_key_guards_the_teacher_routes(vllm_server: str) -> None
 
 
 def test_the_card_equals_that_of_the_transformers_engine_except_for_its_limits(vllm_server: str, smollm2: Path) -> None:
-    engine = TransformersEngine(smollm2)
+    engine = TransformersEngine(smollm2, TransformersOptions(dtype="bfloat16"))
     engine.close()
     card = call(vllm_server, lambda c: c.card())
     differs = {"engine", "max_tokens", "max_top_k", "max_chosen"}

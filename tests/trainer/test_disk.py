@@ -14,7 +14,10 @@ from trainer.telemetry.jsonl import read_metrics
 
 pytestmark = pytest.mark.slow
 
-EXPECTED = ("cache/alignment/", "cache/windows/", "out/checkpoints/", "out/model/", "out/metrics.jsonl", "out/.lock")
+EXPECTED = (
+    *("cache/alignment/", "cache/windows/", "cache/tokenizer-files/", "tmp/tutelage-tokenizer-"),
+    *("out/checkpoints/", "out/model/", "out/metrics.jsonl", "out/.lock"),
+)
 PROBE_BYTES = 4  # tempfile tests a temporary directory by a file with a random name and 4 bytes
 
 
