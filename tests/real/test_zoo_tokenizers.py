@@ -52,7 +52,6 @@ def test_ids_and_bos_are_those_of_autotokenizer(
     is_gemma = str(config.get("tokenizer_class", "")).startswith("Gemma")  # expects BOS though transformers adds none
     assert bool(vocabulary.prefix) is has_bos or is_gemma
     for text in TEXTS:
-        ids = expected(
-            text, add_special_tokens=False, split_special_tokens=True
-        ).input_ids  # text is never a special token
+        # A text is never a special token.
+        ids = expected(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert vocabulary.encode(text).ids.tolist() == ids, text
