@@ -27,9 +27,9 @@ def test_every_known_role_becomes_one_of_four(name: str) -> None:
 
 
 def test_an_unknown_role_is_rejected_with_the_known_ones_unless_the_source_names_it() -> None:
-    with pytest.raises(InvalidChat, match=r"message 1: the role 'narrator'; the roles are system, .*; message_roles"):
+    with pytest.raises(InvalidChat, match=r"message 0: the role 'narrator'; the roles are system, .*; message_roles"):
         message({"role": "narrator", "content": "x"})
-    with pytest.raises(InvalidChat, match="message 1: no role; the roles are"):
+    with pytest.raises(InvalidChat, match="message 0: no role; the roles are"):
         message({"content": "x"})
     assert message({"role": "narrator", "content": "x"}, roles={"narrator": "assistant"})["role"] == "assistant"
 
@@ -49,14 +49,14 @@ def test_a_content_is_a_string(content: object, expected: str) -> None:
 
 def test_parts_that_are_not_text_are_rejected_by_name_or_dropped() -> None:
     parts = {"role": "user", "content": [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "What?"}]}
-    with pytest.raises(InvalidChat, match=r"message 1: a part of type 'image_url'; .*other_parts = \"drop\""):
+    with pytest.raises(InvalidChat, match=r"message 0: a part of type 'image_url'; .*other_parts = \"drop\""):
         message(parts)
     assert message(parts, drops_other_parts=True)["content"] == "What?"
 
 
 @pytest.mark.parametrize("content", [3, {"a": 1}, [3], [{"text": "x"}]])
 def test_another_content_is_rejected_except_as_the_result_of_a_tool(content: object) -> None:
-    with pytest.raises(InvalidChat, match="message 1: content is .*, expected a string or a list of parts"):
+    with pytest.raises(InvalidChat, match="message 0: content is .*, expected a string or a list of parts"):
         message({"role": "user", "content": content})
     assert json.loads(message({"role": "tool", "content": content})["content"]) == content
 
@@ -107,7 +107,7 @@ def test_tool_calls_have_one_form_and_keep_explicit_nulls(value: dict[str, Any])
     ],
 )
 def test_tool_calls_of_another_form_are_rejected(calls: object, reason: str) -> None:
-    with pytest.raises(InvalidChat, match=f"message 1: {reason}"):
+    with pytest.raises(InvalidChat, match=f"message 0: {reason}"):
         message({"role": "assistant", "tool_calls": calls})
 
 
@@ -143,7 +143,7 @@ def test_a_message_can_be_excluded_from_training(key: str) -> None:
     for off, on in ((0, 1), (False, True), (0.0, 1.0)):
         assert message(answer | {key: off}) == answer | {"train": False}
         assert message(answer | {key: on}) == answer
-    with pytest.raises(InvalidChat, match=f"message 1: {key} is 0.5, expected 0 or 1"):
+    with pytest.raises(InvalidChat, match=f"message 0: {key} is 0.5, expected 0 or 1"):
         message(answer | {key: 0.5})
     assert message(USER | {key: 0}) == USER
 
@@ -155,7 +155,7 @@ def test_a_loss_mask_has_one_entry_per_message() -> None:
         assert normalize_chat(chat, None, mask)[0] == [USER, answer | {"train": False}, USER, answer]
     with pytest.raises(InvalidChat, match="loss_mask has 2 entries, expected one for each of the 4 messages"):
         normalize_chat(chat, None, [0, 1])
-    with pytest.raises(InvalidChat, match="message 1: the loss_mask column is 1 in a message of role 'user'"):
+    with pytest.raises(InvalidChat, match="message 0: the loss_mask column is 1 in a message of role 'user'"):
         normalize_chat(chat, None, [1, 1, 1, 1])
 
 

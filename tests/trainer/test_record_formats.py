@@ -147,7 +147,7 @@ def test_records_of_another_form_are_invalid_and_named(tmp_path: Path) -> None:
         "2: 'prompt' is list, expected a string",
         "3: 'prompt' is missing, expected a string",
     ]
-    with pytest.raises(DataError, match="line 2: message 1: the role 'wizard'; the roles are system"):
+    with pytest.raises(DataError, match="line 2: message 0: the role 'wizard'; the roles are system"):
         load_rows(tmp_path, {"messages": CHAT}, {"messages": [{"role": "wizard", "content": "x"}]})
     with pytest.raises(DataError, match="line 2: it has images; text is used only"):
         load_rows(tmp_path, {"messages": CHAT}, {"messages": CHAT, "images": ["a.png"]})

@@ -83,7 +83,7 @@ def _message(index: int, message: Fields, flag: bool | None, options: ChatOption
     try:
         return _normalized(_without_nulls(message), flag, options)
     except InvalidChat as error:
-        raise InvalidChat(f"message {index + 1}: {error}") from error
+        raise InvalidChat(f"message {index}: {error}") from error
 
 
 def _normalized(message: Fields, flag: bool | None, options: ChatOptions) -> Message:
