@@ -6,7 +6,7 @@ from pathlib import Path
 import ray
 
 from trainer.config import RunConfig
-from trainer.training.launch import train_on_ray
+from trainer.launch.ray_driver import train_on_ray
 
 
 def main(path: str, workers: str, max_failures: str) -> None:

@@ -16,7 +16,7 @@ from tests.trainer.runs import losses, run_config, write_corpus
 from tests.trainer.test_chat_run import chat_config, write_chats
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, UserError
-from trainer.training.launch import train_on_ray
+from trainer.launch.ray_driver import train_on_ray
 from trainer.training.loop import RunResult
 from trainer.training.stop_signals import stopped_exit_code
 
@@ -28,6 +28,7 @@ START_S = 240
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
     """A Ray of four CPUs. No process outlives it."""
+    before = set(psutil.Process().children(recursive=True))  # such as the template process of earlier test files
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
@@ -37,7 +38,7 @@ def local_ray() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=60)
+    _, alive = psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=60)
     assert not alive
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from teachers.protocol.errors import Overloaded, Rejected
 from trainer.errors import ConfigError, PeerError, RunInUse
-from trainer.training.ray_cluster import missing_room
-from trainer.training.ray_failures import WorkerFailure, as_worker_failure, explain
+from trainer.launch.ray_cluster import missing_room
+from trainer.launch.ray_failures import WorkerFailure, as_worker_failure, explain
 
 
 class OfWorkers(Exception):

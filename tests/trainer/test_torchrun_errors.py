@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from teachers.protocol.errors import Rejected, Unavailable
 from trainer.cli.__main__ import app
 from trainer.errors import ConfigError, DataError, PeerError
-from trainer.training.torchrun import ERROR_FILE_VARIABLE, permanent_failure, recorded_failures
+from trainer.launch.torchrun import ERROR_FILE_VARIABLE, permanent_failure, recorded_failures
 
 
 @pytest.fixture

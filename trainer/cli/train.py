@@ -24,7 +24,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train the student of a run file. Under torchrun, every process runs this command."""
-    from trainer.training.torchrun import permanent_failure, recorded_failures
+    from trainer.launch.torchrun import permanent_failure, recorded_failures
 
     if permanent_failure() is not None:  # printed by the previous attempt
         raise typer.Exit(1)
@@ -35,7 +35,7 @@ def train(
         silence_libraries()
         config = load_config(run, sets)
         if ray_workers is not None:
-            from trainer.training.launch import train_on_ray
+            from trainer.launch.ray_driver import train_on_ray
 
             result = train_on_ray(
                 config, workers=ray_workers, max_failures=max_failures, resume=resume, stop_at=stop_at, address=address

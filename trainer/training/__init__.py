@@ -1,1 +1,1 @@
-"""Training: the loop over steps, its checkpoints and identity, the optimizer, and launching several processes."""
+"""Training: the loop over steps, its checkpoints and identity, and the optimizer."""

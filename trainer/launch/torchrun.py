@@ -1,8 +1,8 @@
-"""Failures of a process under torchrun: the sentence for torchrun's summary, and restarts that would fail again.
+"""Error files of torchrun: record why a process ends, and end a restarted process that would fail again.
 
-torchrun restarts all processes after any exit code except 0. It gives each process of each attempt the path of a file
-for its error, `…/attempt_N/LOCAL_RANK/error.json`, and prints the first of these errors at the end. A restarted process
-finds the errors of the previous attempt there.
+torchrun restarts all processes if one of them exits with a code other than 0. Each process of each attempt has an
+error file, `…/attempt_N/LOCAL_RANK/error.json`. At the end torchrun prints the earliest error of the last attempt. A
+restarted process can read the error files of the attempt before it.
 """
 
 import json
@@ -20,7 +20,10 @@ _ATTEMPT = re.compile(r"attempt_(\d+)")
 
 
 def permanent_failure() -> str | None:
-    """Return the error of the previous attempt if a restart would fail again. torchrun's summary repeats it."""
+    """Return the error of the previous attempt if a restart cannot succeed, otherwise None.
+
+    The error is also written to the error file of this process, so that torchrun prints it again.
+    """
     path = Path(os.environ.get(ERROR_FILE_VARIABLE, ""))
     attempt = _ATTEMPT.fullmatch(path.parent.parent.name)
     if attempt is None:
@@ -37,8 +40,8 @@ def permanent_failure() -> str | None:
 
 @contextmanager
 def recorded_failures() -> Iterator[None]:
-    """Write an error that is one sentence to the file that torchrun reads, and raise it again."""
-    from trainer.training.failures import ONE_SENTENCE, is_permanent
+    """Write an error of ONE_SENTENCE that the block raises to the error file of this process. The error propagates."""
+    from trainer.launch.failures import ONE_SENTENCE, is_permanent
 
     path = os.environ.get(ERROR_FILE_VARIABLE)
     try:
@@ -51,9 +54,10 @@ def recorded_failures() -> Iterator[None]:
 
 
 def _write(path: Path, sentence: str, permanent: bool, of_peer: bool) -> None:
-    """Write an error in the format of torchrun, which shows the error with the lowest time as the cause of the others.
+    """Write an error file in the format of torchrun.
 
-    An error about another process is dated 1 s later than it was, because times are whole seconds.
+    torchrun prints the error with the lowest timestamp, in whole seconds. The timestamp of an error that another
+    process has caused (`of_peer`) is increased by 1 s, so that torchrun prints the cause.
     """
     details = {"py_callstack": sentence, "timestamp": str(int(time.time()) + of_peer)}
     message = {"message": sentence, "extraInfo": details, "permanent": permanent}

@@ -18,7 +18,7 @@ from tests.trainer.made_runs import EventFile
 from tests.trainer.runs import losses, run_config, write_corpus
 from tests.trainer.test_cli import run_file
 from trainer.errors import UserError
-from trainer.training.launch import read_result, train_on_ray
+from trainer.launch.ray_driver import read_result, train_on_ray
 from trainer.training.loop import train
 
 pytestmark = pytest.mark.slow

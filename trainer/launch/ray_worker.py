@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from trainer.config import RunConfig
+from trainer.launch.ray_failures import as_worker_failure
 from trainer.training.loop import train
-from trainer.training.ray_failures import as_worker_failure
 
 
 class StopFlag:

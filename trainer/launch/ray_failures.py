@@ -4,8 +4,8 @@ import logging
 import traceback
 
 from trainer.errors import PeerError, RunInUse
+from trainer.launch.failures import ONE_SENTENCE, is_permanent
 from trainer.plain_text import one_line
-from trainer.training.failures import ONE_SENTENCE, is_permanent
 
 log = logging.getLogger("tutelage.launch")
 
