@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import save_tiny_model
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from tests.trainer.test_cli import run_file
+from tests.trainer.test_router_loss import save_moe
 from trainer.config import RunConfig
 from trainer.distributed import Ranks, process_group
 from trainer.errors import ConfigError
@@ -95,6 +96,22 @@ def test_two_ranks_train_adapters_and_export_them_merged(tmp_path: Path, tiny_by
     torchrun(config["two"], 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert_equal_models(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_ranks_train_a_mixture_of_experts_as_two_microbatches_do(tmp_path: Path, tiny_byte_level: Path) -> None:
+    """The router's loss is not linear in the batch, so that both runs need microbatches of the same samples."""
+    corpus, student = write_corpus(tmp_path), save_moe(tmp_path / "student", tiny_byte_level, "qwen3_moe")
+    train_section = {"batch_samples": 4, "epochs": 1}
+    one = train_section | {"gradient_accumulation_steps": 2}
+    train(run_config(student, corpus, tmp_path / "one", [], train=one))
+    torchrun(run_config(student, corpus, tmp_path / "two", [], train=train_section), 2)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    assert_equal_models(tmp_path / "one", tmp_path / "two")
+    router_losses = [
+        [event["router_loss"] for event in read_metrics(tmp_path / run / "metrics.jsonl") if event["event"] == "step"]
+        for run in ("one", "two")
+    ]
+    assert router_losses[0] == pytest.approx(router_losses[1], rel=1e-5)
 
 
 def test_ranks_with_different_settings_are_rejected() -> None:
