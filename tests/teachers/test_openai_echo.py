@@ -11,8 +11,8 @@ import pytest
 import teachers.protocol.errors as errors
 from teachers.client.dialects.base import ReplicaAddress
 from teachers.client.dialects.detect import connect_replica
-from teachers.client.dialects.echo_card import EchoCard
 from teachers.client.dialects.openai_echo import OpenAIEchoClient
+from teachers.client.dialects.probed_card import ProbedCard
 from teachers.client.dialects.token_strings import TokenStrings, read_tokens
 from teachers.protocol.messages import ScoreRequest
 from teachers.protocol.rows import Rows
@@ -45,10 +45,10 @@ def folder(tiny_byte_level: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def score(folder: Path, behaviour: EchoBehaviour, ids: list[int], top_k: int = 3) -> tuple[EchoCard, Rows]:
+def score(folder: Path, behaviour: EchoBehaviour, ids: list[int], top_k: int = 3) -> tuple[ProbedCard, Rows]:
     server = FakeEchoServer(FormulaEngine(folder), behaviour)
 
-    async def run(client: OpenAIEchoClient) -> tuple[EchoCard, Rows]:
+    async def run(client: OpenAIEchoClient) -> tuple[ProbedCard, Rows]:
         card = await client.card()
         await client.check(card, 10)
         request = ScoreRequest(sequences=[[*card.prefix, *ids]], starts=[1], top_k=top_k)

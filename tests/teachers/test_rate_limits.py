@@ -145,16 +145,17 @@ def test_every_dialect_sends_the_key(tiny_byte_level: Path) -> None:
     @app.api_route("/{path:path}", methods=["GET", "POST"])
     async def refuse(request: Request) -> Response:
         accepted = request.headers.get("authorization") == "Bearer key"
-        return JSONResponse({"data": [{"id": "m"}]}, 200 if accepted else 401)
+        body = {"data": [{"id": "m"}], "model_path": "m", "is_generation": True}
+        return JSONResponse(body, 200 if accepted else 401)
 
     async def ping(url: str, key: str | None) -> None:
         address = ReplicaAddress("t", url, key, tokenizer=tiny_byte_level)
-        for client in (OpenAIEchoClient(address), VllmOpenAIClient.of(address)):
-            await client.ping(5)
-            await client.aclose()
-        sglang = SglangClient(address)
-        await sglang._http.get("/x", 5)
-        await sglang.aclose()
+        for client_type in (OpenAIEchoClient, VllmOpenAIClient, SglangClient):
+            client = client_type(address)
+            try:
+                await client.ping(5)
+            finally:
+                await client.aclose()
 
     with serving_app(app) as url:
         asyncio.run(ping(url, "key"))

@@ -15,8 +15,7 @@ import teachers.protocol.errors as errors
 from teachers.client.dialects.base import ReplicaAddress
 from teachers.client.dialects.detect import connect_replica
 from teachers.client.dialects.native import NativeClient
-from teachers.client.dialects.probed_card import PROBE_TEXT
-from teachers.client.dialects.vllm_card import VllmCard
+from teachers.client.dialects.probed_card import PROBE_TEXT, ProbedCard
 from teachers.client.dialects.vllm_completions import completion_request
 from teachers.client.dialects.vllm_openai import VllmOpenAIClient
 from teachers.protocol.messages import PROBE, ScoreRequest
@@ -31,11 +30,9 @@ from tests.tiny import tiny_vocabulary
 T = TypeVar("T")
 
 
-def call(
-    url: str, do: Callable[[VllmOpenAIClient], Awaitable[T]], tokenizer: Path | None = None, key: str | None = None
-) -> T:
+def call(url: str, do: Callable[[VllmOpenAIClient], Awaitable[T]], tokenizer: Path | None = None, **address: Any) -> T:
     async def run() -> T:
-        client = VllmOpenAIClient("t", url, key, tokenizer=tokenizer)
+        client = VllmOpenAIClient(ReplicaAddress("t", url, tokenizer=tokenizer, **address))
         try:
             return await do(client)
         finally:
@@ -44,7 +41,7 @@ def call(
     return asyncio.run(run())
 
 
-def card_of(server: FakeVllmServer, tokenizer: Path | None) -> VllmCard:
+def card_of(server: FakeVllmServer, tokenizer: Path | None) -> ProbedCard:
     with server.serving() as url:
         return call(url, lambda c: c.card(), tokenizer)
 
@@ -208,8 +205,10 @@ def test_noise_is_accepted_within_the_tolerance_only(tiny_byte_level: Path) -> N
 def test_another_model_root_or_length_is_rejected(tiny_byte_level: Path, key: str) -> None:
     server = FakeVllmServer(FormulaEngine(tiny_byte_level))
     card = card_of(server, tiny_byte_level)
-    server.model[key] = 100 if key == "max_model_len" else "another"
-    with server.serving() as url, pytest.raises(errors.FingerprintMismatch, match="expected org/model from org/model"):
+    before, server.model[key] = server.model[key], 100 if key == "max_model_len" else "another"
+    name = "model" if key == "id" else key
+    message = f"teacher t at .*: expected {name} {before}, received {server.model[key]}: "
+    with server.serving() as url, pytest.raises(errors.FingerprintMismatch, match=message):
         call(url, lambda c: c.check(card, 5.0))
 
 
@@ -266,7 +265,7 @@ def test_the_dialect_is_detected_and_a_plain_server_is_warned_about_once(
     assert not caplog.records
     with FakeVllmServer(FormulaEngine(tiny_byte_level)).serving() as url, caplog.at_level(logging.WARNING, "tutelage"):
         assert [detected(url, "one"), detected(url, "one"), detected(url, "two")] == [VllmOpenAIClient] * 3
-    assert [r.args for r in caplog.records] == [("one",), ("two",)]
+    assert [r.args[0] for r in caplog.records if isinstance(r.args, tuple)] == ["one", "two"]
     assert "VLLM_PLUGINS=tutelage" in caplog.text
 
 

@@ -38,6 +38,11 @@ class ReplicaAddress:
         scheme, separator, _ = self.url.partition("://")
         return scheme if separator else "http"
 
+    @property
+    def is_http(self) -> bool:
+        """Whether the replica is a server that responds to HTTP requests."""
+        return self.scheme in ("http", "https")
+
 
 class ReplicaClient(Protocol):
     """The client of one replica. Raises the errors of teachers.protocol.errors, which name teacher and replica."""

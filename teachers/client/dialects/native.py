@@ -37,7 +37,7 @@ class NativeDialect:
     """Servers that have the route /v1/teacher."""
 
     async def accepts(self, address: ReplicaAddress) -> bool:
-        if address.scheme not in ("http", "https"):
+        if not address.is_http:
             return False
         client = self.client(address)
         if not await has_route(client, client.card):
