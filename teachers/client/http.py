@@ -8,6 +8,7 @@ a response to 100 kB.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -39,6 +40,9 @@ from teachers.protocol.untrusted_text import clean
 KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request on a connection that is being closed fails
 MAX_SMALL_BYTES = 64 * 1024  # of a card, a listing, an error and other small responses
 MAX_RETRY_AFTER_S = 60.0  # a server that asks for more is asked again after this time
+# Response of a Ray Serve proxy to a path of no application, such as one that is being deployed (ray 2.58, proxy.py and
+# haproxy_templates.py). An application that has no such route responds with its own 404.
+RAY_NOT_FOUND = re.compile(rb"Path '.*' not found\. Ping http://\.\.\./-/routes for available routes\.", re.DOTALL)
 
 Headers = dict[str, str]
 Response = tuple[int, Headers, bytes]  # status, headers, whole body
@@ -193,11 +197,18 @@ class _NamedErrors:
 
 async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
     """Raise the error that corresponds to a status other than 200."""
-    detail = _error_detail(response.status_code, await _read_body(response, MAX_SMALL_BYTES))
+    data = await _read_body(response, MAX_SMALL_BYTES)
+    detail = _error_detail(response.status_code, data)
     match response.status_code:
         case 401 | 403:
             has_key = "authorization" in response.request.headers
             raise Unauthorized(f"{'the server rejects the key' if has_key else 'the server requires a key'} ({detail})")
+        case 404 if RAY_NOT_FOUND.fullmatch(data) and response.headers.get("content-type", "").startswith("text/plain"):
+            routes = response.request.url.copy_with(raw_path=b"/-/routes")
+            raise Unavailable(
+                f"Ray Serve has no application at {response.request.url.path} (HTTP 404): it is not deployed yet, or "
+                f"the path is wrong; {routes} lists the applications"
+            )
         case 404:
             raise NotFound(f"{response.request.url.path}: {detail}")
         case 429 | 503:

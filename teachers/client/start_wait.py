@@ -1,7 +1,8 @@
 """Waiting for a teacher at the start of a run, as for a teacher that is lost later.
 
-A server that is not there yet is waited for: connection refused, name not resolved, 429, 5xx, or not ready. An error
-that only the user can correct ends the wait at once: a wrong key, model, path or certificate.
+A server that does not respond yet is waited for: connection refused, name not resolved, 429, 5xx, not ready, or a Ray
+Serve proxy without the application. An error that only the user can correct ends the wait at once: a wrong key, model,
+path or certificate.
 """
 
 import asyncio
