@@ -15,21 +15,13 @@ from typing import Literal
 from teachers.client.addresses import TeacherAddress, resolve_urls
 from teachers.client.background_tasks import BackgroundTasks
 from teachers.client.limits import backoff_s
-from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, may_recover
-from teachers.client.start_wait import StartWait
-from teachers.protocol.errors import (
-    FingerprintMismatch,
-    InvalidRows,
-    Overloaded,
-    TeacherError,
-    TeacherLost,
-    Unauthorized,
-    Unavailable,
-    VersionMismatch,
-)
+from teachers.client.replica import LASTING, MIN_TRIAL_S, ClientFactory, Replica, may_recover
+from teachers.client.start_wait import REPORT_PAUSE_S, StartWait
+from teachers.protocol.errors import FingerprintMismatch, Overloaded, TeacherError, TeacherLost, Unavailable
 from teachers.protocol.messages import TeacherCard
 
 log = logging.getLogger("tutelage.pool")
+LAST_ATTEMPT = 0.95  # of the time until the teacher is lost: a Retry-After counts up to this time
 RESOLVE_EVERY_S = 10.0  # interval at which files and DNS names with replicas are read again
 
 
@@ -156,13 +148,16 @@ class ReplicaHealth:
         self._unavailable_since = None
 
     def pause(self, replica: Replica, error: Overloaded) -> None:
-        """Send nothing to an overloaded replica until its Retry-After has passed."""
-        loop = asyncio.get_running_loop()
-        patience_s = self._address.unavailable_timeout_s
-        pause_s = min(error.retry_after_s or backoff_s(1), patience_s / 4)  # asked again before the teacher is lost
-        replica.paused_until = loop.time() + pause_s
-        loop.call_later(pause_s, self.notify)
+        """Send nothing to an overloaded replica until its Retry-After has passed, or the teacher is almost lost."""
         self._record_failure(error)
+        loop = asyncio.get_running_loop()
+        limit_s = LAST_ATTEMPT * (self._address.unavailable_timeout_s if self._lost else self._remaining_s() or 0.0)
+        pause_s = min(error.retry_after_s or backoff_s(1), max(limit_s, backoff_s(1)))
+        if pause_s >= REPORT_PAUSE_S and loop.time() >= replica.paused_until:
+            asked_s = error.retry_after_s
+            log.warning("%s; no request is sent to it for %.0f s (Retry-After: %.0f s)", error, pause_s, asked_s)
+        replica.paused_until = max(replica.paused_until, loop.time() + pause_s)
+        loop.call_later(pause_s, self.notify)
 
     def quarantine(self, replica: Replica, error: TeacherError) -> None:
         """Send only trial requests to a failed replica, until one succeeds."""
@@ -202,13 +197,14 @@ class ReplicaHealth:
     async def _recover(self, replica: Replica) -> None:
         """Send trial requests until one succeeds or the replica is removed from the address."""
         while self._replicas.get(replica.url) is replica:
-            await asyncio.sleep(backoff_s(replica.failures))
+            paused_s = replica.paused_until - asyncio.get_running_loop().time()
+            await asyncio.sleep(max(backoff_s(replica.failures), paused_s))
             try:
                 await replica.send_trial(self.card, self._trial_s)
             except FingerprintMismatch as error:
                 self.ban(replica, error)
             except TeacherError as error:
-                self._on_failed_trial(error)
+                self._on_failed_trial(replica, error)
             except Exception as error:  # without its trials the replica would never be used again
                 log.exception("a trial of %s failed unexpectedly; it is tried again", replica.url)
                 self._record_failure(TeacherError(f"teacher {self._address.name} at {replica.url}: {error!r}"))
@@ -221,6 +217,7 @@ class ReplicaHealth:
     def _restore(self, replica: Replica) -> None:
         log.warning("teacher %s at %s is healthy again", self._address.name, replica.url)
         replica.limiter.reset()
+        replica.paused_until = 0.0
         replica.healthy, replica.quarantined, replica.banned = True, False, False
         if self._lost is not None and self._address.on_unavailable == "drop":
             self._lost = self._unavailable_since = None
@@ -277,15 +274,16 @@ class ReplicaHealth:
             return None
         return self._unavailable_since + self._address.unavailable_timeout_s - asyncio.get_running_loop().time()
 
-    def _on_failed_trial(self, error: TeacherError) -> None:
+    def _on_failed_trial(self, replica: Replica, error: TeacherError) -> None:
         """Declare the teacher lost if on_unavailable is `stop`, or if its only replica has a permanent fault.
 
         Invalid rows count as permanent, because the model produces them. A malformed response can be a transient fault
         of the server or of a proxy.
         """
+        if isinstance(error, Overloaded):
+            self.pause(replica, error)
         self._record_failure(error)
-        is_lasting = isinstance(error, (InvalidRows, VersionMismatch, Unauthorized))
-        only_replica_invalid = len(self._replicas) == 1 and is_lasting
+        only_replica_invalid = len(self._replicas) == 1 and isinstance(error, LASTING)
         if not self.healthy and (self._address.on_unavailable == "stop" or only_replica_invalid):
             self._lose(error)
 

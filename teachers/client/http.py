@@ -39,7 +39,6 @@ from teachers.protocol.untrusted_text import clean
 
 KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request on a connection that is being closed fails
 MAX_SMALL_BYTES = 64 * 1024  # of a card, a listing, an error and other small responses
-MAX_RETRY_AFTER_S = 60.0  # a server that asks for more is asked again after this time
 # Response of a Ray Serve proxy to a path of no application, such as one that is being deployed (ray 2.58, proxy.py and
 # haproxy_templates.py). An application that has no such route responds with its own 404.
 RAY_NOT_FOUND = re.compile(rb"Path '.*' not found\. Ping http://\.\.\./-/routes for available routes\.", re.DOTALL)
@@ -106,7 +105,7 @@ class Transport:
                         await self._reject_tls_port()
                     await _raise_for_status(response, path)
                 self._may_need_tls = False
-                self._exhausted_until = time.monotonic() + min(exhausted_s(response.headers), MAX_RETRY_AFTER_S)
+                self._exhausted_until = time.monotonic() + exhausted_s(response.headers)
                 return await self._read(response, limit_bytes, expect)
 
     def _check_quota(self, method: str) -> None:
@@ -212,7 +211,7 @@ async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
         case 404:
             raise NotFound(f"{response.request.url.path}: {detail}")
         case 429 | 503:
-            raise Overloaded(detail, _retry_after_s(response))
+            raise Overloaded(detail, retry_after_s(response.headers, time.time()))
         case status if status >= 500:
             raise Unavailable(detail)
         case status if status >= 400:
@@ -246,12 +245,6 @@ class _VllmError(msgspec.Struct):
 
 class _VllmProblem(msgspec.Struct):
     error: _VllmError
-
-
-def _retry_after_s(response: httpx.Response) -> float | None:
-    """Return the pause that the server asks for, at most MAX_RETRY_AFTER_S; None if it states none. See rate_limits."""
-    pause_s = retry_after_s(response.headers, time.time())
-    return None if pause_s is None else min(pause_s, MAX_RETRY_AFTER_S)
 
 
 async def _read_body(response: httpx.Response, limit_bytes: int) -> bytes:

@@ -14,7 +14,7 @@ from teachers.protocol.errors import Overloaded, Unavailable
 
 log = logging.getLogger("tutelage.pool")
 RETRY_S = 1.0
-MAX_RETRY_S = 10.0  # a Retry-After is followed up to this time
+REPORT_PAUSE_S = 10.0  # a Retry-After of this time or longer is reported
 FIRST_REPORT_S, MAX_REPORT_S = 10.0, 320.0  # between two reports; each interval is twice as long as the one before
 
 
@@ -45,20 +45,22 @@ class StartWait:
             if may_start and self._timeout_s:
                 error.args = (f"{error} (waited {self._timeout_s:g} s: start_timeout_s of this teacher)",)
             raise error
-        self._report(error)
-        await asyncio.sleep(min(_retry_s(errors), remaining_s))
+        pause_s = min(_retry_s(errors), remaining_s)
+        self._report(error, pause_s)
+        await asyncio.sleep(pause_s)
 
     def end(self) -> None:
         """Report that the teacher responds, if the wait was reported."""
         if self._reported:
             log.warning("teacher %s responds after %.0f s", self._teacher, self.waited_s)
 
-    def _report(self, error: BaseException) -> None:
+    def _report(self, error: BaseException, pause_s: float) -> None:
         now = asyncio.get_running_loop().time()
         if now < self._report_at:
             return
-        waited = f", {self.waited_s:.0f} s so far" if self._reported else ""
-        log.warning("%s; waiting for the teacher up to %g s (start_timeout_s)%s", error, self._timeout_s, waited)
+        details = f", {self.waited_s:.0f} s so far" if self._reported else ""
+        details += f", next attempt in {pause_s:.0f} s (Retry-After)" if pause_s >= REPORT_PAUSE_S else ""
+        log.warning("%s; waiting for the teacher up to %g s (start_timeout_s)%s", error, self._timeout_s, details)
         self._report_at = now + self._report_s
         self._report_s = min(2 * self._report_s, MAX_REPORT_S)
         self._reported = True
@@ -67,4 +69,4 @@ class StartWait:
 def _retry_s(errors: Sequence[BaseException]) -> float:
     """Return the pause before the next attempt: the least Retry-After if every replica sent one."""
     pauses = [error.retry_after_s or RETRY_S if isinstance(error, Overloaded) else RETRY_S for error in errors]
-    return min(*pauses, MAX_RETRY_S)
+    return min(pauses)

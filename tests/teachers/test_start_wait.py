@@ -140,6 +140,23 @@ def test_an_overloaded_server_or_a_proxy_without_a_server_is_waited_for(status: 
             asyncio.run(connect(TeacherAddress("t", (url,), start_timeout_s=1.0)))
 
 
+def test_retry_after_is_followed_at_the_start_too(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_wait, "REPORT_PAUSE_S", 1.0)
+    app, paths = FastAPI(), list[str]()
+
+    @app.get("/{path:path}")
+    async def refuse(path: str) -> Response:
+        paths.append(path)
+        return Response(status_code=429, headers={"retry-after": "1"})
+
+    with serving_app(app) as url, pytest.raises(Unavailable, match="HTTP 429 .waited 1.5 s"):
+        asyncio.run(connect(TeacherAddress("t", (url,), start_timeout_s=1.5)))
+    assert paths == ["v1/teacher"] * 3  # at 0, 1 and 1.5 s
+    assert caplog.messages[0].endswith("(start_timeout_s), next attempt in 1 s (Retry-After)")
+
+
 RAY_NOT_FOUND = "Path '{}' not found. Ping http://.../-/routes for available routes."  # of Ray 2.58
 
 
