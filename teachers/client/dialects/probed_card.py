@@ -55,6 +55,10 @@ class ProbedCard(TeacherCard):
     def masks_positions(self) -> bool:
         return self.kind.masks_positions
 
+    @property
+    def protocol_cost(self) -> str:
+        return f"{self.kind.name}: {self.kind.cost}"
+
     def check_properties(self, received: Properties) -> None:
         """Raise FingerprintMismatch, which names the first property that differs, unless all are equal."""
         for name, expected in self.properties.items():
