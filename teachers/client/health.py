@@ -27,7 +27,7 @@ RESOLVE_EVERY_S = 10.0  # interval at which files and DNS names with replicas ar
 
 @dataclass(frozen=True)
 class TeacherEvent:
-    """A teacher was lost, or joined again."""
+    """The loss of a teacher during a run, or its return."""
 
     kind: Literal["teacher_lost", "teacher_joined"]
     teacher: str
@@ -35,7 +35,7 @@ class TeacherEvent:
 
 
 class ReplicaHealth:
-    """The replicas of one teacher, for one event loop."""
+    """The replicas of one teacher and their states. All methods run in one event loop."""
 
     def __init__(
         self, address: TeacherAddress, make_client: ClientFactory, report: Callable[[TeacherEvent], None]
@@ -68,10 +68,10 @@ class ReplicaHealth:
         return self._card
 
     async def connect(self) -> tuple[TeacherCard, dict[str, bytes]]:
-        """Return the card that every replica must have, and the tokenizer files, once a replica is healthy.
+        """Connect to the replicas. Return the card and the tokenizer files as soon as one replica is healthy.
 
-        Waits up to `start_timeout_s` for the first one (start_wait.py), and quarantines the others that may recover.
-        Raises errors that only the user can correct, and the most specific error if no replica is healthy in time.
+        Waits for it up to `start_timeout_s` (start_wait.py). Other replicas that may recover are quarantined. Raises an
+        error that only the user can correct at once, and the most specific one if no replica is healthy in time.
         """
         wait = StartWait(self._address.name, self._address.start_timeout_s)
         while errors := await self._connect_replicas():
@@ -82,7 +82,7 @@ class ReplicaHealth:
         return self.card, self._tokenizer_files
 
     async def _connect_replicas(self) -> Sequence[BaseException]:
-        """Connect to all replicas. Return the errors that prevent the start, none if a replica is healthy."""
+        """Connect to all replicas. Return the errors that prevent the start: none if a replica is healthy."""
         try:
             urls = await resolve_urls(self._address)
             self._replicas = {url: self._replicas.get(url) or self._new_replica(url) for url in urls}
@@ -111,16 +111,16 @@ class ReplicaHealth:
     def pick(self, exclude: Collection[Replica] = (), extra: int = 0) -> Replica | None:
         """Return the replica with the fewest tokens in flight that accepts one more request, or None.
 
-        `extra` raises every concurrency limit: a hedged request is sent before all waiting requests.
+        `extra` is added to every concurrency limit, so that a hedged request need not wait behind other requests.
         """
         now = asyncio.get_running_loop().time()
         available = [r for r in self._replicas.values() if r.can_accept(now, extra) and r not in exclude]
         return min(available, key=lambda r: r.tokens_in_flight, default=None)
 
     async def acquire(self, avoid: Collection[Replica] = ()) -> Replica:
-        """Wait for a replica that accepts a request; one in `avoid` only if no other is healthy.
+        """Return a replica that accepts a request, and wait for one if necessary.
 
-        Raises the error of a lost teacher.
+        A replica in `avoid` is returned only if no other one is healthy. Raises the error of a lost teacher.
         """
         while True:
             if self._lost is not None:
@@ -143,12 +143,12 @@ class ReplicaHealth:
         self._changed.set()
 
     def on_success(self, replica: Replica) -> None:
-        """Record a response: replica and teacher are available."""
+        """Record that a replica responded: the replica and the teacher are available."""
         replica.failures = 0
         self._unavailable_since = None
 
     def pause(self, replica: Replica, error: Overloaded) -> None:
-        """Send nothing to an overloaded replica until its Retry-After has passed, or the teacher is almost lost."""
+        """Send no request to an overloaded replica during its Retry-After, limited by LAST_ATTEMPT."""
         self._record_failure(error)
         loop = asyncio.get_running_loop()
         limit_s = LAST_ATTEMPT * (self._address.unavailable_timeout_s if self._lost else self._remaining_s() or 0.0)
@@ -178,7 +178,7 @@ class ReplicaHealth:
             self._lose(error)
 
     def probe(self, replica: Replica) -> None:
-        """Check whether the process of a slow replica responds; abort its requests if it does not."""
+        """Start to check whether the process of a slow replica responds. Its requests are aborted if it does not."""
         if not replica.probing and not replica.quarantined:
             replica.probing = True
             self._tasks.start(self._ping(replica))
@@ -186,7 +186,7 @@ class ReplicaHealth:
     # --- life cycle of a replica ---
 
     async def _connect_replica(self, replica: Replica) -> None:
-        """Accept a replica that responds and has the same card as the others."""
+        """Mark a replica as healthy if it responds and is the same teacher as the others. Raises TeacherError."""
         client = await replica.client()
         if self._card is None:
             card = await client.card()
@@ -195,7 +195,7 @@ class ReplicaHealth:
         replica.healthy = True
 
     async def _recover(self, replica: Replica) -> None:
-        """Send trial requests until one succeeds or the replica is removed from the address."""
+        """Send trial requests until one succeeds, or until the address does not contain the replica any more."""
         while self._replicas.get(replica.url) is replica:
             paused_s = replica.paused_until - asyncio.get_running_loop().time()
             await asyncio.sleep(max(backoff_s(replica.failures), paused_s))

@@ -1,10 +1,8 @@
 """HTTP client of one server. The only module that imports httpx, and the only place where its errors are mapped.
 
-A request is sent over the network or by a Sender, which transports the same request and response by other means.
-
-One function reads every response, within a total deadline and a byte limit. Content encodings are rejected, so that the
-byte limit applies to the decoded body. Redirects are not followed, and cookies are not stored. httpx limits the head of
-a response to 100 kB.
+Requests are sent over the network, or by a Sender: a function that transports them in another way (ray_handle.py).
+Every response has a total deadline and a byte limit. Content encodings are rejected, so that the byte limit applies to
+the decoded body. Redirects are not followed, and cookies are not stored. httpx limits the head of a response to 100 kB.
 """
 
 import asyncio
@@ -109,7 +107,7 @@ class Transport:
                 return await self._read(response, limit_bytes, expect)
 
     def _check_quota(self, method: str) -> None:
-        """Raise Overloaded if the last response said that the quota is used up. Reading properties costs no quota."""
+        """Raise Overloaded if the last response stated that the quota is used up. A GET request uses no quota."""
         remaining_s = self._exhausted_until - time.monotonic()
         if method == "POST" and remaining_s > 0:
             raise Overloaded(f"its rate limit leaves nothing for {remaining_s:.1f} s (x-ratelimit-…)", remaining_s)
@@ -146,7 +144,7 @@ class Transport:
                 raise ProtocolError(f"invalid HTTP response: {clean(error)}") from error
 
     async def _reject_tls_port(self) -> None:
-        """Raise TlsError if the address is http:// and the server, which has never responded, expects TLS."""
+        """Raise TlsError if the address is http:// and the server expects TLS. Not checked after a valid response."""
         url = self._http.base_url
         if self._may_need_tls and await speaks_tls(url.host, url.port or 80):
             raise TlsError("the server expects TLS: write https:// in the address")
@@ -165,7 +163,7 @@ class _SenderTransport(httpx.AsyncBaseTransport):
 
 
 async def send_to_app(app: Any, method: str, path: str, headers: Headers, body: bytes) -> Response:
-    """Send a request to an ASGI application in this process. Cancelling cancels its work."""
+    """Send a request to an ASGI application in this process. If the call is cancelled, so is the request."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as http:
         response = await http.request(method, path, headers=headers, content=body)
@@ -181,7 +179,7 @@ def check_url(name: str, url: str) -> str:
 
 
 class _NamedErrors:
-    """Put the teacher's name in front of an error's message, unless it is there already."""
+    """Context manager that puts teacher and address in front of the message of a TeacherError, once."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -221,7 +219,7 @@ async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
 
 
 def _redirection(response: httpx.Response, route: str) -> str:
-    """Return the advice for a redirect, such as that of a proxy to https://; empty without a whole address."""
+    """Return advice for a redirect to an absolute address, such as https://…; an empty string for others."""
     target = clean(response.headers.get("location", "").partition("?")[0], 300)
     if not response.is_redirect or not target.startswith(("http://", "https://")):
         return ""
@@ -230,7 +228,7 @@ def _redirection(response: httpx.Response, route: str) -> str:
 
 
 def _error_detail(status: int, data: bytes) -> str:
-    """Return the detail of an error response in this project's format or vLLM's; else only the status."""
+    """Return the message of an error response, in the format of Tutelage or of vLLM; else only the status."""
     with suppress(ProtocolError), decoding("problem"):
         return Problem.model_validate_json(data).detail
     with suppress(ProtocolError), decoding("error of vLLM"):

@@ -1,8 +1,8 @@
-"""Rate limits of a server: what its headers say, and the limit that a run file sets.
+"""Rate limits: the headers in which a server states its limit, and the limit that a run file sets.
 
-Retry-After (RFC 9110) is a number of seconds or a date. It is followed as it is: health.py limits it to the time after
-which the teacher is lost. `x-ratelimit-remaining-requests`, `…-tokens` and the times of
-their reset are OpenAI's, and many servers have them: a reset is a number of seconds or a duration such as 6m0s or 20ms.
+Retry-After (RFC 9110) is a number of seconds or a date. It has no upper limit here: health.py and start_wait.py limit
+it by the timeouts of the teacher. `x-ratelimit-remaining-requests`, `…-remaining-tokens` and `x-ratelimit-reset-…` are
+headers of OpenAI that many servers have. A reset is a number of seconds or a duration such as 6m0s or 20ms.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ def _duration_s(text: str) -> float:
 
 
 class TokenRateLimiter:
-    """Keep the tokens that are sent within any minute below a limit. A longer request is sent alone."""
+    """Limit the tokens that are sent within any minute. A request with more tokens than the limit is sent alone."""
 
     def __init__(self, tokens_per_minute: int | None) -> None:
         self._limit = tokens_per_minute
@@ -73,7 +73,7 @@ class TokenRateLimiter:
         self._sent.append((clock(), tokens))
 
     def _pause_s(self, tokens: int, now: float) -> float:
-        """Return the seconds until enough of the last minute's requests are over a minute old."""
+        """Return the seconds until the tokens of the last minute and this request together are within the limit."""
         assert self._limit is not None
         while self._sent and self._sent[0][0] <= now - WINDOW_S:
             self._sent.popleft()

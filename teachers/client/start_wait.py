@@ -1,7 +1,7 @@
-"""Waiting for a teacher at the start of a run, as for a teacher that is lost later.
+"""Wait at the start of a run until a teacher responds, and report the wait.
 
-A server that does not respond yet is waited for: connection refused, name not resolved, 429, 5xx, not ready, or a Ray
-Serve proxy without the application. An error that only the user can correct ends the wait at once: a wrong key, model,
+The wait continues while a server may still be starting: connection refused, name not resolved, 429, 5xx, not ready, or
+a Ray Serve proxy without the application. An error that only the user can correct ends it at once: a wrong key, model,
 path or certificate.
 """
 
@@ -19,7 +19,7 @@ FIRST_REPORT_S, MAX_REPORT_S = 10.0, 320.0  # between two reports; each interval
 
 
 class StartWait:
-    """The wait for one teacher, from the moment at which it is created, in one event loop."""
+    """The wait for one teacher. It begins when the object is created, in a running event loop."""
 
     def __init__(self, teacher: str, timeout_s: float) -> None:
         self._teacher = teacher
@@ -34,9 +34,9 @@ class StartWait:
         return asyncio.get_running_loop().time() - self._began
 
     async def pause(self, errors: Sequence[BaseException]) -> None:
-        """Report the errors of the replicas and wait for the next attempt.
+        """Report the errors of the last attempt, and sleep until the next attempt.
 
-        Raises the most useful of them if waiting cannot help or the time is over.
+        Raises the most useful error if waiting cannot help, or if the time is over.
         """
         error = most_useful_error(errors)
         may_start = all(map(may_recover, errors)) and any(isinstance(each, Unavailable) for each in errors)
@@ -67,6 +67,6 @@ class StartWait:
 
 
 def _retry_s(errors: Sequence[BaseException]) -> float:
-    """Return the pause before the next attempt: the least Retry-After if every replica sent one."""
+    """Return the seconds until the next attempt: RETRY_S, or the shortest Retry-After if every replica sent one."""
     pauses = [error.retry_after_s or RETRY_S if isinstance(error, Overloaded) else RETRY_S for error in errors]
     return min(pauses)

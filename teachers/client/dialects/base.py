@@ -40,7 +40,7 @@ class ReplicaAddress:
 
     @property
     def is_http(self) -> bool:
-        """Whether the replica is a server that responds to HTTP requests."""
+        """Whether the address is that of an HTTP server."""
         return self.scheme in ("http", "https")
 
 
@@ -65,11 +65,11 @@ class ReplicaClient(Protocol):
         ...
 
     async def check(self, card: TeacherCard, timeout_s: float) -> None:
-        """Return if the replica is the teacher of this card. Raises FingerprintMismatch or Unavailable."""
+        """Raise FingerprintMismatch unless the replica is the teacher of this card, or Unavailable."""
         ...
 
     async def ping(self, timeout_s: float) -> None:
-        """Return if the process responds, even if it is busy. Raises Unavailable."""
+        """Raise Unavailable unless the process responds. A busy process responds."""
         ...
 
     async def aclose(self) -> None:
@@ -78,7 +78,7 @@ class ReplicaClient(Protocol):
 
 
 class Dialect(Protocol):
-    """A way to talk to a replica."""
+    """A protocol in which a client talks to a replica."""
 
     async def accepts(self, address: ReplicaAddress) -> bool:
         """Return whether the replica uses this dialect, by the scheme of its address or by probing the server.

@@ -1,6 +1,6 @@
-"""How an OpenAI-compatible endpoint formats its responses, as its response to PROBE_TEXT shows.
+"""Find out how an OpenAI-compatible endpoint formats its responses, from its response to PROBE_TEXT.
 
-This module sends no requests; openai_echo.py does.
+These are pure functions; openai_echo.py sends the requests.
 """
 
 import re
@@ -15,13 +15,13 @@ CONTEXT_ERROR = re.compile(r"context (?:length|window|size)\D{0,20}(\d{1,9})")
 
 
 def context_in(message: str) -> int | None:
-    """Return the length of the context that an error about a long prompt states, None if it states none."""
+    """Return the context length in tokens that an error message states; None if it states none."""
     found = CONTEXT_ERROR.search(message)
     return int(found[1]) if found else None
 
 
 def text_of(ids: list[int], strings: TokenStrings, folder: TokenizerFolder) -> str | None:
-    """Return a text that the tokenizer splits into these ids; None if there is none."""
+    """Return a text whose tokens are `ids`; None if there is none."""
     tokens = [strings.tokens[i] for i in ids if i in strings.tokens]
     data = b"".join(token.piece.encode() if token.data is None else token.data for token in tokens)
     text = data.decode(errors="replace")
@@ -52,7 +52,7 @@ def find_reader(lists: Logprobs, num_prompt_tokens: int | None, takes_ids: bool,
 
 
 def _num_predicted(lists: Logprobs, shift: int) -> int:
-    """Return how many tokens are among the candidates of the entry `shift` tokens earlier, the added one excluded."""
+    """Count the tokens that are among the first K candidates of the entry `shift` tokens before them."""
     tokens, entries = lists.tokens, lists.top_logprobs or []
     top_k = min((len(entry) for entry in entries if entry), default=0)
     pairs = zip(tokens[shift:], entries, strict=False)

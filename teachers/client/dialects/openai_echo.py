@@ -14,8 +14,8 @@ determine the candidates are masked (echo_completions.py), so that this dialect 
 | shift | whether the lists of a text predict the next tokens rather than their own |
 | fingerprint | the fields above. Weights cannot be hashed, so `check` compares the scores of a text |
 
-Unchecked: the weights, beyond the scores of one text; in a response whose tokens have the strings of the request,
-whether they are other tokens with the same strings; the log-probabilities of masked positions.
+The client cannot check the weights beyond the scores of one text, tokens with the same strings as those of the request,
+and the log-probabilities of masked positions.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ SHORT_TEXT = "The lighthouse"  # of few tokens, to try values of K
 
 @dataclass(frozen=True)
 class _Server:
-    """What the requests to a server showed.
+    """Properties of a server, found by requests.
 
     model      name of the model in requests
     folder     directory of the tokenizer
@@ -120,7 +120,7 @@ class OpenAIEchoClient(StockServerClient):
     # --- examination of the server ---
 
     async def _server(self) -> _Server:
-        """Return what is known about the server; the first call sends requests."""
+        """Return the properties of the server. The first call sends the requests."""
         async with self._lock:
             if self._examined is None:
                 self._examined = await self._examine()
@@ -163,7 +163,7 @@ class OpenAIEchoClient(StockServerClient):
         return len(lists.tokens) - len(ids) in (0, 1, 2)
 
     async def _max_top_k(self, model: str, prompt: str | list[int]) -> int:
-        """Return the largest accepted K, or the number of candidates if the server returns fewer than requested."""
+        """Return the largest accepted K of TOP_KS, or the number of candidates if the server returns fewer for it."""
         for top_k in TOP_KS:
             try:
                 lists, _ = await self._complete(model, prompt, top_k, 8)

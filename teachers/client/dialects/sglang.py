@@ -60,7 +60,7 @@ class SglangClient(StockServerClient):
 
     kind = ServerKind(
         name="an SGLang server",
-        cost=f"exact top K for K up to {MAX_TOP_K}; at K = 64 a token takes 710 bytes, or 2,100 from a version without "
+        cost=f"exact top K for K up to {MAX_TOP_K}; at K = 64 a token takes 717 bytes, or 2,070 from a version without "
         "return_flat_raw_top_logprobs, instead of 392 with the native protocol",
     )
 
@@ -73,17 +73,17 @@ class SglangClient(StockServerClient):
             return read_results(data, request, card)
 
     async def _properties(self, timeout_s: float) -> Properties:
-        model, _, max_tokens = await self._describe(timeout_s)
+        model, _, max_tokens = await self._request_info(timeout_s)
         return _properties(model, max_tokens)
 
-    async def _describe(self, timeout_s: float) -> tuple[_ModelInfo, _ServerInfo, int]:
-        """Return what the server states about its model and itself, and the longest sequence in tokens."""
+    async def _request_info(self, timeout_s: float) -> tuple[_ModelInfo, _ServerInfo, int]:
+        """Request the properties of the model and of the server, and the longest sequence in tokens."""
         model = await self._get("/model_info", _ModelInfo, timeout_s)
         server = await self._get("/server_info", _ServerInfo, timeout_s)
         return model, server, await self._max_tokens(server, timeout_s)
 
     async def _draft_card(self) -> ProbedCard:
-        model, server, max_tokens = await self._describe(TIMEOUT_S)
+        model, server, max_tokens = await self._request_info(TIMEOUT_S)
         with self._http.named_errors():
             folder = self._folder(model.model_path)
             vocab_size = folder.config.get("vocab_size")
@@ -134,7 +134,7 @@ class SglangClient(StockServerClient):
         return [token for _, token, _ in result.meta_info.input_token_logprobs]
 
     async def _get(self, path: str, kind: type[T], timeout_s: float = TIMEOUT_S) -> T:
-        """Return a JSON object. A route /NAME is called /get_NAME in older versions."""
+        """Return the JSON response of a GET request. If the route /NAME is absent, /get_NAME is requested."""
         try:
             return await super()._get(path, kind, timeout_s)
         except NotFound:

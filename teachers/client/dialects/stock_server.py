@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class StockServerDialect:
-    """Base class of a Dialect that recognizes a server by its routes. A subclass sets `client_type`."""
+    """Base class of a Dialect whose servers are recognized by their routes. A subclass sets `client_type`."""
 
     client_type: ClassVar[type["StockServerClient"]]
 
@@ -136,7 +136,7 @@ class StockServerClient(ABC):
 
     @abstractmethod
     async def _properties(self, timeout_s: float) -> Properties:
-        """Request the properties of the served model that two replicas of one teacher have in common."""
+        """Request the properties of the served model that all replicas of one teacher have in common."""
 
     @abstractmethod
     async def _draft_card(self) -> ProbedCard:
@@ -163,7 +163,7 @@ class StockServerClient(ABC):
             return ProbedCard.model_validate(common | fields)
 
     async def _expects_bos(self, card: ProbedCard, folder: TokenizerFolder, adds_bos: bool) -> bool:
-        """Return whether BOS is expected: as the tokenizer declares, else if the server adds it, else as measured."""
+        """Return whether BOS is expected: declared by the tokenizer, else added by the server, else measured."""
         bos, declared = card.bos_id, folder.declared_bos(card.bos_id)
         if declared is not None or bos is None:
             return bool(declared)
@@ -195,7 +195,7 @@ class StockServerClient(ABC):
         return self._decode(data, path, kind)
 
     async def _post(self, path: str, body: bytes, timeout_s: float, limit_bytes: int = MAX_JSON_BYTES) -> bytes:
-        """Return the JSON response of a POST request, not decoded."""
+        """Return the body of the JSON response to a POST request."""
         return await self._http.post(path, body, timeout_s, expect="application/json", limit_bytes=limit_bytes)
 
     def _decode(self, data: bytes, path: str, kind: type[T]) -> T:

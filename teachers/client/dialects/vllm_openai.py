@@ -96,7 +96,7 @@ class VllmOpenAIClient(StockServerClient):
         return card.model_copy(update={"expects_bos": await self._expects_bos(card, folder, adds_bos)})
 
     async def _model(self, timeout_s: float) -> Model:
-        """Return the served model, the first name of several. Raises ProtocolError if the server is not vLLM."""
+        """Return the first model of the list that is no adapter. Raises ProtocolError if the server is not vLLM."""
         models = [model for model in await self._models(timeout_s) if model.parent is None]
         with self._http.named_errors():
             if not models or models[0].max_model_len is None:
@@ -122,7 +122,7 @@ class VllmOpenAIClient(StockServerClient):
             return largest
 
     async def _is_accepted(self, model: str, top_k: int, **extra_fields: Any) -> bool:
-        """Return whether a request for two tokens is accepted."""
+        """Return whether the server accepts a request with this K and these fields for a sequence of two tokens."""
         try:
             request = ScoreRequest(sequences=[[0, 0]], starts=[1], top_k=top_k)
             await self._complete(model, request, TIMEOUT_S, **extra_fields)
