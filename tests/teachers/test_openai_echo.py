@@ -12,7 +12,7 @@ from teachers.client.dialects.openai_echo import OpenAIEchoClient
 from teachers.client.dialects.probed_card import ProbedCard
 from teachers.client.dialects.token_strings import TokenStrings, read_tokens
 from teachers.protocol.messages import ScoreRequest
-from teachers.protocol.rows import Rows
+from teachers.protocol.rows import LEAST_LOGPROB, Rows
 from tests.fake_echo import GENERATED, EchoBehaviour, FakeEchoServer
 from tests.rows import random_rows
 from tests.serve import FormulaEngine
@@ -150,6 +150,26 @@ def test_a_wrong_response_is_rejected(folder: Path, name: str) -> None:
 
     with server.serving() as url, pytest.raises(kind, match=f"teacher t at .*{message}"):
         call(OpenAIEchoClient, url, run, folder)
+
+
+@pytest.mark.parametrize("value", [None, -1000.0, -9999.0, -3.4e38])
+def test_every_form_of_a_zero_probability_is_the_least_logprob(folder: Path, value: float | None) -> None:
+    server = FakeEchoServer(FormulaEngine(folder), BEHAVIOURS["OpenAI"])
+
+    def exclude(choice: dict[str, Any]) -> None:
+        entry = choice["logprobs"]["top_logprobs"][3]
+        entry[list(entry)[2]] = value
+
+    async def run(client: OpenAIEchoClient) -> Rows:
+        card = await client.card()
+        server.alter = with_choice(exclude)
+        return (await client.score(ScoreRequest(sequences=[encode(folder)], starts=[1], top_k=3), card, 10))[0]
+
+    with server.serving() as url:
+        rows = call(OpenAIEchoClient, url, run, folder)
+    assert rows.num_masked == 0
+    assert rows.logprobs[2, 2] == LEAST_LOGPROB
+    assert (rows.logprobs[:, 1] > LEAST_LOGPROB).all()
 
 
 def test_another_split_of_the_same_text_is_masked(folder: Path) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from teachers.client.dialects.probability_zero import FLOOR
 from teachers.client.dialects.token_strings import StringMatch, TokenStrings
 from teachers.client.dialects.top_k_rows import RowPosition, tail_of
 from teachers.protocol.decoding import decoding
@@ -35,7 +36,6 @@ from teachers.protocol.rows import LEAST_LOGPROB, Rows, actual_ids, masked_row, 
 REMEDY = "expected the log-probabilities of an OpenAI-compatible server at temperature 1"
 MAX_ENTRY_BYTES = 1024  # of one candidate; a token of 100 bytes takes 600 in JSON escapes
 MAX_OTHER_BYTES = 1 << 20  # of the text and of fields that are not read
-FLOOR = -9999.0  # servers write −∞ as such a number
 
 Entry = dict[str, float | None]
 
