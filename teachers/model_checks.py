@@ -43,7 +43,7 @@ class ModelError(TeacherError):
 
 
 class QuantizedError(ModelError):
-    """Raised if the weights are quantized. Whoever loads the directory adds what to use instead."""
+    """Raised if the weights are quantized. The caller adds to the message what to use instead."""
 
 
 @dataclass(frozen=True)

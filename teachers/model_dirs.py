@@ -1,4 +1,4 @@
-"""Model directories: where they are, their names and the hashes of their files. Needs no torch and no transformers."""
+"""Find model directories, and return their names and the hashes of their files. Imports no torch or transformers."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor

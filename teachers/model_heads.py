@@ -36,7 +36,7 @@ def check_head_files(folder: Path, is_tied: bool) -> None:
 
 
 def _find(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """Return the first tensor with one of the names, alone or after a prefix, the shortest name first."""
+    """Return the shortest tensor name that is one of `names` or ends with a dot and one of them; None without one."""
     found = [t for t in tensors for name in names if t == name or t.endswith(f".{name}")]
     return min(found, key=len, default=None)
 

@@ -4,18 +4,14 @@ By default it behaves like llama-cpp-python 0.3.36, whose source and recorded re
 BOS is not listed, and the lists are shifted if the sequence does not begin with BOS.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from tokenizers import Tokenizer
-
+from teachers.client.dialects.openai_echo import OpenAIEchoClient
 from teachers.client.dialects.token_strings import RENDERINGS, Token, read_tokens
 from teachers.protocol.rows import Rows
-from tests.serve import FormulaEngine, serving_app
+from tests.fake_stock import FakeStockServer
+from tests.serve import FormulaEngine
 
 GENERATED = 7
 
@@ -42,15 +38,20 @@ class EchoBehaviour:
     context: int = 400
 
 
-class FakeEchoServer:
-    """The rows of an engine as OpenAI's JSON. Tests replace `alter` to change the responses."""
+class FakeEchoServer(FakeStockServer):
+    """The rows of an engine as OpenAI's JSON."""
+
+    client_type = OpenAIEchoClient
+    score_path = "/v1/completions"
+    error_fields: ClassVar[dict[str, Any]] = {"type": "invalid_request_error"}
 
     def __init__(self, engine: FormulaEngine, behaviour: EchoBehaviour) -> None:
-        self.engine, self.behaviour = engine, behaviour
-        data = engine.tokenizer_files["tokenizer.json"]
-        self.tokenizer, self.tokens = Tokenizer.from_buffer(data), read_tokens(data)
-        self.requests: list[dict[str, Any]] = []
-        self.alter: Callable[[dict[str, Any]], dict[str, Any]] = lambda response: response
+        super().__init__(engine)
+        self.behaviour = behaviour
+        self.tokens = read_tokens(engine.tokenizer_files["tokenizer.json"])
+
+    def models(self) -> list[dict[str, Any]]:
+        return self.behaviour.models
 
     def string(self, token: int) -> str:
         found: Token = self.tokens[token]
@@ -58,15 +59,13 @@ class FakeEchoServer:
             return "" if self.behaviour.rendering == "ignored" else found.piece
         return RENDERINGS[self.behaviour.rendering](found)
 
-    async def complete(self, body: dict[str, Any]) -> dict[str, Any] | str:
-        """Return the response, or an error message."""
-        self.requests.append(body)
+    async def score(self, body: dict[str, Any]) -> Any:
         prompt, top_k, behaviour = body["prompt"], body["logprobs"], self.behaviour
         if isinstance(prompt, list) and not behaviour.takes_ids:
             return "prompt: Input should be a valid string"
         if top_k > behaviour.max_top_k:
             return f"expected logprobs of at most {behaviour.max_top_k}"
-        ids = prompt if isinstance(prompt, list) else self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = prompt if isinstance(prompt, list) else self.encode(prompt)
         bos = self.engine.card.bos_id
         full = [*([bos] if behaviour.adds_bos else []), *ids]
         if len(full) >= behaviour.context:
@@ -103,24 +102,3 @@ class FakeEchoServer:
             "id": "cmpl-1", "object": "text_completion", "created": 1, "model": "smol", "choices": [choice],
             "usage": {"prompt_tokens": len(full), "completion_tokens": 1, "total_tokens": len(full) + 1},
         }  # fmt: skip
-
-    def app(self) -> FastAPI:
-        app = FastAPI()
-
-        @app.get("/v1/models")
-        async def models() -> dict[str, Any]:
-            return {"object": "list", "data": self.behaviour.models}
-
-        @app.post("/v1/completions")
-        async def completions(request: Request) -> JSONResponse:
-            response = await self.complete(await request.json())
-            if isinstance(response, str):
-                return JSONResponse({"error": {"message": response, "type": "invalid_request_error"}}, 400)
-            return JSONResponse(response)
-
-        return app
-
-    @contextmanager
-    def serving(self) -> Iterator[str]:
-        with serving_app(self.app()) as url:
-            yield url

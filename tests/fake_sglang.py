@@ -5,44 +5,42 @@ The JSON follows the source of that version, as teachers/client/dialects/sglang_
 
 import asyncio
 import base64
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from tokenizers import Tokenizer
+from fastapi import FastAPI
+from fastapi.responses import Response
 
+from teachers.client.dialects.sglang import SglangClient
 from teachers.protocol.rows import LEAST_LOGPROB, Rows
-from tests.serve import FormulaEngine, serving_app
+from tests.fake_stock import FakeStockServer
+from tests.serve import FormulaEngine
 
 
-class FakeSglangServer:
-    """The rows of an engine as SGLang's JSON. Tests set attributes, or replace `alter` to change the results.
+class FakeSglangServer(FakeStockServer):
+    """The rows of an engine as SGLang's JSON.
 
     has_flat  whether the server knows return_flat_raw_top_logprobs
     prefix    prefix of the names of the information routes: "get_" in older versions
     """
 
+    client_type = SglangClient
+    score_path = "/generate"
+
     def __init__(self, engine: FormulaEngine, has_flat: bool = True, prefix: str = "") -> None:
-        self.engine, self.has_flat, self.prefix = engine, has_flat, prefix
+        super().__init__(engine)
+        self.has_flat, self.prefix = has_flat, prefix
         self.context_len = 129
         self.model_info = {"model_path": "org/model", "is_generation": True, "weight_version": "default"}
         self.server_info = {"version": "0.5.23", "dtype": "bfloat16", "max_req_input_len": 124, "launch_command": []}
-        self.tokenizer = Tokenizer.from_buffer(engine.tokenizer_files["tokenizer.json"])
-        self.special: list[int] = []
-        self.requests: list[dict[str, Any]] = []
 
-    def alter(self, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return results
+    def models(self) -> list[dict[str, Any]]:
+        path = self.model_info["model_path"]
+        model = {"id": path, "root": path, "parent": None, "max_model_len": self.context_len}
+        return [model | {"owned_by": "sglang"}]
 
-    async def generate(self, body: dict[str, Any]) -> Any:
-        """Return the response, or an error message."""
-        self.requests.append(body)
-        prompts = body.get("input_ids") or [
-            [*self.special, *self.tokenizer.encode(body["text"], add_special_tokens=False).ids]
-        ]
+    async def score(self, body: dict[str, Any]) -> Any:
+        prompts = body.get("input_ids") or [[*self.special, *self.encode(body["text"])]]
         starts = body["logprob_start_len"]
         starts = starts if isinstance(starts, list) else [starts]
         top_k = body.get("top_logprobs_num", [0])[0]
@@ -56,7 +54,7 @@ class FakeSglangServer:
         return self.alter(results) if "input_ids" in body else results[0]
 
     def app(self) -> FastAPI:
-        app = FastAPI()
+        app = super().app()
 
         @app.get(f"/{self.prefix}model_info")
         async def model_info() -> dict[str, Any]:
@@ -66,28 +64,11 @@ class FakeSglangServer:
         async def server_info() -> dict[str, Any]:
             return self.server_info
 
-        @app.get("/v1/models")
-        async def models() -> dict[str, Any]:
-            model = {"id": "org/model", "root": "org/model", "parent": None, "max_model_len": self.context_len}
-            return {"object": "list", "data": [model | {"owned_by": "sglang"}]}
-
         @app.get("/version")
         async def version() -> Response:
             return Response(status_code=404)
 
-        @app.post("/generate")
-        async def generate(request: Request) -> JSONResponse:
-            response = await self.generate(await request.json())
-            if isinstance(response, str):
-                return JSONResponse({"error": {"message": response}}, 400)
-            return JSONResponse(response)
-
         return app
-
-    @contextmanager
-    def serving(self) -> Iterator[str]:
-        with serving_app(self.app()) as url:
-            yield url
 
 
 def result(prompt: list[int], rows: Rows, shape: tuple[int, int], flat: bool, vocab_size: int) -> dict[str, Any]:

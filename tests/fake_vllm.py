@@ -4,37 +4,35 @@ The JSON was copied from vllm.entrypoints; tests/teachers/test_vllm_openai.py co
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
-from tokenizers import Tokenizer
+from fastapi.responses import Response
 
+from teachers.client.dialects.vllm_openai import VllmOpenAIClient
 from teachers.protocol.rows import Rows
-from tests.serve import FormulaEngine, serving_app
+from tests.fake_stock import FakeStockServer
+from tests.serve import FormulaEngine
 
 
-class FakeVllmServer:
-    """The rows of an engine as vLLM's JSON. Tests set attributes, or replace `alter` to change the choices."""
+class FakeVllmServer(FakeStockServer):
+    """The rows of an engine as vLLM's JSON."""
+
+    client_type = VllmOpenAIClient
+    score_path = "/v1/completions"
+    error_fields: ClassVar[dict[str, Any]] = {"type": "BadRequestError", "param": None, "code": 400}
 
     def __init__(self, engine: FormulaEngine, root: str = "org/model", max_logprobs: int = 20) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self.model = {"id": "org/model", "root": root, "parent": None, "max_model_len": 129, "object": "model"}
         self.max_logprobs = max_logprobs
         self.vocab_size = engine.card.vocab_size
-        self.tokenizer = Tokenizer.from_buffer(engine.tokenizer_files["tokenizer.json"])
-        self.special: list[int] = []
-        self.requests: list[dict[str, Any]] = []
 
-    def alter(self, choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return choices
+    def models(self) -> list[dict[str, Any]]:
+        return [self.model]
 
-    async def complete(self, body: dict[str, Any]) -> dict[str, Any] | str:
-        """Return the response, or an error message."""
-        self.requests.append(body)
+    async def score(self, body: dict[str, Any]) -> Any:
         top_k = body["prompt_logprobs"]
         if top_k > self.max_logprobs:
             return f"Requested prompt logprobs of {top_k}, which is greater than max allowed: {self.max_logprobs}"
@@ -48,7 +46,7 @@ class FakeVllmServer:
         return completion(self.alter(choices), self.model["id"])
 
     def app(self) -> FastAPI:
-        app = FastAPI()
+        app = super().app()
 
         @app.get("/health")
         async def health() -> Response:
@@ -58,31 +56,13 @@ class FakeVllmServer:
         async def version() -> dict[str, str]:
             return {"version": "0.32.0"}
 
-        @app.get("/v1/models")
-        async def models() -> dict[str, Any]:
-            return {"object": "list", "data": [self.model]}
-
         @app.post("/tokenize")
         async def tokenize(request: Request) -> dict[str, Any]:
             body = await request.json()
-            ids = self.tokenizer.encode(body["prompt"], add_special_tokens=False).ids
-            ids = [*(self.special if body["add_special_tokens"] else []), *ids]
+            ids = [*(self.special if body["add_special_tokens"] else []), *self.encode(body["prompt"])]
             return {"count": len(ids), "max_model_len": self.model["max_model_len"], "tokens": ids, "token_strs": None}
 
-        @app.post("/v1/completions")
-        async def completions(request: Request) -> JSONResponse:
-            response = await self.complete(await request.json())
-            if isinstance(response, str):
-                error = {"message": response, "type": "BadRequestError", "param": None, "code": 400}
-                return JSONResponse({"error": error}, 400)
-            return JSONResponse(response)
-
         return app
-
-    @contextmanager
-    def serving(self) -> Iterator[str]:
-        with serving_app(self.app()) as url:
-            yield url
 
 
 def prompt_logprobs(prompt: list[int], rows: Rows, vocab_size: int) -> list[dict[str, Any] | None]:

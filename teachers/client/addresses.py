@@ -80,7 +80,7 @@ async def resolve_urls(address: TeacherAddress) -> list[str]:
 
 
 def canonical_url(name: str, url: str) -> str:
-    """Return the address of a replica in the one form that all its spellings have.
+    """Return the canonical form of an address, which is the same for all spellings of the address.
 
     Scheme and host are in lower case, an IPv6 address in its shortest form, and the default port, final slashes and a
     final /v1 are removed: the base URL of an OpenAI client ends in /v1. A proxy that serves the teacher below /v1 is
@@ -105,7 +105,7 @@ def canonical_url(name: str, url: str) -> str:
 
 
 def _reject_secrets(name: str, url: str) -> None:
-    """Raise TeacherError, which repeats nothing secret, because messages and reports show addresses."""
+    """Raise TeacherError if an address contains a password or a query. The message repeats neither of them."""
     if "@" in url:
         raise TeacherError(
             f"teacher {name}: the address …@{url.rpartition('@')[2]} contains a user or password: remove it, and name "
@@ -120,7 +120,7 @@ def _reject_secrets(name: str, url: str) -> None:
 
 
 def _authority(parts: SplitResult) -> str:
-    """Return host and port of an HTTP address in canonical form. Raises ValueError with the expected form."""
+    """Return host and port in canonical form. Raises ValueError, which shows a valid address, for any other."""
     expected = "expected http://HOST:PORT or https://HOST:PORT"
     if parts.netloc.count(":") > 1 and "[" not in parts.netloc:
         raise ValueError("an IPv6 address is written in brackets, for example http://[::1]:8101")

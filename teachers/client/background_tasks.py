@@ -1,4 +1,4 @@
-"""Background tasks of an event loop: they are kept alive, their unexpected errors are logged, and they can be ended."""
+"""Run background tasks in an event loop, log their unexpected errors, and cancel them together."""
 
 import asyncio
 import logging
@@ -9,14 +9,14 @@ log = logging.getLogger("tutelage.pool")
 
 
 class BackgroundTasks:
-    """The background tasks for one subject, which log messages name."""
+    """The background tasks of one subject. Log messages contain the name of the subject."""
 
     def __init__(self, subject: str) -> None:
         self._subject = subject
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine beside the caller."""
+        """Start a coroutine as a background task."""
         task = asyncio.create_task(work)
         self._tasks.add(task)  # the event loop keeps weak references only
         task.add_done_callback(self._finish)

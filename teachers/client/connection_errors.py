@@ -1,4 +1,4 @@
-"""TLS context of a client, and the reasons why a connection fails, each with its remedy. http.py uses both."""
+"""TLS settings of a client, and errors of failed connections. A message states the cause and what to change."""
 
 import asyncio
 import errno
@@ -31,7 +31,7 @@ REMEDIES = {
 
 
 def tls_context(label: str, base: ssl.SSLContext, ca_file: Path | None) -> ssl.SSLContext:
-    """Return `base` with the certificates of the system, and with those of ca_file.
+    """Load the certificates of the system and of ca_file into the context `base`, and return it.
 
     A server's own certificate in ca_file is trusted too. Raises TeacherError if ca_file contains no certificate.
     """
@@ -53,7 +53,7 @@ def tls_context(label: str, base: ssl.SSLContext, ca_file: Path | None) -> ssl.S
 
 
 def connection_error(error: BaseException, ca_file: Path | None) -> Unavailable:
-    """Return the TeacherError for the cause of a failed connection: TlsError, or Unavailable with the reason."""
+    """Return the error for a failed connection: TlsError if TLS failed, else Unavailable. Both state the cause."""
     for cause in _causes(error):
         match cause:
             case ssl.SSLCertVerificationError():
@@ -68,7 +68,7 @@ def connection_error(error: BaseException, ca_file: Path | None) -> Unavailable:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, its causes, and the errors of exception groups among them, outermost first."""
+    """Yield an error, its chain of causes, and the members of exception groups in the chain, outermost first."""
     current: BaseException | None = error
     while current is not None:
         yield current
@@ -99,7 +99,7 @@ def _tls_fault(error: ssl.SSLError) -> str:
 
 
 async def speaks_tls(host: str, port: int) -> bool:
-    """Return whether a server begins a TLS handshake, within PROBE_TIMEOUT_S. Nothing else is sent to it."""
+    """Return whether a server responds to a TLS handshake. Sends nothing else, and waits up to PROBE_TIMEOUT_S."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:

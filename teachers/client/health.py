@@ -15,27 +15,19 @@ from typing import Literal
 from teachers.client.addresses import TeacherAddress, resolve_urls
 from teachers.client.background_tasks import BackgroundTasks
 from teachers.client.limits import backoff_s
-from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, may_recover
-from teachers.client.start_wait import StartWait
-from teachers.protocol.errors import (
-    FingerprintMismatch,
-    InvalidRows,
-    Overloaded,
-    TeacherError,
-    TeacherLost,
-    Unauthorized,
-    Unavailable,
-    VersionMismatch,
-)
+from teachers.client.replica import LASTING, MIN_TRIAL_S, ClientFactory, Replica, may_recover
+from teachers.client.start_wait import REPORT_PAUSE_S, StartWait
+from teachers.protocol.errors import FingerprintMismatch, Overloaded, TeacherError, TeacherLost, Unavailable
 from teachers.protocol.messages import TeacherCard
 
 log = logging.getLogger("tutelage.pool")
+LAST_ATTEMPT = 0.95  # of the time until the teacher is lost: a Retry-After counts up to this time
 RESOLVE_EVERY_S = 10.0  # interval at which files and DNS names with replicas are read again
 
 
 @dataclass(frozen=True)
 class TeacherEvent:
-    """A teacher was lost, or joined again."""
+    """The loss of a teacher during a run, or its return."""
 
     kind: Literal["teacher_lost", "teacher_joined"]
     teacher: str
@@ -43,7 +35,7 @@ class TeacherEvent:
 
 
 class ReplicaHealth:
-    """The replicas of one teacher, for one event loop."""
+    """The replicas of one teacher and their states. All methods run in one event loop."""
 
     def __init__(
         self, address: TeacherAddress, make_client: ClientFactory, report: Callable[[TeacherEvent], None]
@@ -76,10 +68,10 @@ class ReplicaHealth:
         return self._card
 
     async def connect(self) -> tuple[TeacherCard, dict[str, bytes]]:
-        """Return the card that every replica must have, and the tokenizer files, once a replica is healthy.
+        """Connect to the replicas. Return the card and the tokenizer files as soon as one replica is healthy.
 
-        Waits up to `start_timeout_s` for the first one (start_wait.py), and quarantines the others that may recover.
-        Raises errors that only the user can correct, and the most specific error if no replica is healthy in time.
+        Waits for it up to `start_timeout_s` (start_wait.py). Other replicas that may recover are quarantined. Raises an
+        error that only the user can correct at once, and the most specific one if no replica is healthy in time.
         """
         wait = StartWait(self._address.name, self._address.start_timeout_s)
         while errors := await self._connect_replicas():
@@ -90,7 +82,7 @@ class ReplicaHealth:
         return self.card, self._tokenizer_files
 
     async def _connect_replicas(self) -> Sequence[BaseException]:
-        """Connect to all replicas. Return the errors that prevent the start, none if a replica is healthy."""
+        """Connect to all replicas. Return the errors that prevent the start: none if a replica is healthy."""
         try:
             urls = await resolve_urls(self._address)
             self._replicas = {url: self._replicas.get(url) or self._new_replica(url) for url in urls}
@@ -119,16 +111,16 @@ class ReplicaHealth:
     def pick(self, exclude: Collection[Replica] = (), extra: int = 0) -> Replica | None:
         """Return the replica with the fewest tokens in flight that accepts one more request, or None.
 
-        `extra` raises every concurrency limit: a hedged request is sent before all waiting requests.
+        `extra` is added to every concurrency limit, so that a hedged request need not wait behind other requests.
         """
         now = asyncio.get_running_loop().time()
         available = [r for r in self._replicas.values() if r.can_accept(now, extra) and r not in exclude]
         return min(available, key=lambda r: r.tokens_in_flight, default=None)
 
     async def acquire(self, avoid: Collection[Replica] = ()) -> Replica:
-        """Wait for a replica that accepts a request; one in `avoid` only if no other is healthy.
+        """Return a replica that accepts a request, and wait for one if necessary.
 
-        Raises the error of a lost teacher.
+        A replica in `avoid` is returned only if no other one is healthy. Raises the error of a lost teacher.
         """
         while True:
             if self._lost is not None:
@@ -151,18 +143,21 @@ class ReplicaHealth:
         self._changed.set()
 
     def on_success(self, replica: Replica) -> None:
-        """Record a response: replica and teacher are available."""
+        """Record that a replica responded: the replica and the teacher are available."""
         replica.failures = 0
         self._unavailable_since = None
 
     def pause(self, replica: Replica, error: Overloaded) -> None:
-        """Send nothing to an overloaded replica until its Retry-After has passed."""
-        loop = asyncio.get_running_loop()
-        patience_s = self._address.unavailable_timeout_s
-        pause_s = min(error.retry_after_s or backoff_s(1), patience_s / 4)  # asked again before the teacher is lost
-        replica.paused_until = loop.time() + pause_s
-        loop.call_later(pause_s, self.notify)
+        """Send no request to an overloaded replica during its Retry-After, limited by LAST_ATTEMPT."""
         self._record_failure(error)
+        loop = asyncio.get_running_loop()
+        limit_s = LAST_ATTEMPT * (self._address.unavailable_timeout_s if self._lost else self._remaining_s() or 0.0)
+        pause_s = min(error.retry_after_s or backoff_s(1), max(limit_s, backoff_s(1)))
+        if pause_s >= REPORT_PAUSE_S and loop.time() >= replica.paused_until:
+            asked_s = error.retry_after_s
+            log.warning("%s; no request is sent to it for %.0f s (Retry-After: %.0f s)", error, pause_s, asked_s)
+        replica.paused_until = max(replica.paused_until, loop.time() + pause_s)
+        loop.call_later(pause_s, self.notify)
 
     def quarantine(self, replica: Replica, error: TeacherError) -> None:
         """Send only trial requests to a failed replica, until one succeeds."""
@@ -183,7 +178,7 @@ class ReplicaHealth:
             self._lose(error)
 
     def probe(self, replica: Replica) -> None:
-        """Check whether the process of a slow replica responds; abort its requests if it does not."""
+        """Start to check whether the process of a slow replica responds. Its requests are aborted if it does not."""
         if not replica.probing and not replica.quarantined:
             replica.probing = True
             self._tasks.start(self._ping(replica))
@@ -191,7 +186,7 @@ class ReplicaHealth:
     # --- life cycle of a replica ---
 
     async def _connect_replica(self, replica: Replica) -> None:
-        """Accept a replica that responds and has the same card as the others."""
+        """Mark a replica as healthy if it responds and is the same teacher as the others. Raises TeacherError."""
         client = await replica.client()
         if self._card is None:
             card = await client.card()
@@ -200,15 +195,16 @@ class ReplicaHealth:
         replica.healthy = True
 
     async def _recover(self, replica: Replica) -> None:
-        """Send trial requests until one succeeds or the replica is removed from the address."""
+        """Send trial requests until one succeeds, or until the address does not contain the replica any more."""
         while self._replicas.get(replica.url) is replica:
-            await asyncio.sleep(backoff_s(replica.failures))
+            paused_s = replica.paused_until - asyncio.get_running_loop().time()
+            await asyncio.sleep(max(backoff_s(replica.failures), paused_s))
             try:
                 await replica.send_trial(self.card, self._trial_s)
             except FingerprintMismatch as error:
                 self.ban(replica, error)
             except TeacherError as error:
-                self._on_failed_trial(error)
+                self._on_failed_trial(replica, error)
             except Exception as error:  # without its trials the replica would never be used again
                 log.exception("a trial of %s failed unexpectedly; it is tried again", replica.url)
                 self._record_failure(TeacherError(f"teacher {self._address.name} at {replica.url}: {error!r}"))
@@ -221,6 +217,7 @@ class ReplicaHealth:
     def _restore(self, replica: Replica) -> None:
         log.warning("teacher %s at %s is healthy again", self._address.name, replica.url)
         replica.limiter.reset()
+        replica.paused_until = 0.0
         replica.healthy, replica.quarantined, replica.banned = True, False, False
         if self._lost is not None and self._address.on_unavailable == "drop":
             self._lost = self._unavailable_since = None
@@ -277,15 +274,16 @@ class ReplicaHealth:
             return None
         return self._unavailable_since + self._address.unavailable_timeout_s - asyncio.get_running_loop().time()
 
-    def _on_failed_trial(self, error: TeacherError) -> None:
+    def _on_failed_trial(self, replica: Replica, error: TeacherError) -> None:
         """Declare the teacher lost if on_unavailable is `stop`, or if its only replica has a permanent fault.
 
         Invalid rows count as permanent, because the model produces them. A malformed response can be a transient fault
         of the server or of a proxy.
         """
+        if isinstance(error, Overloaded):
+            self.pause(replica, error)
         self._record_failure(error)
-        is_lasting = isinstance(error, (InvalidRows, VersionMismatch, Unauthorized))
-        only_replica_invalid = len(self._replicas) == 1 and is_lasting
+        only_replica_invalid = len(self._replicas) == 1 and isinstance(error, LASTING)
         if not self.healthy and (self._address.on_unavailable == "stop" or only_replica_invalid):
             self._lose(error)
 

@@ -1,13 +1,12 @@
 """HTTP client of one server. The only module that imports httpx, and the only place where its errors are mapped.
 
-A request is sent over the network or by a Sender, which transports the same request and response by other means.
-
-One function reads every response, within a total deadline and a byte limit. Content encodings are rejected, so that the
-byte limit applies to the decoded body. Redirects are not followed, and cookies are not stored. httpx limits the head of
-a response to 100 kB.
+Requests are sent over the network, or by a Sender: a function that transports them in another way (ray_handle.py).
+Every response has a total deadline and a byte limit. Content encodings are rejected, so that the byte limit applies to
+the decoded body. Redirects are not followed, and cookies are not stored. httpx limits the head of a response to 100 kB.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -38,7 +37,9 @@ from teachers.protocol.untrusted_text import clean
 
 KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request on a connection that is being closed fails
 MAX_SMALL_BYTES = 64 * 1024  # of a card, a listing, an error and other small responses
-MAX_RETRY_AFTER_S = 60.0  # a server that asks for more is asked again after this time
+# Response of a Ray Serve proxy to a path of no application, such as one that is being deployed (ray 2.58, proxy.py and
+# haproxy_templates.py). An application that has no such route responds with its own 404.
+RAY_NOT_FOUND = re.compile(rb"Path '.*' not found\. Ping http://\.\.\./-/routes for available routes\.", re.DOTALL)
 
 Headers = dict[str, str]
 Response = tuple[int, Headers, bytes]  # status, headers, whole body
@@ -102,11 +103,11 @@ class Transport:
                         await self._reject_tls_port()
                     await _raise_for_status(response, path)
                 self._may_need_tls = False
-                self._exhausted_until = time.monotonic() + min(exhausted_s(response.headers), MAX_RETRY_AFTER_S)
+                self._exhausted_until = time.monotonic() + exhausted_s(response.headers)
                 return await self._read(response, limit_bytes, expect)
 
     def _check_quota(self, method: str) -> None:
-        """Raise Overloaded if the last response said that the quota is used up. Reading properties costs no quota."""
+        """Raise Overloaded if the last response stated that the quota is used up. A GET request uses no quota."""
         remaining_s = self._exhausted_until - time.monotonic()
         if method == "POST" and remaining_s > 0:
             raise Overloaded(f"its rate limit leaves nothing for {remaining_s:.1f} s (x-ratelimit-…)", remaining_s)
@@ -143,7 +144,7 @@ class Transport:
                 raise ProtocolError(f"invalid HTTP response: {clean(error)}") from error
 
     async def _reject_tls_port(self) -> None:
-        """Raise TlsError if the address is http:// and the server, which has never responded, expects TLS."""
+        """Raise TlsError if the address is http:// and the server expects TLS. Not checked after a valid response."""
         url = self._http.base_url
         if self._may_need_tls and await speaks_tls(url.host, url.port or 80):
             raise TlsError("the server expects TLS: write https:// in the address")
@@ -162,7 +163,7 @@ class _SenderTransport(httpx.AsyncBaseTransport):
 
 
 async def send_to_app(app: Any, method: str, path: str, headers: Headers, body: bytes) -> Response:
-    """Send a request to an ASGI application in this process. Cancelling cancels its work."""
+    """Send a request to an ASGI application in this process. If the call is cancelled, so is the request."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://in-process", timeout=None) as http:
         response = await http.request(method, path, headers=headers, content=body)
@@ -178,7 +179,7 @@ def check_url(name: str, url: str) -> str:
 
 
 class _NamedErrors:
-    """Put the teacher's name in front of an error's message, unless it is there already."""
+    """Context manager that puts teacher and address in front of the message of a TeacherError, once."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -193,15 +194,22 @@ class _NamedErrors:
 
 async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
     """Raise the error that corresponds to a status other than 200."""
-    detail = _error_detail(response.status_code, await _read_body(response, MAX_SMALL_BYTES))
+    data = await _read_body(response, MAX_SMALL_BYTES)
+    detail = _error_detail(response.status_code, data)
     match response.status_code:
         case 401 | 403:
             has_key = "authorization" in response.request.headers
             raise Unauthorized(f"{'the server rejects the key' if has_key else 'the server requires a key'} ({detail})")
+        case 404 if RAY_NOT_FOUND.fullmatch(data) and response.headers.get("content-type", "").startswith("text/plain"):
+            routes = response.request.url.copy_with(raw_path=b"/-/routes")
+            raise Unavailable(
+                f"Ray Serve has no application at {response.request.url.path} (HTTP 404): it is not deployed yet, or "
+                f"the path is wrong; {routes} lists the applications"
+            )
         case 404:
             raise NotFound(f"{response.request.url.path}: {detail}")
         case 429 | 503:
-            raise Overloaded(detail, _retry_after_s(response))
+            raise Overloaded(detail, retry_after_s(response.headers, time.time()))
         case status if status >= 500:
             raise Unavailable(detail)
         case status if status >= 400:
@@ -211,7 +219,7 @@ async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
 
 
 def _redirection(response: httpx.Response, route: str) -> str:
-    """Return the advice for a redirect, such as that of a proxy to https://; empty without a whole address."""
+    """Return advice for a redirect to an absolute address, such as https://…; an empty string for others."""
     target = clean(response.headers.get("location", "").partition("?")[0], 300)
     if not response.is_redirect or not target.startswith(("http://", "https://")):
         return ""
@@ -220,7 +228,7 @@ def _redirection(response: httpx.Response, route: str) -> str:
 
 
 def _error_detail(status: int, data: bytes) -> str:
-    """Return the detail of an error response in this project's format or vLLM's; else only the status."""
+    """Return the message of an error response, in the format of Tutelage or of vLLM; else only the status."""
     with suppress(ProtocolError), decoding("problem"):
         return Problem.model_validate_json(data).detail
     with suppress(ProtocolError), decoding("error of vLLM"):
@@ -235,12 +243,6 @@ class _VllmError(msgspec.Struct):
 
 class _VllmProblem(msgspec.Struct):
     error: _VllmError
-
-
-def _retry_after_s(response: httpx.Response) -> float | None:
-    """Return the pause that the server asks for, at most MAX_RETRY_AFTER_S; None if it states none. See rate_limits."""
-    pause_s = retry_after_s(response.headers, time.time())
-    return None if pause_s is None else min(pause_s, MAX_RETRY_AFTER_S)
 
 
 async def _read_body(response: httpx.Response, limit_bytes: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Concurrency of a replica, delay of hedged requests and backoff. No clock and no network.
+"""Concurrency limit of a replica, delay of hedged requests, and backoff. The module uses no clock and no network.
 
 The latency of a request is measured per token plus a fixed overhead, so that short and long requests are comparable.
 """
@@ -50,7 +50,7 @@ class ConcurrencyLimiter:
 
 
 class HedgePolicy:
-    """When to send a request a second time, and how often that is allowed.
+    """Decide when a slow request is sent a second time, and limit how often that happens.
 
     quantile  quantile of the recent latencies that is considered usual
     factor    multiple of the usual latency after which a request is hedged

@@ -58,7 +58,7 @@ class LoadBalancerStats:
 
 @dataclass(frozen=True)
 class _PendingRequest:
-    """A request, the name of its sample in messages, and the replicas that returned an invalid response to it."""
+    """A request, the name of its sample for messages, and the replicas whose response to it was invalid."""
 
     request: ScoreRequest
     sample: str
@@ -142,7 +142,7 @@ class LoadBalancer:
             self._counts["retries"] += 1
 
     async def _score_with_hedge(self, replica: Replica, pending: _PendingRequest) -> Rows:
-        """Return the first response: of this replica, or of a second one if this one is slow."""
+        """Send the request to a replica, and to a second one if it is slow. Return the first response."""
         first = self._start_attempt(replica, pending)
         attempts = {first}
         try:
@@ -186,7 +186,7 @@ class LoadBalancer:
         return attempt
 
     async def _attempt(self, replica: Replica, pending: _PendingRequest) -> Rows:
-        """Return the rows of one replica, and update the state of the replica."""
+        """Send the request to one replica, update the state of the replica, and return the rows."""
         loop = asyncio.get_running_loop()
         began, in_flight = loop.time(), replica.in_flight
         self._counts["sent_tokens"] += pending.tokens

@@ -14,7 +14,10 @@ from teachers.protocol.rows import Rows
 
 
 class TeacherPool:
-    """An async context manager for one event loop. `report` is called when a teacher is lost or joins again."""
+    """The teachers of a run by name. An async context manager for one event loop.
+
+    `report` is called when a teacher is lost or joins again.
+    """
 
     def __init__(
         self, addresses: Sequence[TeacherAddress], report: Callable[[TeacherEvent], None] = lambda _: None

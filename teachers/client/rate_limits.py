@@ -1,7 +1,8 @@
-"""Rate limits of a server: what its headers say, and the limit that a run file sets.
+"""Rate limits: the headers in which a server states its limit, and the limit that a run file sets.
 
-Retry-After (RFC 9110) is a number of seconds or a date. `x-ratelimit-remaining-requests`, `…-tokens` and the times of
-their reset are OpenAI's, and many servers have them: a reset is a number of seconds or a duration such as 6m0s or 20ms.
+Retry-After (RFC 9110) is a number of seconds or a date. It has no upper limit here: health.py and start_wait.py limit
+it by the timeouts of the teacher. `x-ratelimit-remaining-requests`, `…-remaining-tokens` and `x-ratelimit-reset-…` are
+headers of OpenAI that many servers have. A reset is a number of seconds or a duration such as 6m0s or 20ms.
 """
 
 import asyncio
@@ -11,13 +12,14 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 
 WINDOW_S = 60.0
+MAX_RESET_S = 60.0  # a reset is that of the whole quota, a part of which may be free earlier: ask again after this time
 UNITS_S = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 DURATION = re.compile(r"(?:\d{1,9}(?:\.\d{1,9})?(?:ms|h|m|s))+")
 PART = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds until the next request that a refused one asks for; None if the headers do not say.
+    """Return the seconds after which a refused request may be repeated; None if the headers do not state them.
 
     now  seconds since the epoch
     """
@@ -31,11 +33,12 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def exhausted_s(headers: Mapping[str, str]) -> float:
-    """Return the seconds until a used-up quota is reset; 0 if requests and tokens remain or the headers do not say."""
+    """Return the seconds until a used-up quota is reset, at most MAX_RESET_S; 0 if requests and tokens remain."""
     used_up = [
         kind for kind in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{kind}", "").strip() == "0"
     ]
-    return max((_duration_s(headers.get(f"x-ratelimit-reset-{kind}", "")) for kind in used_up), default=0.0)
+    resets_s = (_duration_s(headers.get(f"x-ratelimit-reset-{kind}", "")) for kind in used_up)
+    return min(max(resets_s, default=0.0), MAX_RESET_S)
 
 
 def _duration_s(text: str) -> float:
@@ -49,7 +52,7 @@ def _duration_s(text: str) -> float:
 
 
 class TokenRateLimiter:
-    """Keep the tokens that are sent within any minute below a limit. A longer request is sent alone."""
+    """Limit the tokens that are sent within any minute. A request with more tokens than the limit is sent alone."""
 
     def __init__(self, tokens_per_minute: int | None) -> None:
         self._limit = tokens_per_minute
@@ -70,7 +73,7 @@ class TokenRateLimiter:
         self._sent.append((clock(), tokens))
 
     def _pause_s(self, tokens: int, now: float) -> float:
-        """Return the seconds until enough of the last minute's requests are over a minute old."""
+        """Return the seconds until the tokens of the last minute and this request together are within the limit."""
         assert self._limit is not None
         while self._sent and self._sent[0][0] <= now - WINDOW_S:
             self._sent.popleft()

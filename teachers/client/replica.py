@@ -7,9 +7,11 @@ from teachers.client.dialects.base import ReplicaClient
 from teachers.client.limits import ConcurrencyLimiter
 from teachers.protocol.errors import (
     FingerprintMismatch,
+    InvalidRows,
     ProtocolError,
     TeacherError,
     TlsError,
+    Unauthorized,
     Unavailable,
     VersionMismatch,
 )
@@ -91,7 +93,7 @@ class Replica:
         await client.score(request, card, timeout_s)
 
     def abort_requests(self) -> None:
-        """Let every request in flight fail with Unavailable."""
+        """Abort every request in flight. Each of them raises Unavailable."""
         for task in self._tasks:
             task.cancel()
 
@@ -105,6 +107,7 @@ class Replica:
             await self._client.aclose()
 
 
+LASTING = (InvalidRows, VersionMismatch, Unauthorized)  # a restarted server would respond in the same way
 NEEDS_CHANGE = (FingerprintMismatch, VersionMismatch, TlsError)  # only the user can correct them
 
 
@@ -117,5 +120,5 @@ def may_recover(error: BaseException) -> bool:
 
 
 def most_useful_error(errors: Sequence[BaseException]) -> BaseException:
-    """Return the error that a user can act on best: an invalid replica before an unavailable one."""
+    """Return the error to show first: that of an invalid replica before that of an unavailable one."""
     return min(errors, key=lambda e: (may_recover(e), isinstance(e, Unavailable), not isinstance(e, TeacherError)))

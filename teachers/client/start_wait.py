@@ -1,7 +1,8 @@
-"""Waiting for a teacher at the start of a run, as for a teacher that is lost later.
+"""Wait at the start of a run until a teacher responds, and report the wait.
 
-A server that is not there yet is waited for: connection refused, name not resolved, 429, 5xx, or not ready. An error
-that only the user can correct ends the wait at once: a wrong key, model, path or certificate.
+The wait continues while a server may still be starting: connection refused, name not resolved, 429, 5xx, not ready, or
+a Ray Serve proxy without the application. An error that only the user can correct ends it at once: a wrong key, model,
+path or certificate.
 """
 
 import asyncio
@@ -13,12 +14,12 @@ from teachers.protocol.errors import Overloaded, Unavailable
 
 log = logging.getLogger("tutelage.pool")
 RETRY_S = 1.0
-MAX_RETRY_S = 10.0  # a Retry-After is followed up to this time
+REPORT_PAUSE_S = 10.0  # a Retry-After of this time or longer is reported
 FIRST_REPORT_S, MAX_REPORT_S = 10.0, 320.0  # between two reports; each interval is twice as long as the one before
 
 
 class StartWait:
-    """The wait for one teacher, from the moment at which it is created, in one event loop."""
+    """The wait for one teacher. It begins when the object is created, in a running event loop."""
 
     def __init__(self, teacher: str, timeout_s: float) -> None:
         self._teacher = teacher
@@ -33,9 +34,9 @@ class StartWait:
         return asyncio.get_running_loop().time() - self._began
 
     async def pause(self, errors: Sequence[BaseException]) -> None:
-        """Report the errors of the replicas and wait for the next attempt.
+        """Report the errors of the last attempt, and sleep until the next attempt.
 
-        Raises the most useful of them if waiting cannot help or the time is over.
+        Raises the most useful error if waiting cannot help, or if the time is over.
         """
         error = most_useful_error(errors)
         may_start = all(map(may_recover, errors)) and any(isinstance(each, Unavailable) for each in errors)
@@ -44,26 +45,28 @@ class StartWait:
             if may_start and self._timeout_s:
                 error.args = (f"{error} (waited {self._timeout_s:g} s: start_timeout_s of this teacher)",)
             raise error
-        self._report(error)
-        await asyncio.sleep(min(_retry_s(errors), remaining_s))
+        pause_s = min(_retry_s(errors), remaining_s)
+        self._report(error, pause_s)
+        await asyncio.sleep(pause_s)
 
     def end(self) -> None:
         """Report that the teacher responds, if the wait was reported."""
         if self._reported:
             log.warning("teacher %s responds after %.0f s", self._teacher, self.waited_s)
 
-    def _report(self, error: BaseException) -> None:
+    def _report(self, error: BaseException, pause_s: float) -> None:
         now = asyncio.get_running_loop().time()
         if now < self._report_at:
             return
-        waited = f", {self.waited_s:.0f} s so far" if self._reported else ""
-        log.warning("%s; waiting for the teacher up to %g s (start_timeout_s)%s", error, self._timeout_s, waited)
+        details = f", {self.waited_s:.0f} s so far" if self._reported else ""
+        details += f", next attempt in {pause_s:.0f} s (Retry-After)" if pause_s >= REPORT_PAUSE_S else ""
+        log.warning("%s; waiting for the teacher up to %g s (start_timeout_s)%s", error, self._timeout_s, details)
         self._report_at = now + self._report_s
         self._report_s = min(2 * self._report_s, MAX_REPORT_S)
         self._reported = True
 
 
 def _retry_s(errors: Sequence[BaseException]) -> float:
-    """Return the pause before the next attempt: the least Retry-After if every replica sent one."""
+    """Return the seconds until the next attempt: RETRY_S, or the shortest Retry-After if every replica sent one."""
     pauses = [error.retry_after_s or RETRY_S if isinstance(error, Overloaded) else RETRY_S for error in errors]
-    return min(*pauses, MAX_RETRY_S)
+    return min(pauses)

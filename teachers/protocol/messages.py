@@ -103,6 +103,11 @@ class TeacherCard(ResponseMessage):
         """Whether some positions of a response may be masked, because the server returns no ids."""
         return False
 
+    @property
+    def protocol_cost(self) -> str | None:
+        """Kind of the server and the cost of its protocol compared with this one, as a sentence; None for this one."""
+        return None
+
     def difference(self, received: "TeacherCard") -> str | None:
         """Return the first field that differs in another card, with both values; None if the cards are equal."""
         for name in type(self).model_fields:

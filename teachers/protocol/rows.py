@@ -23,8 +23,8 @@ class Rows:
 
     ids       [S, K] token ids, most probable first
     logprobs  [S, K] nats, descending
-    actual    [S] nats, log-probability of the actual token at the position. NaN masks a position about which a
-              response that states no ids tells nothing certain; its candidates have no mass. Not on the wire
+    actual    [S] nats, log-probability of the actual token at the position. NaN marks a masked position, at
+              which a response without ids does not determine the candidates; their mass is 0. Not on the wire
     tail      [S] probability of all ids that are not listed
     chosen    [S, M] nats, log-probabilities of the chosen ids; None if the request has none
     """

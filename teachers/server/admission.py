@@ -1,4 +1,4 @@
-"""Which requests a teacher accepts: checks of a score request against the card and the limits of the server."""
+"""Compare a score request with the card and the limits of the server, and reject it if it exceeds them."""
 
 from teachers.protocol.messages import Problem, ScoreRequest, TeacherCard
 from teachers.protocol.untrusted_text import clean

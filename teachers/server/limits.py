@@ -12,10 +12,10 @@ class Limits:
     max_queued_tokens   tokens of all unfinished sequences
     max_body_bytes      size of a request
     max_bodies          requests whose bodies are received at the same time
-    max_seconds         work on one request, even if its own deadline is later
-    max_body_s          from the head of a request to the end of its body
-    max_stall_s         time in which the client receives nothing of its response
-    max_held_bytes      rows that are scored and that no client has received yet; beyond it, responses are aborted
+    max_seconds         seconds of work on one request, even if its own deadline is later
+    max_body_s          seconds from the head of a request to the end of its body
+    max_stall_s         seconds in which the client receives nothing of its response
+    max_held_bytes      size of the rows that are scored and not yet received; beyond it, responses are aborted
     """
 
     max_sequences: int = 64

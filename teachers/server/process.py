@@ -1,4 +1,4 @@
-"""The process of one teacher: a service behind uvicorn, with a graceful shutdown."""
+"""The server process of one teacher: uvicorn with a graceful shutdown."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""How a teacher runs on Ray Serve, and the configuration of `serve run`. Run files contain it, so it imports no ray."""
+"""Options of a teacher on Ray Serve, which run files contain, and the configuration for `serve run`. Imports no ray."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

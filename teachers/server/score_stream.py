@@ -1,4 +1,4 @@
-"""Response stream of one score request, with its pending tasks and its rows that were not sent yet."""
+"""The response of one score request as a stream, with the scoring tasks and the size of the unsent rows."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""The work of `tutelage serve`: bind the address, load the model, serve it."""
+"""Implementation of `tutelage serve`: bind the address, load the model, and serve it."""
 
 import logging
 import os

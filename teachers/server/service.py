@@ -173,7 +173,7 @@ class Service:
             raise Rejection(503, "Queue full", detail, self._backlog.wait_s(excess))
 
     def _start(self, request: ScoreRequest, index: int, deadline: float, stream: ScoreStream) -> Task:
-        """Start one sequence. Its tokens are queued from here until the task ends, even if the task never runs."""
+        """Start to score one sequence. Its tokens count as queued until the task ends, even if it never runs."""
         tokens = len(request.sequences[index])
         self._backlog.enter(tokens)
         self._queue.take(stream.client, tokens)

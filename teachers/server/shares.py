@@ -40,11 +40,11 @@ class FairShares:
         return excess
 
     def take(self, client: str, amount: int) -> None:
-        """Add an amount to the account of a client."""
+        """Count an amount of the capacity as taken by a client."""
         self._taken[client] += amount
 
     def release(self, client: str, amount: int) -> None:
-        """Subtract an amount from the account of a client."""
+        """Count an amount of the capacity as free that a client has taken."""
         self._taken[client] -= amount
         if not self._taken[client]:
             del self._taken[client]

@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,15 +12,16 @@ from teachers.client import dialects
 from teachers.client.dialects.base import ReplicaAddress
 from teachers.client.dialects.detect import detect_dialect
 from teachers.client.dialects.native import NativeClient, NativeDialect
+from teachers.client.dialects.openai_echo import OpenAIEchoDialect
 from teachers.client.dialects.ray_handle import RayHandleDialect
 from teachers.client.dialects.vllm_openai import VllmOpenAIDialect
-from teachers.protocol.errors import TeacherError
+from teachers.protocol.errors import TeacherError, Unauthorized, Unavailable
 from tests.fake_vllm import FakeVllmServer
-from tests.serve import FormulaEngine, serving
+from tests.serve import FormulaEngine, free_port, responding, serving
 
 
-def detect(url: str) -> object:
-    return asyncio.run(detect_dialect(ReplicaAddress("t", url)))
+def detect(url: str, **address: Any) -> object:
+    return asyncio.run(detect_dialect(ReplicaAddress("t", url, **address)))
 
 
 def test_the_dialect_is_detected_by_scheme_or_by_probing(tiny_byte_level: Path) -> None:
@@ -28,6 +30,29 @@ def test_the_dialect_is_detected_by_scheme_or_by_probing(tiny_byte_level: Path) 
         assert isinstance(detect(native), NativeDialect)
         assert isinstance(detect(vllm), VllmOpenAIDialect)
     assert isinstance(detect("serve://gemma"), RayHandleDialect)
+
+
+def test_the_dialect_of_the_run_file_is_the_only_one_tried(tiny_byte_level: Path) -> None:
+    with FakeVllmServer(FormulaEngine(tiny_byte_level)).serving() as url:
+        assert isinstance(detect(url, dialect="openai_echo"), OpenAIEchoDialect)
+        with pytest.raises(TeacherError, match="does not use the dialect sglang: correct or remove teachers.t.dialect"):
+            detect(url, dialect="sglang")
+
+
+def test_a_tokenizer_for_a_server_that_provides_one_is_rejected(tiny_byte_level: Path) -> None:
+    with serving(FormulaEngine(tiny_byte_level)) as url:
+        with pytest.raises(TeacherError, match=r"t at .* its own tokenizer: remove teachers\.t\.tokenizer"):
+            detect(url, tokenizer=tiny_byte_level)
+
+
+def test_a_server_that_is_no_teacher_is_a_clear_error(tiny_byte_level: Path) -> None:
+    missing = b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n"
+    with responding(missing) as url, pytest.raises(TeacherError, match="known dialects: native, sglang, "):
+        detect(url)
+    with serving(FormulaEngine(tiny_byte_level), key="k") as url, pytest.raises(Unauthorized):
+        detect(url)
+    with pytest.raises(Unavailable):
+        detect(f"http://127.0.0.1:{free_port()}")
 
 
 class EchoDialect:

@@ -1,66 +1,47 @@
 """An OpenAI-compatible endpoint as a teacher: token strings are placed by bytes, and ambiguous positions are masked."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 
 import teachers.protocol.errors as errors
-from teachers.client.dialects.base import ReplicaAddress
-from teachers.client.dialects.detect import connect_replica
-from teachers.client.dialects.echo_card import EchoCard
 from teachers.client.dialects.openai_echo import OpenAIEchoClient
+from teachers.client.dialects.probed_card import ProbedCard
 from teachers.client.dialects.token_strings import TokenStrings, read_tokens
 from teachers.protocol.messages import ScoreRequest
-from teachers.protocol.rows import Rows
+from teachers.protocol.rows import LEAST_LOGPROB, Rows
 from tests.fake_echo import GENERATED, EchoBehaviour, FakeEchoServer
 from tests.rows import random_rows
 from tests.serve import FormulaEngine
+from tests.stock_servers import call, tokenizer_folder
 
-T = TypeVar("T")
 TEXT = "The harbour office opened at six, and the keeper was there: naïve 東京.\n"
-
-
-def call(url: str, do: Callable[[OpenAIEchoClient], Awaitable[T]], tokenizer: Path | None, **address: Any) -> T:
-    async def run() -> T:
-        client = OpenAIEchoClient(ReplicaAddress("t", url, tokenizer=tokenizer, **address))
-        try:
-            return await do(client)
-        finally:
-            await client.aclose()
-
-    return asyncio.run(run())
 
 
 @pytest.fixture
 def folder(tiny_byte_level: Path, tmp_path: Path) -> Path:
     """A directory with the tokenizer and a config.json."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((tiny_byte_level / name).read_bytes())
-    vocab_size = FormulaEngine(tiny_byte_level).card.vocab_size
-    (tmp_path / "config.json").write_text(f'{{"vocab_size": {vocab_size}, "max_position_embeddings": 300}}')
-    return tmp_path
+    return tokenizer_folder(tiny_byte_level, tmp_path, max_position_embeddings=300)
 
 
-def score(folder: Path, behaviour: EchoBehaviour, ids: list[int], top_k: int = 3) -> tuple[EchoCard, Rows]:
+def score(folder: Path, behaviour: EchoBehaviour, ids: list[int], top_k: int = 3) -> tuple[ProbedCard, Rows]:
     server = FakeEchoServer(FormulaEngine(folder), behaviour)
 
-    async def run(client: OpenAIEchoClient) -> tuple[EchoCard, Rows]:
+    async def run(client: OpenAIEchoClient) -> tuple[ProbedCard, Rows]:
         card = await client.card()
         await client.check(card, 10)
         request = ScoreRequest(sequences=[[*card.prefix, *ids]], starts=[1], top_k=top_k)
         return card, (await client.score(request, card, 10))[0]
 
     with server.serving() as url:
-        return call(url, run, folder)
+        return call(OpenAIEchoClient, url, run, folder)
 
 
 def encode(folder: Path, text: str = TEXT) -> list[int]:
-    tokenizer = FakeEchoServer(FormulaEngine(folder), EchoBehaviour()).tokenizer
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    return FakeEchoServer(FormulaEngine(folder), EchoBehaviour()).encode(text)
 
 
 def engine_rows(folder: Path, sequence: list[int], top_k: int = 3) -> Rows:
@@ -168,7 +149,27 @@ def test_a_wrong_response_is_rejected(folder: Path, name: str) -> None:
         await client.score(ScoreRequest(sequences=[encode(folder)], starts=[1], top_k=3), card, 10)
 
     with server.serving() as url, pytest.raises(kind, match=f"teacher t at .*{message}"):
-        call(url, run, folder)
+        call(OpenAIEchoClient, url, run, folder)
+
+
+@pytest.mark.parametrize("value", [None, -1000.0, -9999.0, -3.4e38])
+def test_every_form_of_a_zero_probability_is_the_least_logprob(folder: Path, value: float | None) -> None:
+    server = FakeEchoServer(FormulaEngine(folder), BEHAVIOURS["OpenAI"])
+
+    def exclude(choice: dict[str, Any]) -> None:
+        entry = choice["logprobs"]["top_logprobs"][3]
+        entry[list(entry)[2]] = value
+
+    async def run(client: OpenAIEchoClient) -> Rows:
+        card = await client.card()
+        server.alter = with_choice(exclude)
+        return (await client.score(ScoreRequest(sequences=[encode(folder)], starts=[1], top_k=3), card, 10))[0]
+
+    with server.serving() as url:
+        rows = call(OpenAIEchoClient, url, run, folder)
+    assert rows.num_masked == 0
+    assert rows.logprobs[2, 2] == LEAST_LOGPROB
+    assert (rows.logprobs[:, 1] > LEAST_LOGPROB).all()
 
 
 def test_another_split_of_the_same_text_is_masked(folder: Path) -> None:
@@ -187,7 +188,7 @@ def test_another_split_of_the_same_text_is_masked(folder: Path) -> None:
         return (await client.score(ScoreRequest(sequences=[text], starts=[1], top_k=3), card, 10))[0]
 
     with server.serving() as url:
-        rows = call(url, run, folder)
+        rows = call(OpenAIEchoClient, url, run, folder)
     assert rows.num_masked == len(rows)
 
 
@@ -196,12 +197,6 @@ def test_several_models_need_a_name(folder: Path) -> None:
     server = FakeEchoServer(FormulaEngine(folder), behaviour)
     with server.serving() as url:
         with pytest.raises(errors.TeacherError, match=r"has 2 models: set teachers.t.model to one of a, b"):
-            call(url, lambda c: c.card(), folder)
-        assert call(url, lambda c: c.card(), folder, model="b").model == "b"
+            call(OpenAIEchoClient, url, lambda c: c.card(), folder)
+        assert call(OpenAIEchoClient, url, lambda c: c.card(), folder, model="b").model == "b"
     assert server.requests[-1]["model"] == "b"
-
-
-def test_the_dialect_is_detected_after_all_others(folder: Path) -> None:
-    with FakeEchoServer(FormulaEngine(folder), EchoBehaviour()).serving() as url:
-        client = asyncio.run(connect_replica(ReplicaAddress("t", url, tokenizer=folder)))
-    assert isinstance(client, OpenAIEchoClient)

@@ -2,21 +2,29 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from email.utils import formatdate
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+import teachers.client.health as health
 import teachers.client.rate_limits as rate_limits
 from teachers.client.addresses import TeacherAddress
 from teachers.client.dialects.native import NativeClient
 from teachers.client.http import Transport
 from teachers.client.load_balancer import LoadBalancer
+from teachers.client.pool import TeacherPool
 from teachers.client.rate_limits import TokenRateLimiter, exhausted_s, retry_after_s
-from teachers.protocol.errors import Overloaded, Unauthorized
+from teachers.protocol.errors import Overloaded, TeacherLost, Unauthorized
 from teachers.protocol.messages import ScoreRequest
+from teachers.server.app import build_app
+from teachers.server.limits import Limits
+from teachers.server.service import Service
 from tests.serve import FormulaEngine, serving, serving_app
 
 NOW = 1_800_000_000.0
@@ -30,7 +38,9 @@ NOW = 1_800_000_000.0
         ({"retry-after": formatdate(NOW + 30, usegmt=True)}, 30.0),
         ({"retry-after": formatdate(NOW - 30, usegmt=True)}, 0.0),
         ({"retry-after": "Fri, 99 Foo 2027"}, None),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 360.0),
+        ({"retry-after": "99999"}, 99999.0),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "50s"}, 50.0),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 60.0),
         ({"retry-after": "2", "x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 2.0),
         ({}, None),
     ],
@@ -46,7 +56,8 @@ def test_a_refused_request_is_repeated_when_the_server_allows_it(
     [
         ("0", "1s", 1.0),
         ("0", "20ms", 0.02),
-        ("0", "1h2m3.5s", 3723.5),
+        ("0", "0h0m3.5s", 3.5),
+        ("0", "1h2m3.5s", 60.0),
         ("0", "12", 12.0),
         ("1", "1s", 0.0),
         ("0", "soon", 0.0),
@@ -83,6 +94,69 @@ def test_no_request_is_sent_while_the_quota_is_used_up() -> None:
     with serving_app(app) as url:
         assert 0 < asyncio.run(run(url)) <= 0.3
     assert received == ["Bearer key", "Bearer key"]
+
+
+@contextmanager
+def rate_limited(engine: FormulaEngine, num_refused: int, retry_after_s: float) -> Iterator[tuple[str, list[float]]]:
+    """Run a teacher that refuses its first score requests. Yields its address and the times of all score requests."""
+    app, times = build_app(Service(engine, Limits())), list[float]()
+
+    @app.middleware("http")
+    async def limit(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        if request.url.path == "/v1/score":
+            times.append(time.monotonic())
+            if len(times) <= num_refused:
+                return Response(status_code=429, headers={"retry-after": str(retry_after_s)})
+        return await call_next(request)
+
+    with serving_app(app) as url:
+        yield url, times
+
+
+async def score_two(address: TeacherAddress) -> None:
+    async with TeacherPool([address]) as pool:
+        await pool.connect("t")
+        await asyncio.gather(*(pool.score("t", [5, 6, 7 + i], 1, 4) for i in range(2)))
+
+
+def test_no_request_is_sent_before_retry_after_and_the_wait_is_logged_once(
+    tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health, "REPORT_PAUSE_S", 1.0)
+    with rate_limited(FormulaEngine(tiny_byte_level), num_refused=2, retry_after_s=1.2) as (url, times):
+        asyncio.run(score_two(TeacherAddress("t", (url,))))
+    assert len(times) == 4
+    assert times[2] - times[0] >= 1.2
+    assert caplog.messages == [
+        f"teacher t at {url}: HTTP 429; no request is sent to it for 1 s (Retry-After: 1 s)",
+    ]
+
+
+def test_a_retry_after_beyond_the_timeout_is_followed_by_an_attempt_before_the_teacher_is_lost(
+    tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "LAST_ATTEMPT", 0.5)
+    with rate_limited(FormulaEngine(tiny_byte_level), num_refused=2, retry_after_s=3600) as (url, times):
+        asyncio.run(score_two(TeacherAddress("t", (url,), unavailable_timeout_s=2.0)))
+    assert times[2] - times[0] >= 0.95
+
+
+def test_a_lost_teacher_is_not_asked_before_retry_after(tiny_byte_level: Path) -> None:
+    with rate_limited(FormulaEngine(tiny_byte_level), num_refused=99, retry_after_s=1.0) as (url, times):
+        address = TeacherAddress("t", (url,), unavailable_timeout_s=1.5, on_unavailable="drop")
+
+        async def run() -> None:
+            async with TeacherPool([address]) as pool:
+                await pool.connect("t")
+                with pytest.raises(TeacherLost):
+                    await pool.score("t", [5, 6, 7], 1, 4)
+                times.clear()
+                await asyncio.sleep(2.5)
+
+        asyncio.run(run())
+    pauses_s = [after - before for before, after in pairwise(times)]
+    assert pauses_s
+    assert min(pauses_s) >= 1.0  # trials without Retry-After are 0.25, 0.5 and 1 s apart
 
 
 def test_the_tokens_of_any_minute_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,16 +219,17 @@ def test_every_dialect_sends_the_key(tiny_byte_level: Path) -> None:
     @app.api_route("/{path:path}", methods=["GET", "POST"])
     async def refuse(request: Request) -> Response:
         accepted = request.headers.get("authorization") == "Bearer key"
-        return JSONResponse({"data": [{"id": "m"}]}, 200 if accepted else 401)
+        body = {"data": [{"id": "m"}], "model_path": "m", "is_generation": True}
+        return JSONResponse(body, 200 if accepted else 401)
 
     async def ping(url: str, key: str | None) -> None:
         address = ReplicaAddress("t", url, key, tokenizer=tiny_byte_level)
-        for client in (OpenAIEchoClient(address), VllmOpenAIClient.of(address)):
-            await client.ping(5)
-            await client.aclose()
-        sglang = SglangClient(address)
-        await sglang._http.get("/x", 5)
-        await sglang.aclose()
+        for client_type in (OpenAIEchoClient, VllmOpenAIClient, SglangClient):
+            client = client_type(address)
+            try:
+                await client.ping(5)
+            finally:
+                await client.aclose()
 
     with serving_app(app) as url:
         asyncio.run(ping(url, "key"))

@@ -178,7 +178,7 @@ def test_handle_and_proxy_return_the_same(address: str, tiny_byte_level: Path) -
 
 def test_an_unknown_application_is_a_teacher_error(address: str) -> None:
     async def score(client: ReplicaClient) -> None:
-        with pytest.raises((errors.NotFound, errors.Unavailable), match="teacher nobody at"):
+        with pytest.raises(errors.Unavailable, match="teacher nobody at"):
             await client.card()
 
     each_way(address, "nobody", score)

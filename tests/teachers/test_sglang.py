@@ -1,67 +1,41 @@
 """An SGLang server as a teacher: its card is built from requests, and every response is compared with its request."""
 
-import asyncio
 import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 
 import teachers.protocol.errors as errors
-from teachers.client.dialects.base import ReplicaAddress
-from teachers.client.dialects.detect import connect_replica
-from teachers.client.dialects.probed_card import ProbedCard
 from teachers.client.dialects.sglang import SglangClient
 from teachers.protocol.messages import ScoreRequest
 from teachers.protocol.rows import LEAST_LOGPROB, Rows
 from tests.fake_sglang import FakeSglangServer
 from tests.rows import random_rows
 from tests.serve import FormulaEngine
+from tests.stock_servers import call, card_of, tokenizer_folder
 
-T = TypeVar("T")
 REQUEST = ScoreRequest(sequences=[[5, 6, 7, 8, 9, 2], [1, 2, 3, 4]], starts=[1, 3], top_k=6)
-
-
-def call(url: str, do: Callable[[SglangClient], Awaitable[T]], tokenizer: Path | None = None, **address: Any) -> T:
-    async def run() -> T:
-        client = SglangClient(ReplicaAddress("t", url, tokenizer=tokenizer, **address))
-        try:
-            return await do(client)
-        finally:
-            await client.aclose()
-
-    return asyncio.run(run())
-
-
-def card_of(server: FakeSglangServer, tokenizer: Path | None) -> ProbedCard:
-    with server.serving() as url:
-        return call(url, lambda c: c.card(), tokenizer)
-
-
-def scores(server: FakeSglangServer, folder: Path, request: ScoreRequest = REQUEST) -> list[Rows]:
-    card = card_of(server, folder)
-    with server.serving() as url:
-        return call(url, lambda c: c.score(request, card, 10), folder)
 
 
 @pytest.fixture
 def folder(tiny_byte_level: Path, tmp_path: Path) -> Path:
     """A directory with the tokenizer and a config.json."""
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((tiny_byte_level / name).read_bytes())
-    vocab_size = FormulaEngine(tiny_byte_level).card.vocab_size
-    (tmp_path / "config.json").write_text(f'{{"vocab_size": {vocab_size}}}')
-    return tmp_path
+    return tokenizer_folder(tiny_byte_level, tmp_path)
+
+
+def scores(server: FakeSglangServer, folder: Path, request: ScoreRequest = REQUEST) -> list[Rows]:
+    card = card_of(server, folder)
+    with server.serving() as url:
+        return call(SglangClient, url, lambda c: c.score(request, card, 10), folder)
 
 
 @pytest.mark.parametrize("prefix", ["", "get_"])
 def test_the_card_is_built_from_requests(folder: Path, prefix: str) -> None:
     engine = FormulaEngine(folder)
     card = card_of(FakeSglangServer(engine, prefix=prefix), folder)
-    for name in ("vocab_size", "tokenizer_sha256", "bos_id", "eos_id"):
-        assert getattr(card, name) == getattr(engine.card, name)
     assert (card.engine, card.dtype, card.model) == ("sglang 0.5.23", "bfloat16", "org/model")
     assert card.max_tokens == 123, "one token below the scheduler's limit, which is below the context"
     assert card.max_top_k == engine.card.vocab_size, "a K above the vocabulary would end the server's process"
@@ -175,17 +149,17 @@ def test_a_wrong_response_is_rejected(folder: Path, name: str) -> None:
         change(first(results))
         return results
 
-    server.alter = alter  # type: ignore[method-assign]
+    server.alter = alter
     with server.serving() as url, pytest.raises(kind, match=f"teacher t at .*{message}"):
-        call(url, lambda c: c.score(REQUEST, card, 10), folder)
+        call(SglangClient, url, lambda c: c.score(REQUEST, card, 10), folder)
 
 
 def test_fewer_results_are_rejected(folder: Path) -> None:
     server = FakeSglangServer(FormulaEngine(folder))
     card = card_of(server, folder)
-    server.alter = lambda results: results[:1]  # type: ignore[method-assign]
+    server.alter = lambda results: results[:1]
     with server.serving() as url, pytest.raises(errors.ProtocolError, match="expected 2 results, received 1"):
-        call(url, lambda c: c.score(REQUEST, card, 10), folder)
+        call(SglangClient, url, lambda c: c.score(REQUEST, card, 10), folder)
 
 
 @pytest.mark.parametrize(
@@ -220,31 +194,7 @@ def test_updated_weights_are_noticed(folder: Path) -> None:
     server = FakeSglangServer(FormulaEngine(folder))
     card = card_of(server, folder)
     with server.serving() as url:
-        call(url, lambda c: c.check(card, 10), folder)
+        call(SglangClient, url, lambda c: c.check(card, 10), folder)
         server.model_info["weight_version"] = "1"
-        with pytest.raises(errors.FingerprintMismatch, match=r"other weights \(1, expected default\)"):
-            call(url, lambda c: c.check(card, 10), folder)
-
-
-def test_other_scores_under_the_same_name_are_noticed(folder: Path) -> None:
-    class OtherWeights(FormulaEngine):
-        async def score(self, sequence: list[int], start: int, top_k: int) -> Rows:
-            return random_rows(np.array(sequence), self.card.vocab_size, top_k, seed=7 + len(sequence), start=start)
-
-    card = card_of(FakeSglangServer(FormulaEngine(folder)), folder)
-    other = FakeSglangServer(OtherWeights(folder))
-    with other.serving() as url, pytest.raises(errors.FingerprintMismatch, match="restarted with other weights"):
-        call(url, lambda c: c.check(card, 10), folder)
-
-
-def test_an_sglang_server_is_not_taken_for_vllm(folder: Path) -> None:
-    with FakeSglangServer(FormulaEngine(folder)).serving() as url:
-        client = asyncio.run(connect_replica(ReplicaAddress("t", url, tokenizer=folder)))
-    assert isinstance(client, SglangClient)
-
-
-def test_the_dialect_of_the_run_file_is_the_only_one_tried(folder: Path) -> None:
-    with FakeSglangServer(FormulaEngine(folder)).serving() as url:
-        address = ReplicaAddress("t", url, tokenizer=folder, dialect="vllm_openai")
-        with pytest.raises(errors.TeacherError, match="does not use the dialect vllm_openai: correct or remove teach"):
-            asyncio.run(connect_replica(address))
+        with pytest.raises(errors.FingerprintMismatch, match="expected weight_version default, received 1: "):
+            call(SglangClient, url, lambda c: c.check(card, 10), folder)

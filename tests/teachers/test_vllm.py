@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from alignment import Vocabulary
 from teachers.client.dialects.native import NativeClient
+from teachers.client.dialects.vllm_openai import VllmOpenAIClient
 from teachers.engines.transformers import TransformersEngine
 from teachers.engines.transformers_options import TransformersOptions
 from teachers.protocol.errors import NotFound, Rejected, Unauthorized
@@ -25,7 +26,7 @@ from teachers.protocol.rows import Rows
 from teachers.protocol.wire_format import as_received
 from tests.needs import need
 from tests.serve import free_port
-from tests.teachers.test_vllm_openai import call as call_openai
+from tests.stock_servers import call as call_openai
 from tests.test_processes import wait_for
 from tests.tiny import TEXT, save_tiny_model
 from tests.trainer.test_export import export, trained
@@ -200,15 +201,20 @@ def test_requests_beyond_the_limits_are_rejected_before_they_reach_vllm(vllm_ser
 def test_without_the_plugin_card_and_rows_agree_with_the_transformers_engine(vllm_server: str, smollm2: Path) -> None:
     engine = TransformersEngine(smollm2)
     ids = [int(token) for token in np.random.default_rng(0).integers(100, 40_000, 60)]
-    card = call_openai(vllm_server, lambda c: c.card(), key=KEY)
-    text = call_openai(vllm_server, lambda c: c._tokenize(card.model, TEXT), key=KEY)
+    card = call_openai(VllmOpenAIClient, vllm_server, lambda c: c.card(), key=KEY)
+    text = call_openai(VllmOpenAIClient, vllm_server, lambda c: c._tokenize(card.model, TEXT), key=KEY)
     request = ScoreRequest(sequences=[text, text[:7], ids], starts=[1, 3, 40], top_k=64)
-    received = call_openai(vllm_server, lambda c: c.score(request, card, 60.0), key=KEY)
-    call_openai(vllm_server, lambda c: c.check(card, 30.0), key=KEY)
+    received = call_openai(VllmOpenAIClient, vllm_server, lambda c: c.score(request, card, 60.0), key=KEY)
+    call_openai(VllmOpenAIClient, vllm_server, lambda c: c.check(card, 30.0), key=KEY)
     with pytest.raises(Rejected, match="greater than max allowed: 64"):
-        call_openai(vllm_server, lambda c: c.score(request.model_copy(update={"top_k": 65}), card, 60.0), key=KEY)
+        call_openai(
+            VllmOpenAIClient,
+            vllm_server,
+            lambda c: c.score(request.model_copy(update={"top_k": 65}), card, 60.0),
+            key=KEY,
+        )
     with pytest.raises(NotFound, match="/v1/nothing"):
-        call_openai(vllm_server, lambda c: c._http.get("/v1/nothing", 30.0), key=KEY)
+        call_openai(VllmOpenAIClient, vllm_server, lambda c: c._http.get("/v1/nothing", 30.0), key=KEY)
     for name in ("vocab_size", "tokenizer_sha256", "bos_id", "eos_id", "expects_bos", "chat_template_sha256"):
         assert getattr(card, name) == getattr(engine.card, name), name
     assert (card.max_top_k, card.max_tokens) == (64, 1023)

@@ -2,17 +2,16 @@
 
 import os
 import random
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.processes import started
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from tests.trainer.test_ranks import command, torchrun
 from trainer.config import RunConfig
@@ -37,20 +36,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_byte_level: Path)
 
 def with_output_dir(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"output": config.output.model_copy(update={"dir": str(folder)})})
-
-
-@contextmanager
-def started(command: list[str]) -> Iterator[psutil.Popen]:
-    """Run a process within the block. At its end, kill the process and its descendants."""
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        with suppress(psutil.NoSuchProcess):
-            for child in process.children(recursive=True):
-                child.kill()
-            process.kill()
-        process.wait()
 
 
 def kill_ranks(folder: Path, ranks: Callable[[], list[psutil.Process]], launcher: psutil.Popen, kills: int) -> None:

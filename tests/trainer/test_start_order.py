@@ -1,18 +1,17 @@
 """Runs that start, or are restarted, before their teachers."""
 
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.faulty import FaultyTeacher
+from tests.processes import started
 from tests.trainer.runs import losses, run_config, write_corpus
 from tests.trainer.test_cli import call, run_file
 from tests.trainer.test_ranks import command
@@ -38,21 +37,6 @@ def waiting_config(teacher: FaultyTeacher, student: Path, folder: Path, epochs: 
     )
     teachers = [t.model_copy(update={"start_timeout_s": 600.0}) for t in config.teachers]
     return config.model_copy(update={"teachers": teachers})
-
-
-@contextmanager
-def started(command: list[str], log: Path) -> Iterator[psutil.Popen]:
-    """Run a process within the block. Kill it and its descendants at the end."""
-    with log.open("w") as file:
-        process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
-    try:
-        yield process
-    finally:
-        with suppress(psutil.NoSuchProcess):
-            for child in process.children(recursive=True):
-                child.kill()
-            process.kill()
-        process.wait()
 
 
 def await_text(log: Path, text: str, process: psutil.Popen) -> None:

@@ -194,6 +194,8 @@ async def _check_teacher(config: TeacherConfig, examined: _Data, data: DataConfi
             card = teacher.card
             detail = f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}"
             findings.append(Finding(subject, True, detail))
+            if card.protocol_cost:
+                findings.append(Finding(subject, True, card.protocol_cost))
             num_tokens = len(teacher.tokenizer.vocabulary)
             findings.append(Finding(subject, True, f"the tokenizer of {num_tokens} tokens matches the card"))
             remarks = check_chats(examined.corpus, teacher.tokenizer, data, subject) if examined.corpus else []

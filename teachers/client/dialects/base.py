@@ -38,6 +38,11 @@ class ReplicaAddress:
         scheme, separator, _ = self.url.partition("://")
         return scheme if separator else "http"
 
+    @property
+    def is_http(self) -> bool:
+        """Whether the address is that of an HTTP server."""
+        return self.scheme in ("http", "https")
+
 
 class ReplicaClient(Protocol):
     """The client of one replica. Raises the errors of teachers.protocol.errors, which name teacher and replica."""
@@ -60,11 +65,11 @@ class ReplicaClient(Protocol):
         ...
 
     async def check(self, card: TeacherCard, timeout_s: float) -> None:
-        """Return if the replica is the teacher of this card. Raises FingerprintMismatch or Unavailable."""
+        """Raise FingerprintMismatch unless the replica is the teacher of this card, or Unavailable."""
         ...
 
     async def ping(self, timeout_s: float) -> None:
-        """Return if the process responds, even if it is busy. Raises Unavailable."""
+        """Raise Unavailable unless the process responds. A busy process responds."""
         ...
 
     async def aclose(self) -> None:
@@ -73,7 +78,7 @@ class ReplicaClient(Protocol):
 
 
 class Dialect(Protocol):
-    """A way to talk to a replica."""
+    """A protocol in which a client talks to a replica."""
 
     async def accepts(self, address: ReplicaAddress) -> bool:
         """Return whether the replica uses this dialect, by the scheme of its address or by probing the server.

@@ -9,7 +9,7 @@ Format of OpenAI's API, as llama-cpp-python 0.3.36 implements it (tests/teachers
 - `top_logprobs`: the K most probable tokens as an object from strings to log-probabilities, the first one null. Many
   servers add the actual token if it is not among the K. Two tokens with one string are one entry.
 
-A BOS that the server puts in front is in the lists or not. llama-cpp-python leaves out every BOS of a sequence. If a
+Some servers put BOS in front of a prompt, and list it or not. llama-cpp-python lists no BOS of a sequence. If a
 sequence does not begin with BOS, its lists are shifted: the entry of a token is the distribution of the *next* token.
 
 A position is masked, not guessed, if its entry is absent, or if it does not determine K candidates: a string that
@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from teachers.client.dialects.probability_zero import FLOOR
 from teachers.client.dialects.token_strings import StringMatch, TokenStrings
 from teachers.client.dialects.top_k_rows import RowPosition, tail_of
 from teachers.protocol.decoding import decoding
@@ -35,7 +36,6 @@ from teachers.protocol.rows import LEAST_LOGPROB, Rows, actual_ids, masked_row, 
 REMEDY = "expected the log-probabilities of an OpenAI-compatible server at temperature 1"
 MAX_ENTRY_BYTES = 1024  # of one candidate; a token of 100 bytes takes 600 in JSON escapes
 MAX_OTHER_BYTES = 1 << 20  # of the text and of fields that are not read
-FLOOR = -9999.0  # servers write −∞ as such a number
 
 Entry = dict[str, float | None]
 
@@ -70,7 +70,7 @@ class Completion(msgspec.Struct):
 
 @dataclass(frozen=True)
 class EchoFormat:
-    """What the client found out about a server with the probe text.
+    """Format of the requests and responses of a server, found with PROBE_TEXT.
 
     takes_ids   the prompt may be a list of ids; otherwise it is a text
     adds_bos    the server puts BOS in front of every prompt
@@ -84,7 +84,7 @@ class EchoFormat:
 
 @dataclass(frozen=True)
 class EchoReader:
-    """Reads the responses of one server."""
+    """Convert the responses of one server into Rows."""
 
     format: EchoFormat
     strings: TokenStrings
@@ -98,7 +98,7 @@ class EchoReader:
         return _to_rows(parsed, request, card)
 
     def _entries(self, logprobs: Logprobs, sequence: list[int]) -> dict[int, "_PositionEntry"]:
-        """Return the entry that predicts each position. Raises RequestMismatch for other tokens."""
+        """Return the entries by the position that they predict. Raises RequestMismatch for other tokens."""
         visible = self.visible_positions(logprobs.tokens, sequence)
         if visible is None:
             raise RequestMismatch(f"expected the {len(sequence)} tokens of the request, received other token strings")
@@ -111,7 +111,7 @@ class EchoReader:
         }
 
     def visible_positions(self, strings: list[str], sequence: list[int]) -> list[int] | None:
-        """Return the positions of the sequence that the response lists: all, or all but BOS. None for other tokens."""
+        """Return the positions that the response lists: all, or all but BOS; None if it lists other tokens."""
         every = range(len(sequence))
         without_first = [p for p in every if p or sequence[p] != self.bos_id]
         without_any = [p for p in every if sequence[p] != self.bos_id]
@@ -124,7 +124,7 @@ class EchoReader:
         return None
 
     def _row(self, found: "_PositionEntry | None", sequence: list[int], position: int, top_k: int) -> "_Row | None":
-        """Return the candidates of one position; None to mask it."""
+        """Return the row of one position; None if its entry does not determine K candidates and the actual token."""
         candidates = None if found is None else _top_candidates(found, top_k, self.strings)
         if found is None or candidates is None:
             return None
@@ -146,9 +146,11 @@ class EchoReader:
 
 @dataclass(frozen=True)
 class _PositionEntry:
-    """The entry that predicts a position. `logprob` is that of the actual token, None in a shifted response.
+    """The entry of `top_logprobs` that predicts a position.
 
-    string  the token beside which the entry is listed, and which the server adds to it
+    string   string of the token with the same index in the lists; the server adds it to the entry
+    logprob  log-probability of the actual token; None in a shifted response
+    entry    log-probabilities by string
     """
 
     string: str
@@ -166,7 +168,7 @@ class _Row:
 
 
 def _top_candidates(found: _PositionEntry, top_k: int, strings: TokenStrings) -> dict[str, float] | None:
-    """Return the K candidates of an entry without the added token; None if they cannot be told.
+    """Return the K candidates of an entry, without the token that the server added; None if they are ambiguous.
 
     With K + 1 strings, the last one was added. With K strings, either no token was added, or two candidates have the
     same string and a token was added. The second case needs a string that several tokens have.
@@ -185,7 +187,7 @@ def _top_candidates(found: _PositionEntry, top_k: int, strings: TokenStrings) ->
 
 
 def _to_rows(parsed: Sequence[_Row | None], request: ScoreRequest, card: TeacherCard) -> Rows:
-    """Return rows with the masked positions, after the checks of every dialect on the others."""
+    """Build Rows, in which None is a masked position. Raises InvalidRows, as every dialect does, for the others."""
     top_k, start = request.top_k, request.starts[0]
     rows = [row or _Row(*masked_row(top_k)) for row in parsed]
     ids = np.array([row.ids for row in rows], dtype=np.uint32).reshape(-1, top_k)
@@ -204,7 +206,7 @@ def _to_rows(parsed: Sequence[_Row | None], request: ScoreRequest, card: Teacher
 
 
 def masked_rows(request: ScoreRequest) -> Rows:
-    """Return rows without a valid position, for a sequence that the server cannot be asked about."""
+    """Return rows whose positions are all masked, for a sequence that no prompt of the server expresses."""
     num_rows = len(request.sequences[0]) - request.starts[0]
     ids, logprobs, actual = (np.array(values) for values in masked_row(request.top_k))
     shape = (num_rows, request.top_k)
@@ -218,7 +220,7 @@ def masked_rows(request: ScoreRequest) -> Rows:
 
 
 def echo_request(model: str, prompt: str | list[int], top_k: int) -> bytes:
-    """Return the body of a request for one prompt. It generates one token: 0 means no limit to llama-cpp-python."""
+    """Return the body of a request for one prompt. It generates one token: for llama-cpp-python, 0 means no limit."""
     body: dict[str, Any] = {"model": model, "prompt": prompt, "echo": True, "logprobs": top_k, "max_tokens": 1}
     return msgspec.json.encode(body | {"temperature": 1.0})
 
@@ -229,7 +231,7 @@ def response_limit_bytes(num_tokens: int, top_k: int) -> int:
 
 
 def read_completion(data: bytes) -> tuple[Logprobs, int | None]:
-    """Decode a response: its lists and the number of prompt tokens, if it is stated. Raises ProtocolError."""
+    """Decode a response. Return its lists, and the number of prompt tokens if it states one. Raises ProtocolError."""
     with decoding("completion"):
         completion = msgspec.json.decode(data, type=Completion)
     if len(completion.choices) != 1:

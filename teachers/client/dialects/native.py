@@ -37,7 +37,7 @@ class NativeDialect:
     """Servers that have the route /v1/teacher."""
 
     async def accepts(self, address: ReplicaAddress) -> bool:
-        if address.scheme not in ("http", "https"):
+        if not address.is_http:
             return False
         client = self.client(address)
         if not await has_route(client, client.card):
@@ -78,7 +78,7 @@ class NativeClient:
         return await self._card(CARD_TIMEOUT_S)
 
     async def ready(self) -> None:
-        """Return once the engine has scored a token. Raises Unavailable if it does not."""
+        """Raise Unavailable unless the engine can score a token."""
         data = await self._http.get("/ready", CARD_TIMEOUT_S)
         with self._http.named_errors():
             parse(Ready, data, "response of /ready")
@@ -87,7 +87,7 @@ class NativeClient:
         await self._http.get("/health", timeout_s)
 
     async def check(self, card: TeacherCard, timeout_s: float) -> None:
-        """Compare the cards. Raises Unavailable if the engine is not ready."""
+        """Compare the card of the replica with `card`. Raises FingerprintMismatch, or Unavailable if not ready."""
         received = await self._card(timeout_s)
         with self._http.named_errors():
             if difference := card.difference(received):
@@ -154,7 +154,7 @@ def _expected_files(listing: bytes, card: TeacherCard) -> dict[str, str]:
 
 
 class _CardVersion(BaseModel):
-    """The version of a card. Every other field may differ between versions."""
+    """The only field of a card that all protocol versions have."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -162,7 +162,7 @@ class _CardVersion(BaseModel):
 
 
 def parse_card(data: bytes) -> TeacherCard:
-    """Parse a card. Raises VersionMismatch before anything but the version is validated, then ProtocolError."""
+    """Parse a card, the version first. Raises VersionMismatch for another version, and ProtocolError."""
     check_version(parse(_CardVersion, data, "card").protocol)
     return parse(TeacherCard, data, "card")
 

@@ -1,4 +1,4 @@
-"""Log-probability of −∞ in JSON, which has no such number: each server writes something else.
+"""Read a log-probability of −∞ from JSON. JSON has no such number, and every server writes it differently.
 
 vLLM writes −9999, others −10,000, the least float, null, or the literal -Infinity, which is not JSON. All of them mean
 probability 0. The rows of every dialect have LEAST_LOGPROB instead, as those of the native protocol.
@@ -25,11 +25,11 @@ def finite_logprobs(values: Sequence[float | None]) -> NDArray[np.float64]:
 
 
 def zeros_last(logprobs: NDArray[np.float64], ids: NDArray[np.uint32]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return candidates [S, K] with those of probability 0 behind the others. A server may rank before it excludes."""
+    """Move candidates [S, K] of probability 0 behind the others. A server may rank tokens before it excludes some."""
     order = np.argsort(logprobs == LEAST_LOGPROB, axis=1, kind="stable")
     return np.take_along_axis(logprobs, order, 1), np.take_along_axis(ids, order, 1)
 
 
 def infinity_as_null(data: bytes) -> bytes:
-    """Return JSON in which a logprob that is the literal -Infinity is null."""
+    """Replace the literal -Infinity of a logprob by null, so that the data are valid JSON."""
     return _INFINITY.sub(rb"\1null", data) if b"-Infinity" in data else data

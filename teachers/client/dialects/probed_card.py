@@ -1,42 +1,94 @@
-"""The card of a server that has none. The client builds it from requests, and recognizes the model by its scores.
+"""The card of a stock server, which has none. The client builds the card, and recognizes the model by its scores.
 
-Weights cannot be hashed through such a server. The card contains the log-probabilities of one text instead, which are
-compared when a replica is connected or was unavailable.
+Weights cannot be hashed through such a server. The card contains the log-probabilities of one text instead. They are
+compared whenever a replica is connected, and after it was unavailable.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from teachers.protocol.errors import FingerprintMismatch
 from teachers.protocol.messages import PROBE, TeacherCard
+from teachers.protocol.untrusted_text import clean
 
 PROBE_TEXT = PROBE + "\n\tdef f(x): return x ** 2  # 1,234.5 € – naïve 東京 🙂\n"
 # Mean |Δ| in nats per token of PROBE_TEXT, measured with SmolLM2-135M in bfloat16. One vLLM, alone and with 40 other
 # texts: 0.000. vLLM and transformers: 0.042. All weights changed by 0.1, 0.3, 1 and 3 %: 0.016, 0.047, 0.16, 0.48.
 PROBE_TOLERANCE = 0.1
 
+Properties = Mapping[str, str | int | bool | None]
+
+
+@dataclass(frozen=True)
+class ServerKind:
+    """A kind of stock server.
+
+    name             name with an article, for messages
+    cost             size and limits of its responses compared with the native protocol, for the user
+    masks_positions  whether positions of a response may be masked, because the server returns no ids
+    """
+
+    name: str
+    cost: str
+    masks_positions: bool = False
+
 
 class ProbedCard(TeacherCard):
-    """The card of a server without one. Replicas are compared by the client's `check`, not by equality of cards."""
+    """The card of a stock server. Replicas are compared by `check` of their client, not by equality of cards."""
 
-    root: str | None
-    """Source of the server's model."""
+    kind: ServerKind
+    """Kind of the server."""
+    properties: dict[str, str | int | bool | None]
+    """Properties of the served model that the server states or that requests show, by name."""
+    root: str | None = None
+    """Source of the server's model: a directory or a name."""
     probe_ids: tuple[int, ...]
     """PROBE_TEXT in tokens of the server's tokenizer, without special tokens."""
     probe_logprobs: tuple[float, ...] = ()
     """Log-probabilities (nats) of probe_ids after BOS if the model expects it; else without the first id."""
 
+    @property
+    def masks_positions(self) -> bool:
+        return self.kind.masks_positions
 
-def check_probe(expected: Sequence[float], received: Sequence[float]) -> None:
-    """Compare log-probabilities of PROBE_TEXT. Raises FingerprintMismatch if they differ by over PROBE_TOLERANCE."""
-    gap = float(np.abs(np.subtract(expected, received)).mean())
-    if not gap <= PROBE_TOLERANCE:
-        bits = [-float(np.sum(nats)) / float(np.log(2)) for nats in (expected, received)]
-        raise FingerprintMismatch(
-            f"expected {bits[0]:.1f} bits for the probe text, received {bits[1]:.1f}, a mean difference of {gap:.3f} "
-            f"nats per token, over {PROBE_TOLERANCE}: the teacher was restarted with other weights"
-        )
+    @property
+    def protocol_cost(self) -> str:
+        return f"{self.kind.name}: {self.kind.cost}"
+
+    def check_properties(self, received: Properties) -> None:
+        """Raise FingerprintMismatch, which names the first property that differs, unless all are equal."""
+        for name, expected in self.properties.items():
+            if received[name] != expected:
+                raise FingerprintMismatch(
+                    f"expected {name} {clean(expected, 80)}, received {clean(received[name], 80)}: the server has "
+                    "another model or other settings than before, or than another replica of this teacher"
+                )
+
+    def check_scores(self, received: Sequence[float]) -> None:
+        """Compare log-probabilities with probe_logprobs. A masked position (NaN) is not compared.
+
+        Raises FingerprintMismatch if they differ by over PROBE_TOLERANCE on average, or if every position is masked.
+        """
+        pairs = np.array([self.probe_logprobs, received])
+        pairs = pairs[:, ~np.isnan(pairs).any(axis=0)]
+        if not pairs.size:
+            raise FingerprintMismatch("expected the scores of the probe text, and every position is masked")
+        gap = float(np.abs(pairs[0] - pairs[1]).mean())
+        if gap > PROBE_TOLERANCE:
+            bits = -pairs.sum(axis=1) / np.log(2)
+            raise FingerprintMismatch(
+                f"expected {bits[0]:.1f} bits for the probe text, received {bits[1]:.1f}, a mean difference of "
+                f"{gap:.3f} nats per token, over {PROBE_TOLERANCE}: the teacher was restarted with other weights"
+            )
+
+
+def fingerprint(properties: Properties, tokenizer_sha256: str) -> str:
+    """Return a hash of all that is known about a model without its weights."""
+    return hashlib.sha256(json.dumps([*properties.values(), tokenizer_sha256]).encode()).hexdigest()
 
 
 async def largest_accepted(maximum: int, accepts: Callable[[int], Awaitable[bool]]) -> int:

@@ -41,7 +41,7 @@ class RayHandleClient(NativeClient):
 
 
 class _Handle:
-    """A handle that is created for the first request, and again after it has failed."""
+    """Handle of an application. It is created for the first request, and again after a failed request."""
 
     def __init__(self, application: str) -> None:
         self._application = application
@@ -67,7 +67,7 @@ class _Handle:
 
 
 def _get_handle(application: str) -> Any:
-    """Return the method that every replica has. Blocks. Raises ConnectionError if there is no cluster."""
+    """Return the remote method `respond` of an application. Blocks. Raises ConnectionError without a cluster."""
     import ray
     from ray import serve
 
@@ -78,7 +78,7 @@ def _get_handle(application: str) -> Any:
 
 @contextmanager
 def _mapped_errors() -> Iterator[None]:
-    """Map the errors of Ray."""
+    """Convert the errors of Ray in the block into TeacherError."""
     try:
         from ray.exceptions import RayError
         from ray.serve.exceptions import BackPressureError, RayServeException

@@ -80,9 +80,10 @@ def response_limit_bytes(request: ScoreRequest) -> int:
 
 
 def read_results(data: bytes, request: ScoreRequest, card: TeacherCard) -> list[Rows]:
-    """Decode and check a whole response. Returns one Rows per sequence, in the order of the request.
+    """Convert a response into one Rows per sequence, in the order of the request.
 
-    Raises RequestMismatch, InvalidRows, and ProtocolError for any other fault.
+    Raises RequestMismatch if the tokens are not those of the request, InvalidRows for values that no model returns, and
+    ProtocolError for a malformed response.
     """
     with decoding("results of /generate"):
         results = _DECODER.decode(data)
@@ -124,7 +125,7 @@ def _actual_logprobs(meta: _MetaInfo, index: int, request: ScoreRequest, vocab_s
 def _flat_candidates(
     meta: _MetaInfo, shape: tuple[int, int], index: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]] | None:
-    """Return ids and log-probabilities [S, K] of the two arrays; None if the response has none."""
+    """Return ids and log-probabilities [S, K] from the two arrays in base64; None if the response has none."""
     if meta.values_base64 is None or meta.ids_base64 is None:
         return None
     with decoding("arrays of candidates"):
@@ -141,7 +142,7 @@ def _flat_candidates(
 def _nested_candidates(
     meta: _MetaInfo, shape: tuple[int, int], index: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Return ids and log-probabilities [S, K] of the lists, −∞ for null, and NaN for a null in the first column."""
+    """Return ids and log-probabilities [S, K] from the nested lists: −∞ for null, but NaN in the first column."""
     lists = meta.input_top_logprobs
     received = None if lists is None else len(lists) - 1
     if lists is None or received != shape[0] or lists[0] is not None:

@@ -1,10 +1,10 @@
-"""Token strings of a server that returns no ids, and the ids of a local tokenizer that they can stand for.
+"""Match the token strings of a server that returns no ids with the ids of a local tokenizer.
 
-A string stands for the bytes of a token, which need not be whole characters. Servers write such a token in different
-ways: OpenAI as `bytes:\\xe2\\x80`, llama-cpp-python without the incomplete character (often as an empty string), others
-with U+FFFD or as the tokenizer's own piece (`Ġthe`, `▁the`). The way of a server is found from the strings of a text
-whose ids are known. A string is placed only if, in every way that agrees with that text, all tokens that it can stand
-for have the same bytes. It is never guessed.
+A string stands for the bytes of a token, which need not be whole characters. Servers render such a token differently:
+OpenAI as `bytes:\\xe2\\x80`, llama-cpp-python without the incomplete character (often as an empty string), others with
+U+FFFD or as the tokenizer's own piece (`Ġthe`, `▁the`). The rendering of a server is found from the strings of a text
+whose ids are known; several renderings may agree with them. A string is matched only if all tokens that it can stand
+for in these renderings have the same bytes. No string is guessed.
 """
 
 import json
@@ -21,7 +21,7 @@ SPACE = "▁"  # as SentencePiece writes a space
 
 @dataclass(frozen=True)
 class Token:
-    """One id of a tokenizer: its piece, and its bytes, None for a special token."""
+    """A token: its id, its string in tokenizer.json, and its bytes; None for a special token."""
 
     id: int
     piece: str
@@ -50,7 +50,7 @@ RENDERINGS: Mapping[str, Callable[[Token], str]] = {
 
 @dataclass(frozen=True)
 class StringMatch:
-    """The id that a string stands for, and whether no other id has the same string."""
+    """The id that a string stands for, and whether it is the only id with this string."""
 
     id: int
     is_only: bool
@@ -82,7 +82,7 @@ class TokenStrings:
         return cls(tokens, agreeing)
 
     def first_difference(self, ids: list[int], strings: list[str]) -> int | None:
-        """Return the first index at which a string cannot stand for the id, None if there is none."""
+        """Return the first index at which a string cannot stand for the id; None if there is none."""
         if len(ids) != len(strings):
             return min(len(ids), len(strings))
         pairs = enumerate(zip(ids, strings, strict=True))
@@ -111,12 +111,12 @@ class TokenStrings:
 
 
 def _strings(token: Token, rendering: str) -> tuple[str, ...]:
-    """Return the strings of a token. A special token is written by its name, or not at all."""
+    """Return the strings of a token in a rendering. A special token is its name or an empty string."""
     return (token.piece, "") if token.data is None else (RENDERINGS[rendering](token),)
 
 
 def read_tokens(tokenizer_json: bytes) -> dict[int, Token]:
-    """Return all tokens of a tokenizer by id. Raises TeacherError for a tokenizer whose pieces are not bytes."""
+    """Return all tokens of a tokenizer by id. Raises TeacherError if it is neither byte-level nor SentencePiece."""
     spec = json.loads(tokenizer_json)
     vocabulary = spec["model"]["vocab"]
     pieces = vocabulary.items() if isinstance(vocabulary, dict) else ((e[0], i) for i, e in enumerate(vocabulary))

@@ -23,7 +23,7 @@ class TokenizerFolder:
 
     @cached_property
     def files(self) -> dict[str, bytes]:
-        """Contents of the tokenizer's files by name, as transformers loads the tokenizer. Raises TeacherError."""
+        """Contents of the tokenizer files by name, with the tokenizer as transformers loads it. Raises TeacherError."""
         try:
             return tokenizer_files(self.path)
         except TokenizerError as error:

@@ -1,4 +1,4 @@
-"""Checks that every dialect without the native wire format applies to the top K candidates of a position."""
+"""Checks of the top K candidates of a position, for all dialects without the native wire format."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from teachers.protocol.kernels import MASS_TOLERANCE
 
 @dataclass(frozen=True)
 class RowPosition:
-    """Sequence and first position, for messages."""
+    """Index of a sequence and position of its first row, for error messages."""
 
     index: int
     start: int
@@ -21,14 +21,14 @@ class RowPosition:
 
 
 def tail_of(logprobs: NDArray[np.float64], vocab_size: int, first: RowPosition, remedy: str) -> NDArray[np.float32]:
-    """Return the probability outside the candidates. Rejects values that are not log-probabilities, such as logits.
+    """Return the tail [S]. Raises InvalidRows for values that are not log-probabilities, such as logits.
 
     logprobs  [S, K] nats, descending
     remedy    what to change on the server, for the message
 
-    The whole vocabulary has mass 1. The candidates have at most that mass. They have at least that mass once every
-    unlisted token counts as much as the last candidate, which no unlisted token exceeds. Candidates of probability 0
-    are not the last one: a server may have left them out of a distribution that it did not change otherwise.
+    The whole vocabulary has mass 1, and the candidates have at most this mass. No unlisted token is more probable than
+    the last candidate. If each of them counts as much as the last candidate, the total is therefore at least 1.
+    Candidates of probability 0 do not count as the last one: a server may have excluded these tokens afterwards.
     """
     with np.errstate(over="ignore"):
         probs = np.exp(logprobs)

@@ -32,7 +32,7 @@ Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class Entry(msgspec.Struct, gc=False):
-    """One candidate, without its text. A logprob of null is −∞."""
+    """Log-probability and rank of one candidate. A logprob of null is −∞."""
 
     logprob: float | None
     rank: Id
@@ -77,9 +77,10 @@ def response_limit_bytes(request: ScoreRequest) -> int:
 
 
 def read_completion(data: bytes, request: ScoreRequest, card: TeacherCard) -> list[Rows]:
-    """Decode and check a whole response. Returns one Rows per sequence, in the order of the request.
+    """Convert a response into one Rows per sequence, in the order of the request.
 
-    Raises RequestMismatch, InvalidRows, and ProtocolError for any other fault.
+    Raises RequestMismatch if model or tokens are not those of the request, InvalidRows for values that no model
+    returns, and ProtocolError for a malformed response.
     """
     with decoding("completion"):
         completion = _DECODER.decode(infinity_as_null(data))
@@ -137,7 +138,7 @@ def _check_prompt(choice: Choice, sequence: list[int]) -> None:
 def _flatten(
     positions: list[dict[int, Entry] | None], tokens: list[int], top_k: int, first: RowPosition
 ) -> tuple[list[int], list[Entry], list[float | None]]:
-    """Return ids and entries of the candidates, row after row, and the actual tokens' log-probabilities."""
+    """Return ids and entries of all candidates, row by row, and the log-probabilities of the actual tokens."""
     ids: list[int] = []
     entries: list[Entry] = []
     actual: list[float | None] = []

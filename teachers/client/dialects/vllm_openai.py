@@ -13,39 +13,22 @@
 """
 
 import asyncio
-import logging
 import time
-from functools import cache
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from teachers.bos import bos_probes, prefers_bos
-from teachers.client.dialects.base import ReplicaAddress, has_route
-from teachers.client.dialects.probed_card import PROBE_TEXT, check_probe, largest_accepted
-from teachers.client.dialects.tokenizer_folder import TokenizerFolder, check_ids, open_tokenizer_folder
-from teachers.client.dialects.vllm_card import Model, VllmCard, draft_card
+from teachers.client.dialects.model_list import Model
+from teachers.client.dialects.probed_card import PROBE_TEXT, ProbedCard, Properties, ServerKind, largest_accepted
+from teachers.client.dialects.stock_server import TIMEOUT_S, StockServerClient, StockServerDialect, remaining_s
+from teachers.client.dialects.tokenizer_folder import check_ids
 from teachers.client.dialects.vllm_completions import completion_request, read_completion, response_limit_bytes
-from teachers.client.http import Transport
-from teachers.protocol.decoding import decoding
-from teachers.protocol.errors import FingerprintMismatch, NotFound, ProtocolError, Rejected, TeacherError, Unauthorized
-from teachers.protocol.messages import PROBE, ScoreRequest, TeacherCard
+from teachers.protocol.errors import NotFound, ProtocolError, Rejected, TeacherError, Unauthorized
+from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows
 
-log = logging.getLogger("tutelage.client")
-JSON = "application/json"
-TIMEOUT_S = 60.0
-MAX_TOKENS_BYTES = 1 << 20  # of a response of /tokenize
-MAX_LIST_BYTES = 1 << 20  # of the list of models: a server may have thousands of adapters
 MAX_TOP_K = 1024  # if the server sets no limit
 MAX_VOCAB_SIZE = 1 << 22
-
-T = TypeVar("T")
-
-
-class _ModelList(msgspec.Struct):
-    data: list[Model]
 
 
 class _Version(msgspec.Struct):
@@ -56,110 +39,42 @@ class _Tokens(msgspec.Struct):
     tokens: list[int]
 
 
-class VllmOpenAIDialect:
-    """Servers that have the routes /v1/models, with max_model_len, and /version."""
+class VllmOpenAIClient(StockServerClient):
+    """Client of a vLLM server without the plugin. A ReplicaClient."""
 
-    async def accepts(self, address: ReplicaAddress) -> bool:
-        if address.scheme not in ("http", "https"):
-            return False
-        client = VllmOpenAIClient.of(address)
-        return await has_route(client, client.describe)
-
-    def client(self, address: ReplicaAddress) -> "VllmOpenAIClient":
-        _warn_about_cost(address.teacher)
-        return VllmOpenAIClient.of(address)
-
-
-@cache  # once per teacher, not per replica
-def _warn_about_cost(name: str) -> None:
-    log.warning(
-        "teacher %s is a plain vLLM server: at K = 64 a token takes 4,600 bytes instead of 392, and one core decodes "
-        "44,000 tokens per second instead of 2,900,000; start it with VLLM_PLUGINS=tutelage, or with `tutelage serve "
-        "MODEL --engine vllm`, to use the native protocol",
-        name,
+    kind = ServerKind(
+        name="a plain vLLM server",
+        cost="at K = 64 a token takes 4,600 bytes instead of 392, and one core decodes 44,000 tokens per second "
+        "instead of 2,900,000; start it with VLLM_PLUGINS=tutelage, or with `tutelage serve MODEL --engine vllm`, to "
+        "use the native protocol",
     )
-
-
-class VllmOpenAIClient:
-    """Client of a vLLM server without the plugin. A ReplicaClient.
-
-    `tokenizer` is a directory with the server's tokenizer.json. With None, the server's own model directory is used if
-    it exists on this machine.
-    """
-
-    def __init__(
-        self, name: str, url: str, key: str | None = None, ca_file: Path | None = None, tokenizer: Path | None = None
-    ) -> None:
-        self._http = Transport(name, url, key, ca_file)
-        self._name = name
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def of(cls, address: ReplicaAddress) -> "VllmOpenAIClient":
-        """Return the client of an address."""
-        return cls(address.teacher, address.url, address.key, address.ca_file, address.tokenizer)
-
-    @property
-    def url(self) -> str:
-        return self._http.url
-
-    async def aclose(self) -> None:
-        await self._http.aclose()
 
     async def ping(self, timeout_s: float) -> None:
         await self._http.get("/health", timeout_s)
 
-    async def describe(self) -> None:
-        """Raise NotFound if the server is not vLLM."""
-        try:
-            await self.model(TIMEOUT_S)
-            await self._get("/version", _Version)
-        except ProtocolError as error:  # another server with the same routes
-            raise NotFound(str(error)) from error
+    async def identify(self, timeout_s: float) -> None:
+        await self._model(timeout_s)
+        await self._get("/version", _Version, timeout_s)
 
-    async def score(self, request: ScoreRequest, card: TeacherCard, timeout_s: float) -> list[Rows]:
+    async def check(self, card: TeacherCard, timeout_s: float) -> None:
+        """Compare the properties of the model, the scores of PROBE_TEXT and its tokens with the card."""
+        deadline = time.monotonic() + timeout_s
+        await super().check(card, timeout_s)
+        ids = await self._tokenize(card.model, PROBE_TEXT, remaining_s(deadline))
         with self._http.named_errors():
-            if request.chosen:
-                raise Rejected("a plain vLLM server scores no chosen ids: remove them from the request")
+            assert isinstance(card, ProbedCard), "checked above"
+            check_ids(card.probe_ids, ids, "its card")
+
+    async def _score(self, request: ScoreRequest, card: TeacherCard, timeout_s: float) -> list[Rows]:
         data = await self._complete(card.model, request, timeout_s)
         with self._http.named_errors():
             return read_completion(data, request, card)
 
-    async def tokenizer_files(self, card: TeacherCard) -> dict[str, bytes]:
-        with self._http.named_errors():
-            folder = self._folder(card.root if isinstance(card, VllmCard) else None)
-            if (received := folder.sha256("tokenizer.json")) != card.tokenizer_sha256:
-                raise FingerprintMismatch(
-                    f"expected {folder.path}/tokenizer.json with sha256 {card.tokenizer_sha256[:12]}, "
-                    f"received {received}"
-                )
-            return folder.files
+    async def _properties(self, timeout_s: float) -> Properties:
+        return _properties(await self._model(timeout_s))
 
-    async def check(self, card: TeacherCard, timeout_s: float) -> None:
-        """Compare name, tokenization and scores of a text: see probed_card.PROBE_TOLERANCE."""
-        deadline = time.monotonic() + timeout_s
-        model = await self.model(timeout_s)
-        with self._http.named_errors():
-            if not isinstance(card, VllmCard):
-                raise FingerprintMismatch(
-                    f"expected the teacher {card.model} ({card.engine}), received a plain vLLM server"
-                )
-            if model.fingerprint(card.tokenizer_sha256) != card.fingerprint:
-                raise FingerprintMismatch(
-                    f"expected {card.model} from {card.root} with up to {card.max_tokens} tokens, received {model.id} "
-                    f"from {model.root} with up to {model.max_tokens}"
-                )
-        remaining_s = max(deadline - time.monotonic(), 0.001)
-        ids, logprobs = await asyncio.gather(
-            self._tokenize(model.id, PROBE_TEXT, remaining_s), self._probe(card, 1, remaining_s)
-        )
-        with self._http.named_errors():
-            check_ids(card.probe_ids, ids, "its card")
-            check_probe(card.probe_logprobs, logprobs)
-
-    async def card(self) -> VllmCard:
-        """Build the card with the requests of the table above. Raises TeacherError naming the setting to change."""
-        model = await self.model(TIMEOUT_S)
+    async def _draft_card(self) -> ProbedCard:
+        model = await self._model(TIMEOUT_S)
         with self._http.named_errors():
             folder = self._folder(model.root)
             expected = await asyncio.to_thread(folder.encode, PROBE_TEXT)
@@ -167,23 +82,26 @@ class VllmOpenAIClient:
         with self._http.named_errors():
             check_ids(expected, ids, f"{folder.path}/tokenizer.json")
         vocab_size = folder.config.get("vocab_size") or await self._vocab_size(model)
-        version = (await self._get("/version", _Version)).version
-        with self._http.named_errors():
-            card = draft_card(model, folder, vocab_size, version, ids)
-        card = card.model_copy(update={"max_top_k": await self._max_top_k(card)})
-        card = card.model_copy(update={"expects_bos": await self._expects_bos(card, folder)})
-        # at the largest K, where logits are recognized best by their mass
-        return card.model_copy(update={"probe_logprobs": await self._probe(card, card.max_top_k, TIMEOUT_S)})
+        card = self._new_card(
+            _properties(model),
+            folder,
+            model=model.id,
+            root=model.root,
+            engine=f"vllm {(await self._get('/version', _Version)).version}",
+            vocab_size=vocab_size,
+            max_tokens=(model.max_model_len or 0) - 1,  # one token is generated
+            max_top_k=await self._max_top_k(model, vocab_size),
+        )
+        adds_bos = (await self._tokenize(model.id, PROBE_TEXT, special_tokens=True))[:1] == [card.bos_id]
+        return card.model_copy(update={"expects_bos": await self._expects_bos(card, folder, adds_bos)})
 
-    async def model(self, timeout_s: float) -> Model:
-        """Return the served model, the first name of several. Raises NotFound or ProtocolError if it is not vLLM."""
-        models = [m for m in (await self._get("/v1/models", _ModelList, timeout_s)).data if m.parent is None]
+    async def _model(self, timeout_s: float) -> Model:
+        """Return the first model of the list that is no adapter. Raises ProtocolError if the server is not vLLM."""
+        models = [model for model in await self._models(timeout_s) if model.parent is None]
         with self._http.named_errors():
             if not models or models[0].max_model_len is None:
                 raise ProtocolError("expected a model with max_model_len at /v1/models: is this a vLLM server?")
             return models[0]
-
-    # --- fields of the card ---
 
     async def _vocab_size(self, model: Model) -> int:
         largest = await largest_accepted(
@@ -196,37 +114,15 @@ class VllmOpenAIClient:
                 )
             return largest + 1
 
-    async def _max_top_k(self, card: VllmCard) -> int:
-        largest = await largest_accepted(min(MAX_TOP_K, card.vocab_size), lambda k: self._is_accepted(card.model, k))
+    async def _max_top_k(self, model: Model, vocab_size: int) -> int:
+        largest = await largest_accepted(min(MAX_TOP_K, vocab_size), lambda k: self._is_accepted(model.id, k))
         with self._http.named_errors():
             if largest == 0:
                 raise TeacherError("the server returns no prompt_logprobs: start it with --max-logprobs 64 or more")
             return largest
 
-    async def _expects_bos(self, card: VllmCard, folder: TokenizerFolder) -> bool:
-        bos = card.bos_id
-        declared = folder.declared_bos(bos)
-        if declared is not None or bos is None:
-            return bool(declared)
-        if (await self._tokenize(card.model, PROBE, special_tokens=True))[:1] == [bos]:
-            return True
-        probes = bos_probes(bos, folder.encode(PROBE))
-        sequences, starts = [ids for ids, _ in probes], [start for _, start in probes]
-        request = ScoreRequest(sequences=sequences, starts=starts, top_k=1)
-        return prefers_bos(*await self.score(request, card, TIMEOUT_S))
-
-    async def _probe(self, card: VllmCard, top_k: int, timeout_s: float) -> tuple[float, ...]:
-        request = ScoreRequest(sequences=[[*card.prefix, *card.probe_ids]], starts=[1], top_k=top_k)
-        return tuple((await self.score(request, card, timeout_s))[0].actual.tolist())
-
-    def _folder(self, root: str | None) -> TokenizerFolder:
-        path = self._tokenizer.expanduser() if self._tokenizer else Path(root) if root else None
-        return open_tokenizer_folder(path, self._name, "a plain vLLM server")
-
-    # --- requests ---
-
     async def _is_accepted(self, model: str, top_k: int, **extra_fields: Any) -> bool:
-        """Return whether a request for two tokens is accepted."""
+        """Return whether the server accepts a request with this K and these fields for a sequence of two tokens."""
         try:
             request = ScoreRequest(sequences=[[0, 0]], starts=[1], top_k=top_k)
             await self._complete(model, request, TIMEOUT_S, **extra_fields)
@@ -238,19 +134,20 @@ class VllmOpenAIClient:
 
     async def _complete(self, model: str, request: ScoreRequest, timeout_s: float, **extra_fields: Any) -> bytes:
         body = completion_request(model, request, **extra_fields)
-        limit = response_limit_bytes(request)
-        return await self._http.post("/v1/completions", body, timeout_s, expect=JSON, limit_bytes=limit)
+        return await self._post("/v1/completions", body, timeout_s, response_limit_bytes(request))
 
     async def _tokenize(
         self, model: str, text: str, timeout_s: float = TIMEOUT_S, special_tokens: bool = False
     ) -> list[int]:
         body = msgspec.json.encode({"model": model, "prompt": text, "add_special_tokens": special_tokens})
-        data = await self._http.post("/tokenize", body, timeout_s, expect=JSON, limit_bytes=MAX_TOKENS_BYTES)
-        return self._parse(data, _Tokens).tokens
+        return self._decode(await self._post("/tokenize", body, timeout_s), "/tokenize", _Tokens).tokens
 
-    async def _get(self, path: str, kind: type[T], timeout_s: float = TIMEOUT_S) -> T:
-        return self._parse(await self._http.get(path, timeout_s, MAX_LIST_BYTES), kind)
 
-    def _parse(self, data: bytes, kind: type[T]) -> T:
-        with self._http.named_errors(), decoding(f"vLLM {kind.__name__.strip('_')}"):
-            return msgspec.json.decode(data, type=kind)
+def _properties(model: Model) -> Properties:
+    return {"model": model.id, "root": model.root, "max_model_len": model.max_model_len}
+
+
+class VllmOpenAIDialect(StockServerDialect):
+    """Servers that have the routes /v1/models, with max_model_len, and /version."""
+
+    client_type = VllmOpenAIClient

@@ -1,84 +1,27 @@
-"""The card of an OpenAI-compatible endpoint, and what its response to the probe text shows.
+"""Find out how an OpenAI-compatible endpoint formats its responses, from its response to PROBE_TEXT.
 
-This module sends no requests; openai_echo.py does.
+These are pure functions; openai_echo.py sends the requests.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import astuple
-from typing import Any
-
-import msgspec
 
 from teachers.client.dialects.echo_completions import EchoFormat, EchoReader, Logprobs
-from teachers.client.dialects.probed_card import PROBE_TEXT, ProbedCard
 from teachers.client.dialects.token_strings import Token, TokenStrings
 from teachers.client.dialects.tokenizer_folder import TokenizerFolder
 from teachers.protocol.errors import TeacherError
-from teachers.protocol.untrusted_text import clean
 
 CONTEXT_ERROR = re.compile(r"context (?:length|window|size)\D{0,20}(\d{1,9})")
 
 
-class Model(msgspec.Struct):
-    """Entry of /v1/models."""
-
-    id: str
-    max_model_len: int | None = None
-    context_length: int | None = None
-
-
-class ModelList(msgspec.Struct):
-    """Response of /v1/models."""
-
-    data: list[Model]
-
-
-class EchoCard(ProbedCard):
-    """The card of an OpenAI-compatible endpoint."""
-
-    @property
-    def masks_positions(self) -> bool:
-        return True
-
-
-def draft_card(model: str, reader: EchoReader, folder: TokenizerFolder, limits: tuple[int, int]) -> EchoCard:
-    """Build the card without the scores of the probe text. `limits` are the longest sequence and the largest K."""
-    bos, form = folder.bos_id, reader.format
-    return EchoCard(
-        model=clean(model, 300),
-        fingerprint=fingerprint(model, reader, limits[1], folder),
-        engine="OpenAI-compatible endpoint",
-        dtype="unknown",
-        vocab_size=folder.config.get("vocab_size") or max(reader.strings.tokens) + 1,
-        tokenizer_sha256=folder.sha256("tokenizer.json") or "",
-        bos_id=bos,
-        eos_id=folder.special_id("eos"),
-        expects_bos=form.adds_bos or (form.takes_ids and bool(folder.declared_bos(bos))),
-        chat_template_sha256=folder.sha256("chat_template.jinja"),
-        max_tokens=limits[0],
-        max_top_k=limits[1],
-        root=None,
-        probe_ids=tuple(folder.encode(PROBE_TEXT)),
-    )
-
-
-def fingerprint(model: str, reader: EchoReader, max_top_k: int, folder: TokenizerFolder) -> str:
-    """Return a hash of all properties that are known without the weights."""
-    properties: list[Any] = [model, max_top_k, *astuple(reader.format), folder.sha256("tokenizer.json")]
-    return hashlib.sha256(json.dumps(properties).encode()).hexdigest()
-
-
 def context_in(message: str) -> int | None:
-    """Return the length of the context that an error about a long prompt states, None if it states none."""
+    """Return the context length in tokens that an error message states; None if it states none."""
     found = CONTEXT_ERROR.search(message)
     return int(found[1]) if found else None
 
 
 def text_of(ids: list[int], strings: TokenStrings, folder: TokenizerFolder) -> str | None:
-    """Return a text that the tokenizer splits into these ids; None if there is none."""
+    """Return a text whose tokens are `ids`; None if there is none."""
     tokens = [strings.tokens[i] for i in ids if i in strings.tokens]
     data = b"".join(token.piece.encode() if token.data is None else token.data for token in tokens)
     text = data.decode(errors="replace")
@@ -109,7 +52,7 @@ def find_reader(lists: Logprobs, num_prompt_tokens: int | None, takes_ids: bool,
 
 
 def _num_predicted(lists: Logprobs, shift: int) -> int:
-    """Return how many tokens are among the candidates of the entry `shift` tokens earlier, the added one excluded."""
+    """Count the tokens that are among the first K candidates of the entry `shift` tokens before them."""
     tokens, entries = lists.tokens, lists.top_logprobs or []
     top_k = min((len(entry) for entry in entries if entry), default=0)
     pairs = zip(tokens[shift:], entries, strict=False)
