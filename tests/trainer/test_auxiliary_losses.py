@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from alignment import Vocabulary
 from tests.tiny import save_tiny_model
+from tests.trainer.ranks import train_on_ranks
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from tests.trainer.test_losses import FREE, dense, some_head, some_hidden, some_labels, some_spans
-from tests.trainer.test_ranks import assert_equal_runs, torchrun
+from tests.trainer.test_ranks import assert_equal_runs
 from trainer.config import RunConfig
 from trainer.errors import DataError
 from trainer.evaluation.preview import Measurement, preview
@@ -329,7 +330,7 @@ def test_one_and_two_ranks_give_the_same_losses_with_auxiliary_losses(
             }
             config = run_config(tiny_byte_level, corpus, tmp_path / name, [*urls, *urls, *urls], **sections)
             config = with_signals(config, "byte_chain", "alm", "uld")
-            train(config) if name == "one" else torchrun(config, 2)
+            train(config) if name == "one" else train_on_ranks(config, 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     one, two = (steps_of(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):

@@ -10,8 +10,8 @@ import pytest
 
 from alignment import Vocabulary
 from tests.tiny import TEXT
+from tests.trainer.ranks import train_on_ranks
 from tests.trainer.runs import held_out, losses, run_config, served_models
-from tests.trainer.test_ranks import torchrun
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError
 from trainer.fusion.run_fuser import Fuser
@@ -186,7 +186,7 @@ def test_ranks_agree_on_steps_in_which_some_or_all_chats_are_skipped(
         for ranks in (1, 2):
             raw["output"]["dir"] = str(tmp_path / str(ranks))
             config = RunConfig.model_validate(raw)
-            train(config) if ranks == 1 else torchrun(config, ranks)
+            train(config) if ranks == 1 else train_on_ranks(config, ranks)
     by_step = losses(tmp_path / "1")
     assert (None in by_step.values()) == (num_invalid == 5)
     assert by_step == pytest.approx(losses(tmp_path / "2"), abs=1e-5)

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from tests.serve import FormulaEngine, serving
 from tests.tiny import TEXT
+from tests.trainer.ranks import train_on_ranks
 from tests.trainer.runs import held_out, losses, run_config, write_corpus
 from tests.trainer.test_fusion_run import write_columns
-from tests.trainer.test_ranks import torchrun
 from trainer.config import RunConfig
 from trainer.errors import DataError, NonFiniteLoss
 from trainer.evaluation.bits_per_byte import Evaluation, evaluate, evaluate_folder, figures
@@ -246,7 +246,7 @@ def test_two_ranks_evaluate_export_and_stop_like_one(
         }
     }
     with serving(FormulaEngine(tiny_sentencepiece)) as url:
-        for name, run in (("one", train), ("two", lambda config: torchrun(config, 2))):
+        for name, run in (("one", train), ("two", lambda config: train_on_ranks(config, 2))):
             output = {"dir": str(tmp_path / name), "export": "best"}
             run(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / name, [url], output=output, **sections))
     one, two = (events(tmp_path / name, "eval") for name in ("one", "two"))

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from alignment import Target, TokenizerError, Vocabulary
 from tests.serve import FormulaEngine, serving
 from tests.tiny import TEXT
+from tests.trainer.ranks import train_on_ranks
 from tests.trainer.runs import losses, run_config, served_models
-from tests.trainer.test_ranks import torchrun
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError, DataError
 from trainer.fusion.run_fuser import Fuser
@@ -128,7 +128,7 @@ def test_weights_from_batch_statistics_are_the_same_with_one_and_two_ranks(
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
         for name in ("one", "two"):
             config = config_of(tmp_path, tiny_byte_level, urls, name, fusion=fusion)
-            train(config) if name == "one" else torchrun(config, 2)
+            train(config) if name == "one" else train_on_ranks(config, 2)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
     one, two = (steps_of(tmp_path / name) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from tests.processes import started
+from tests.trainer.ranks import command, train_on_ranks
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
-from tests.trainer.test_ranks import command, torchrun
 from trainer.config import RunConfig
 
 KILLS = int(os.environ.get("TUTELAGE_KILLS", "2"))  # each takes a restart of all ranks, half a minute here
@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_byte_level: Path)
     folder = tmp_path_factory.mktemp("kills")
     sections = {"output": {"checkpoint_every_steps": 2}, "train": {"epochs": 12}}
     config = run_config(tiny_byte_level, write_corpus(folder), folder / "undisturbed", [], **sections)
-    torchrun(config, 2)
+    train_on_ranks(config, 2)
     return config
 
 

@@ -1,4 +1,4 @@
-"""Training with several processes: torchrun, gloo, FSDP2."""
+"""Training with several processes: gloo, FSDP2."""
 
 import signal
 import subprocess
@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import save_tiny_model
+from tests.trainer.ranks import train_on_ranks
 from tests.trainer.runs import held_out, losses, run_config, served_models, write_corpus
 from tests.trainer.test_cli import run_file
 from tests.trainer.test_router_loss import save_moe
-from trainer.config import RunConfig
 from trainer.distributed import Ranks, process_group
 from trainer.errors import ConfigError
 from trainer.telemetry.jsonl import read_metrics
@@ -24,21 +24,6 @@ from trainer.training.loop import train
 from trainer.training.run import begin, make_folder
 
 pytestmark = pytest.mark.slow
-
-
-def torchrun(config: RunConfig, ranks: int, *more: str, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Train with several processes, and wait for the end. Fails if a process fails."""
-    done = subprocess.run(command(config, ranks, *more), capture_output=True, text=True, timeout=480, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def command(config: RunConfig, ranks: int, *more: str) -> list[str]:
-    """Return the torchrun command for a run config, which is written next to output.dir."""
-    path = Path(config.output.dir).with_suffix(".json")
-    path.write_text(config.model_dump_json(), encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *launcher, "-m", "tests.trainer.run_rank", str(path), *more]
 
 
 def assert_equal_runs(one: Path, two: Path, tolerance: float = 1e-5) -> None:
@@ -63,7 +48,7 @@ def test_one_and_two_ranks_give_the_same_losses(tmp_path: Path, tiny_sentencepie
         }
         config = {n: run_config(student, corpus, tmp_path / n, urls, **sections) for n in ("one", "two")}
         train(config["one"])
-        torchrun(config["two"], 2)
+        train_on_ranks(config["two"], 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert_equal_models(tmp_path / "one", tmp_path / "two")
 
@@ -74,7 +59,7 @@ def test_a_run_resumes_with_another_number_of_ranks(tmp_path: Path, tiny_byte_le
     train(uninterrupted)
     changing = run_config(tiny_byte_level, corpus, tmp_path / "changing", [])
     train(changing, stop_at=2)
-    torchrun(changing, 2, "--resume", "--stop-at=4")
+    train_on_ranks(changing, 2, "--resume", "--stop-at=4")
     train(changing, resume=True)
     assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "uninterrupted"), abs=1e-5)
 
@@ -84,7 +69,7 @@ def test_a_last_batch_with_fewer_samples_than_ranks_is_trained_on(tmp_path: Path
     sections = {"train": {"batch_samples": 11, "epochs": 1}}
     config = {n: run_config(tiny_byte_level, corpus, tmp_path / n, [], **sections) for n in ("one", "two")}
     assert train(config["one"]).steps == 2  # 11 samples, then 1
-    torchrun(config["two"], 2)
+    train_on_ranks(config["two"], 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
 
 
@@ -93,7 +78,7 @@ def test_two_ranks_train_adapters_and_export_them_merged(tmp_path: Path, tiny_by
     sections: dict[str, Any] = {"student": {"lora": {"rank": 4}}, "optim": {"lr": 1e-2}}
     config = {n: run_config(tiny_byte_level, corpus, tmp_path / n, [], **sections) for n in ("one", "two")}
     train(config["one"])
-    torchrun(config["two"], 2)
+    train_on_ranks(config["two"], 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert_equal_models(tmp_path / "one", tmp_path / "two")
 
@@ -104,7 +89,7 @@ def test_two_ranks_train_a_mixture_of_experts_as_two_microbatches_do(tmp_path: P
     train_section = {"batch_samples": 4, "epochs": 1}
     one = train_section | {"gradient_accumulation_steps": 2}
     train(run_config(student, corpus, tmp_path / "one", [], train=one))
-    torchrun(run_config(student, corpus, tmp_path / "two", [], train=train_section), 2)
+    train_on_ranks(run_config(student, corpus, tmp_path / "two", [], train=train_section), 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert_equal_models(tmp_path / "one", tmp_path / "two")
     router_losses = [
@@ -157,7 +142,7 @@ def test_two_ranks_in_bf16_with_checkpointed_adapters_match_one_in_float32(
     mixed = lora | {"precision": "bf16", "activation_checkpointing": True}
     optim = {"lr": 1e-2}
     train(run_config(tiny_byte_level, corpus, tmp_path / "one", [], student=lora, optim=optim))
-    torchrun(run_config(tiny_byte_level, corpus, tmp_path / "two", [], student=mixed, optim=optim), 2)
+    train_on_ranks(run_config(tiny_byte_level, corpus, tmp_path / "two", [], student=mixed, optim=optim), 2)
     assert_equal_runs(tmp_path / "one", tmp_path / "two", tolerance=0.03)
     assert losses(tmp_path / "one") != pytest.approx(losses(tmp_path / "two"), abs=1e-5)
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.faulty import FaultyTeacher
 from tests.processes import started
+from tests.trainer.ranks import command
 from tests.trainer.runs import losses, run_config, write_corpus
 from tests.trainer.test_cli import call, run_file
-from tests.trainer.test_ranks import command
 from trainer.config import RunConfig
 from trainer.training.loop import train
 
