@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from alignment import TokenizerError, Tokens, Vocabulary
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.content_search import Chat
-from trainer.chats.jinja_template import TODAY, ChatError, JinjaTemplate, Message
-from trainer.chats.message_parts import MessageError, check_tools, normalized, supervised_slots
+from trainer.chats.jinja_template import TODAY, ChatError, JinjaTemplate
+from trainer.chats.message_parts import supervised_slots
+from trainer.chats.messages import InvalidChat, Message, normalize_chat
 from trainer.chats.rendered_chat import MessagePart, RenderedChat, Span, token_range
 from trainer.chats.special_tokens import (
     Escape,
@@ -72,23 +73,21 @@ class ChatTemplate:
     ) -> RenderedChat:
         """Render and tokenize a chat, and find the spans of the messages that `supervision` names.
 
-        A message is {"role", "content"} and further keys (reasoning_content, tool_calls, name, train, …).
+        messages, tools  in any form that `normalize_chat` accepts (trainer/chats/messages.py)
         Raises ChatError with sample and model.
         """
         label = f"sample {sample}, model {self.name}"
         try:
-            return self._render([dict(m) for m in messages], [dict(t) for t in tools], sample, label)
+            return self._render(*normalize_chat(messages, tools), sample, label)
         except RecursionError as error:
             raise ChatError(f"{label}: a message or a tool is nested too deeply") from error
-        except (MessageError, TokenizerError) as error:
+        except (InvalidChat, TokenizerError) as error:
             raise ChatError(f"{label}: {error}") from error
 
     def _render(self, messages: list[Message], tools: list[Message], sample: str, label: str) -> RenderedChat:
-        messages = _normalized(messages)
-        check_tools(tools)
         slots = supervised_slots(messages, self.supervision)
         if not slots:
-            raise MessageError("the chat has no assistant message to train on")
+            raise InvalidChat("the chat has no assistant message to train on")
         escape = self._escape(messages, tools, label)
         if escape is not None:
             messages, tools = list(map(escape.message, messages)), list(map(escape.tool, tools))
@@ -99,7 +98,7 @@ class ChatTemplate:
         rendered = chat.render(slots)
         turns = regions(rendered, slots, syntax, ends, escape.mark if escape else "")
         if not turns:
-            raise MessageError("the template renders no supervised part of the chat unchanged")
+            raise InvalidChat("the template renders no supervised part of the chat unchanged")
         plain = plain_text(rendered.text, _chars(turns), escape)
         tokens = self.vocabulary.encode_rendered(plain.text, plain.literals)
         prefix = self.vocabulary.prefix
@@ -140,7 +139,7 @@ class ChatTemplate:
         Raises ChatError for half of a surrogate pair, and SpecialTokenError unless such texts are ordinary text.
         """
         if place := place_of_surrogate(messages, tools):
-            raise MessageError(f"{place} contains half of a surrogate pair")
+            raise InvalidChat(f"{place} contains half of a surrogate pair")
         spelled = first_spelled_token(messages, tools, self.special_tokens)
         if spelled is None:
             return None
@@ -214,17 +213,6 @@ class ChatTemplate:
         special = {self.vocabulary.tokens[i] for i in np.flatnonzero(self._is_marker)} - {""}
         # The longest alternative first, so that errors name the whole token. (?!) matches nothing.
         return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-
-
-def _normalized(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages without null contents and repeated reasoning. Raises MessageError."""
-    result = []
-    for i, message in enumerate(messages):
-        try:
-            result.append(normalized(message))
-        except ValueError as error:
-            raise MessageError(f"message {i}: {error}") from error
-    return result
 
 
 def _chars(turns: Sequence[Region]) -> list[int]:

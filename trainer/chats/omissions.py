@@ -9,8 +9,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.chats.jinja_template import Message
 from trainer.chats.message_parts import has_text, renamed
+from trainer.chats.messages import Message
 
 EXCERPT_CHARS = 40  # characters of a text that an error message shows
 
@@ -67,15 +67,15 @@ def mark_unsearched(
                 omission = _omission(i, "tool_calls", excerpt_of_call(call), f"a tool call of message {i}")
                 marks |= dict.fromkeys(pair, omission)
     for n, tool in enumerate(tools):
-        name = str(tool.get("function", tool).get("name", ""))[:EXCERPT_CHARS]
+        name = tool["function"]["name"][:EXCERPT_CHARS]
         marks[f"{marker}t{n}x"] = _omission(None, "tool", name, f"tool {n}")
     return MarkedChat(marked, tuple(renamed(tool, f"{marker}t{n}x") for n, tool in enumerate(tools)), marks, marker)
 
 
 def excerpt_of_call(call: Message) -> str:
     """Return the beginning of the name and the arguments of a tool call."""
-    function = call.get("function", call)
-    return f"{function['name']} {json.dumps(function.get('arguments'), ensure_ascii=False)}"[:EXCERPT_CHARS]
+    function = call["function"]
+    return f"{function['name']} {json.dumps(function['arguments'], ensure_ascii=False)}"[:EXCERPT_CHARS]
 
 
 def _omission(message: int | None, kind: str, text: str, description: str) -> Omission:
@@ -83,11 +83,5 @@ def _omission(message: int | None, kind: str, text: str, description: str) -> Om
 
 
 def _marked_call(call: Message, name: str, argument: str) -> Message:
-    """Return a tool call with another name and one other argument. Arguments keep their type, JSON text or object."""
-    call = renamed(call, name)
-    function = call.get("function", call)
-    arguments = {argument: argument}
-    marked = function | {
-        "arguments": json.dumps(arguments) if isinstance(function.get("arguments"), str) else arguments
-    }
-    return call | {"function": marked} if "function" in call else marked
+    """Return a tool call with another name and one other argument."""
+    return call | {"function": call["function"] | {"name": name, "arguments": {argument: argument}}}

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.chats.jinja_template import ChatError, Message
+from trainer.chats.jinja_template import ChatError
 from trainer.chats.message_parts import map_message_texts, map_texts
+from trainer.chats.messages import InvalidChat, Message
 
 _EXCERPT_CHARS = 40
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 
 
@@ -60,7 +62,7 @@ def place_of_surrogate(messages: Sequence[Message], tools: Sequence[Message]) ->
     """Return the message or tool that contains half of a surrogate pair; None without one."""
     for place, texts in _texts_by_place(messages, tools):
         for text in texts:
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            if not text.isascii() and _SURROGATE.search(text):
                 return place
     return None
 
@@ -86,14 +88,14 @@ class Escape:
 
     @classmethod
     def unused_in(cls, texts: Iterable[Any], special_tokens: re.Pattern[str]) -> "Escape":
-        """Choose a character that does not occur in the messages and tools. Raises ChatError if all occur."""
+        """Choose a character that does not occur in the messages and tools. Raises InvalidChat if all occur."""
         collected = _Texts()
         for each in texts:
             map_texts(each, collected.add)
         used = set().union(*map(set, collected.texts)) if collected.texts else set()
         mark = next((chr(c) for c in _PRIVATE_USE if chr(c) not in used), None)
         if mark is None:
-            raise ChatError("the chat uses every private character of Unicode")
+            raise InvalidChat("the chat uses every private character of Unicode")
         return cls(mark, special_tokens)
 
     def message(self, message: Message) -> Message:
@@ -127,7 +129,7 @@ class PlainText:
 def plain_text(escaped: str, chars: Iterable[int], escape: Escape | None) -> PlainText:
     """Remove the escapes from a rendered text, and convert character offsets in it to byte offsets.
 
-    Raises ChatError if the template has changed an escaped text.
+    Raises InvalidChat if the template has changed an escaped text.
     """
     offsets, literals = dict[int, int](), list[tuple[int, int]]()
     mark = escape.mark if escape else ""
@@ -139,7 +141,7 @@ def plain_text(escaped: str, chars: Iterable[int], escape: Escape | None) -> Pla
     for start, stop in zip(marks[::2], marks[1::2], strict=False):
         literals.append((offsets[start], offsets[stop]))
         if escape is None or not escape.special_tokens.fullmatch(escaped[start + 1 : stop]):
-            raise ChatError("the template changes a text that spells a special token")
+            raise InvalidChat("the template changes a text that spells a special token")
     if len(marks) % 2:
-        raise ChatError("the template changes a text that spells a special token")
+        raise InvalidChat("the template changes a text that spells a special token")
     return PlainText(escaped.replace(mark, "") if mark else escaped, tuple(literals), offsets)

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.chats.content_search import first_difference
-from trainer.chats.jinja_template import JinjaTemplate, Message, TemplateError
+from trainer.chats.jinja_template import JinjaTemplate, TemplateError
 from trainer.chats.message_parts import REASONING
+from trainer.chats.messages import REASONING_KEYS, Message
 
-REASONING_KEYS = (REASONING, "reasoning", "thinking")  # names by which templates read the reasoning of a message
 INLINE = "inline"  # opening of reasoning in the content
 _USER, _CONTENT, _REASONING, _CALL = "ProbeUser", "ProbeContent", "ProbeReasoning", "ProbeCall"
 
