@@ -24,7 +24,7 @@ from trainer.query.config import TeacherConfig
 from trainer.query.connect import ConnectedTeacher, connect_teacher, teacher_address
 from trainer.records import Sample, TokenizedSample
 from trainer.sources.config import DataConfig
-from trainer.sources.corpus import Corpus, SourceCounts
+from trainer.sources.corpus import Corpus, SourceCounts, unclosed_texts
 from trainer.student.checks import check_weights
 from trainer.student.loading import resolve_precision, student_tokenizer
 from trainer.tokenization import SampleTokenizer, is_skipped, tokenize_samples
@@ -100,6 +100,7 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[_Data, list[F
         corpus, num_steps = check_data(config, student.vocabulary)
         findings += [Finding("data", True, _describe(source)) for source in corpus.sources]
         findings += [Finding("data", True, f"warning: {each}") for source in corpus.sources for each in source.repeated]
+        findings += [Finding("data", True, warning) for warning in unclosed_texts(corpus.sources, config.data)]
         data = _Data(corpus, samples := _evenly_spaced(corpus))
         tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
         remarks = check_chats(corpus, tokenizer, config.data)

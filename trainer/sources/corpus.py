@@ -136,6 +136,17 @@ class Corpus:
         return any(source.is_chat for source in self.sources)
 
 
+def unclosed_texts(sources: Sequence[SourceCounts], data: DataConfig) -> list[str]:
+    """Return a warning if the student is not taught to stop after the completions of texts with a masked prompt."""
+    names = ", ".join(source.name for source in sources if source.has_prompt)
+    if not names or data.close_documents:
+        return []
+    return [
+        f"warning: {names}: no EOS follows the completions, so that the student does not learn to stop after them: set "
+        "data.close_documents = true to append EOS to the texts and to train on it"
+    ]
+
+
 def load_corpus(data: DataConfig, evaluation: EvalConfig, vocabulary: Vocabulary, seed: int) -> Corpus:
     """Index every source, draw the held-out documents, and select the samples.
 
