@@ -64,9 +64,13 @@ class Vocabulary:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], *, name: str) -> "Vocabulary":
-        """Build from the tokenizer files of a teacher, by file name. They are first loaded in a subprocess with limits.
+        """Build from tokenizer files that were received from a server.
 
-        Raises TokenizerError.
+        The files are first loaded in a subprocess with limits of memory and time.
+
+        files  contents by file name; tokenizer.json is required, tokenizer_config.json optional
+        name   name of the model in error messages
+        Raises TokenizerError if the files exceed a limit or cannot be loaded.
         """
         return cls.parse(files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=name, trial=True)
 

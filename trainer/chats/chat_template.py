@@ -148,7 +148,7 @@ class ChatTemplate:
         return Escape.unused_in([*messages, *tools], self.special_tokens)
 
     def _span(self, turn: Region, tokens: Tokens, plain: PlainText, ends: TurnEnds) -> Span:
-        """Return the span of a turn, with the end of turn if its token follows directly."""
+        """Return the span of a turn. Its `end_of_turn` is set if an end-of-turn token directly follows the text."""
         parts = tuple(MessagePart(p.kind, plain.byte_of(p.start), plain.byte_of(p.stop)) for p in turn.parts)
         start, last = plain.byte_of(turn.start), parts[-1].stop
         if turn.may_end and self.supervision.end_of_turn:
@@ -159,10 +159,11 @@ class ChatTemplate:
         return Span(turn.message, start, last, None, parts)
 
     def _ends_turn(self, token: int, ends: TurnEnds) -> bool:
-        """Return whether a token that follows a turn ends it.
+        """Return whether a token is an end-of-turn token. The token directly follows the text of a turn.
 
-        A special token is the role marker of the next turn, not the end of this one, if the template writes no token
-        after the last turn.
+        With `end_of_turn`, only that token is. Otherwise EOS, the vocabulary's end-of-turn token and, if the template
+        writes a token after the last turn of a chat, every special token except BOS are. If the template writes none, a
+        special token after a turn is the role marker of the next turn.
         """
         if self.end_of_turn is not None:
             return token == self.end_of_turn
@@ -181,7 +182,7 @@ class ChatTemplate:
         return self._syntax_and_ends([{"type": "function", "function": tool}])
 
     def _syntax_and_ends(self, tools: list[Message]) -> tuple[TurnSyntax, TurnEnds]:
-        """Return what the template writes around the parts of a turn, and how it ends a turn."""
+        """Return the syntax of the template for chats with these tools, and the tokens with which it ends a turn."""
         syntax = turn_syntax(self.template, tools)
         texts, bos = self.vocabulary.tokens, self.vocabulary.roles.get("bos")
         if self.end_of_turn is not None:
@@ -190,14 +191,14 @@ class ChatTemplate:
 
     @cached_property
     def _is_special(self) -> NDArray[np.bool_]:
-        """[V] Whether a token has no bytes."""
+        """[V] Whether a token is special, which means that it has no bytes of text."""
         return np.array([data is None for data in self.vocabulary.token_bytes])
 
     @cached_property
     def _is_marker(self) -> NDArray[np.bool_]:
-        """[V] Whether a token is special or looks like a turn marker, or ends texts or turns.
+        """[V] Whether a token is special, looks like a turn marker (`<|…|>`), or ends texts or turns.
 
-        The turns of DeepSeek's template are marked by tokens that its tokenizer does not call special.
+        The second condition is needed for DeepSeek: its tokenizer does not declare its turn markers as special.
         """
         markers: NDArray[np.bool_] = self._is_special | np.array(
             [bool(_TURN_MARKER.fullmatch(t)) for t in self.vocabulary.tokens]
@@ -209,7 +210,7 @@ class ChatTemplate:
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
-        """Match the text of every special token, and of every token that looks like a turn marker."""
+        """Regular expression that matches the text of every token in `_is_marker`; the longest token matches first."""
         special = {self.vocabulary.tokens[i] for i in np.flatnonzero(self._is_marker)} - {""}
         # The longest alternative first, so that errors name the whole token. (?!) matches nothing.
         return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")

@@ -31,16 +31,16 @@ MAX_NAMED_REPEATED = 20
 class SourceCounts:
     """Counts of all documents of one source.
 
-    format         kind of the documents, and the columns that they are read from
-    is_chat        the documents are chats
-    has_prompt     the documents are texts with a masked prompt
+    format         kind of the documents and their columns, for example "chats: column messages"
+    is_chat        whether the documents are chats
+    has_prompt     whether the documents are texts with a masked prompt
     tokens         tokens of the student; None for chats
     num_bytes      bytes of text, or of chats as JSON
     epoch_samples  number of samples that one epoch draws from the source
     invalid        number of lines and rows that cannot be read
-    first_invalid  messages of the first of them
-    empty          number of lines and rows whose text or chat is empty; they are left out
-    repeated       files that are not read again, because this or an earlier source contains them under another name
+    first_invalid  error messages of the first invalid lines and rows
+    empty          number of lines and rows with an empty text or an empty chat, which are not used
+    repeated       descriptions of files that the run file names twice; each is read once
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Checks of the chats of a run at its start: special tokens in their texts, and the token that ends a turn.
+"""Checks of all chats at the start of a run. `train` and `doctor` call the same functions.
 
-`train` and `doctor` call the same functions.
+The checks search the texts of the chats for special tokens, and render some chats to see whether a token ends a turn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,9 @@ MAX_RENDERED = 32  # chats, evenly spaced, in which a turn must end
 
 
 def check_chats(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig, model: str = "student") -> list[str]:
-    """Check all chats for one model, "student" or "teacher NAME", and return remarks and warnings.
+    """Check all chats for one model, and return remarks and warnings as sentences.
+
+    model  name of the model in the sentences: "student" or "teacher NAME"
 
     Raises DataError for special tokens in the texts of chats that are neither skipped nor encoded as ordinary text, and
     ChatError for a chat that cannot be rendered.
@@ -69,7 +71,7 @@ def _check_end_of_turn(corpus: Corpus, tokenizer: SampleTokenizer, data: DataCon
 
 
 def _rendered(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig) -> Iterator[RenderedChat]:
-    """Render some chats, evenly spaced, without those that are skipped."""
+    """Render up to MAX_RENDERED chats, evenly spaced in the corpus. Chats that are skipped are left out."""
     chats: Sequence[int] = [*corpus.train.chat_indices()]
     for i in chats[:: -(-len(chats) // MAX_RENDERED) or 1]:
         try:
