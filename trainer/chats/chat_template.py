@@ -24,6 +24,7 @@ from trainer.chats.special_tokens import (
     first_spelled_token,
     place_of_surrogate,
     plain_text,
+    token_pattern,
 )
 from trainer.chats.turn_regions import Region, regions
 from trainer.chats.turn_syntax import TurnEnds, TurnSyntax, turn_ends, turn_syntax
@@ -211,9 +212,7 @@ class ChatTemplate:
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
         """Regular expression that matches the text of every token in `_is_marker`; the longest token matches first."""
-        special = {self.vocabulary.tokens[i] for i in np.flatnonzero(self._is_marker)} - {""}
-        # The longest alternative first, so that errors name the whole token. (?!) matches nothing.
-        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        return token_pattern(self.vocabulary.tokens[i] for i in np.flatnonzero(self._is_marker))
 
 
 def _chars(turns: Sequence[Region]) -> list[int]:
