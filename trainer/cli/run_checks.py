@@ -103,7 +103,7 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[_Data, list[F
         findings += [Finding("data", True, warning) for warning in unclosed_texts(corpus.sources, config.data)]
         data = _Data(corpus, samples := _evenly_spaced(corpus))
         tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
-        remarks = check_chats(corpus, tokenizer, config.data)
+        remarks = check_chats(corpus, {"student": tokenizer}, config.data)
         tokenized = _Tokenized("student")
         for sample in samples:
             for one in tokenize_samples([sample], tokenizer, config.data, on_skip=tokenized.skipped.append):
@@ -197,7 +197,7 @@ async def _check_teacher(config: TeacherConfig, examined: _Data, data: DataConfi
             findings.append(Finding(subject, True, detail))
             num_tokens = len(teacher.tokenizer.vocabulary)
             findings.append(Finding(subject, True, f"the tokenizer of {num_tokens} tokens matches the card"))
-            remarks = check_chats(examined.corpus, teacher.tokenizer, data, subject) if examined.corpus else []
+            remarks = check_chats(examined.corpus, {subject: teacher.tokenizer}, data) if examined.corpus else []
             tokenized = _tokenize(teacher, examined.samples, data)
             findings.append(_check_lengths(teacher, tokenized, data))
             findings += _describe_skipped(subject, tokenized.skipped, len(examined.samples))

@@ -88,11 +88,8 @@ class Run:
 
         Raises DataError or ChatError.
         """
-        checked = (
-            check_chats(self.corpus, tokenizer, self.config.data, f"teacher {name}")
-            for name, tokenizer in teachers.items()
-        )
-        return [*self.remarks, *(remark for remarks in checked for remark in remarks)]
+        models = {f"teacher {name}": tokenizer for name, tokenizer in teachers.items()}
+        return [*self.remarks, *check_chats(self.corpus, models, self.config.data)]
 
     @contextmanager
     def opened(self, listener: Listener | None, connect_s: float, remarks: Sequence[str] = ()) -> Iterator[Metrics]:
@@ -169,7 +166,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
     with ranks.local_rank_zero_first():
         corpus, num_steps = check_data(config, student.vocabulary)
     tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
-    remarks = unclosed_texts(corpus.sources, config.data) + check_chats(corpus, tokenizer, config.data)
+    remarks = unclosed_texts(corpus.sources, config.data) + check_chats(corpus, {"student": tokenizer}, config.data)
     optimizer = make_optimizer(student, config.optim)
     weights = base_weights_sha256(student.folder, ranks)
     identity = run_identity(config, weights, student.vocabulary.fingerprint, corpus)
