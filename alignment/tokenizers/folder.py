@@ -150,7 +150,7 @@ def _convert(sources: Mapping[str, bytes], name: str) -> dict[str, bytes]:
 
 
 def _bos_warning(config: Mapping[str, Any], loaded: Mapping[str, Any]) -> str:
-    """Return a warning if transformers ignores `add_bos_token`. A Gemma expects BOS in any case: see roles.py."""
+    """Return a warning if transformers ignores `add_bos_token`. Gemma always expects BOS, see roles.py."""
     flag = config.get("add_bos_token")
     if flag in (None, loaded["adds_bos"]) or str(config.get("tokenizer_class", "")).startswith("Gemma"):
         return ""

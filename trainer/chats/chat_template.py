@@ -123,7 +123,7 @@ class ChatTemplate:
     def turn_ends(self) -> frozenset[int]:
         """Return the ids of the tokens with which the template ends a turn, also after tool calls.
 
-        If the template ends none, it is the token of the vocabulary that has this role.
+        If the template writes no such token, the result is the end-of-turn token of the vocabulary, or empty.
         """
         if self.end_of_turn is not None:
             return frozenset({self.end_of_turn})
@@ -135,9 +135,10 @@ class ChatTemplate:
         return frozenset(map(self.vocabulary.tokens.index, texts))
 
     def _escape(self, messages: list[Message], tools: list[Message], label: str) -> Escape | None:
-        """Return the escape of special tokens in the texts; None if no text contains one.
+        """Return the escape for the special tokens in the texts of a chat; None if no text contains one.
 
-        Raises ChatError for half of a surrogate pair, and SpecialTokenError unless such texts are ordinary text.
+        Raises SpecialTokenError if `special_tokens_in_content` is not "text", and InvalidChat for half of a surrogate
+        pair.
         """
         if place := place_of_surrogate(messages, tools):
             raise InvalidChat(f"{place} contains half of a surrogate pair")
@@ -216,7 +217,7 @@ class ChatTemplate:
 
 
 def _chars(turns: Sequence[Region]) -> list[int]:
-    """Return all character offsets of the turns."""
+    """Return the start and stop offsets of all turns and of their parts."""
     ranges = [(each.start, each.stop) for turn in turns for each in turn.parts]
     return [char for each in [*ranges, *((turn.start, turn.stop) for turn in turns)] for char in each]
 

@@ -60,10 +60,10 @@ class InvalidChat(Exception):
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How to read the chats of one source.
+    """Settings of a source for the normalization of its chats.
 
-    roles             further roles by their names in the data
-    drops_other_parts leave out parts of a message that are not text, instead of raising an error
+    roles              further roles by their names in the data
+    drops_other_parts  leave out parts of a message that are not text, instead of raising an error
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -223,7 +223,7 @@ def _normalize_tool(tool: Fields) -> Message:
 
 
 def _train(message: Fields, role: str, flag: bool | None) -> bool:
-    """Return whether a message may be supervised, from its keys and the entry of the loss_mask column."""
+    """Return whether a message may be supervised. `flag` is its entry in the loss_mask column, if there is one."""
     given = {key: _flag(message[key], key) for key in TRAIN_KEYS if key in message}
     if flag is not None:
         given["the loss_mask column"] = flag
@@ -274,7 +274,7 @@ def _listed(value: object) -> list[Any]:
 
 
 def _json(value: object, what: str) -> Any:
-    """Return a value, parsed if it is JSON text, also if that contains JSON text again."""
+    """Return a value. JSON text is parsed, repeatedly if the result is text again."""
     if not isinstance(value, str):
         return value
     parse: Callable[[str], Any] = json.loads

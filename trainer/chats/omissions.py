@@ -1,7 +1,8 @@
-"""Parts of a chat that a template does not render, and the check of those parts that are not searched in the text.
+"""Parts of a chat that a template does not render.
 
-These are the contents of messages that are not supervised, the names and arguments of tool calls, and the tools. Each
-is replaced by a separate marker, which must occur anywhere in the rendered text.
+Supervised parts are searched in the rendered text (content_search.py). For all other parts, this module only checks
+that the template renders them: contents of messages that are not supervised, names and arguments of tool calls, and
+tools. Each of them is replaced by a separate marker, which must occur somewhere in the rendered text.
 """
 
 import json
@@ -33,9 +34,11 @@ class Omission:
 
 @dataclass(frozen=True)
 class MarkedChat:
-    """Messages by index, and tools, with markers in place of the parts that must be rendered.
+    """A chat with markers in place of the parts that must be rendered.
 
-    marks  the part that each marker stands for
+    messages  messages by index
+    marks     omission to report for each marker that a rendering lacks
+    marker    beginning of all markers
     """
 
     messages: Mapping[int, Message]

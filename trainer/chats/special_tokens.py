@@ -1,8 +1,9 @@
-"""Special tokens that the texts of a chat spell out, and chats in which these texts are escaped.
+"""Texts of special tokens in the messages of a chat: search for them, and escape them.
 
-A tokenizer reads the text of a special token in a rendered chat as that token, which would begin or end a turn within a
-content. In an escaped chat, each such text is enclosed in a character that occurs nowhere else. The template renders
-the escaped chat, and the character then marks the texts that are not special tokens.
+If a message contains a text such as `<|im_end|>`, a tokenizer encodes it in the rendered chat as the special token,
+which would end the turn within the content. To encode it as ordinary text, each such text is enclosed in a character
+that occurs nowhere else in the chat. The template renders the escaped chat. The characters then show which of the texts
+are not special tokens, and are removed.
 """
 
 import re
@@ -28,7 +29,11 @@ class SpecialTokenError(ChatError):
 
 @dataclass(frozen=True)
 class SpelledToken:
-    """A special token in a text of a chat: its text, its place ("message 1") and an excerpt around it."""
+    """The text of a special token in a message or tool of a chat.
+
+    place    the message or tool, for example "message 1"
+    excerpt  the text around it
+    """
 
     token: str
     place: str

@@ -201,7 +201,7 @@ def _fingerprint(indexes: Sequence[WindowIndex], selected: Sequence[NDArray[np.i
 
 
 def _draw_held_out(documents: Sequence[int], num_held_out: int, seed: int) -> list[NDArray[np.bool_]]:
-    """[documents] for each source: draw the held-out documents from all sources together."""
+    """Draw the held-out documents from all sources together. Return a mask [documents] for each source."""
     total = sum(documents)
     if num_held_out and num_held_out >= total:
         raise DataError(f"eval.held_out_documents is {num_held_out}, but there are only {total} documents")
@@ -213,7 +213,10 @@ def _draw_held_out(documents: Sequence[int], num_held_out: int, seed: int) -> li
 def _hold_out_together(
     found: Sequence[SourceInputs], indexes: Sequence[WindowIndex], held: Sequence[NDArray[np.bool_]]
 ) -> None:
-    """Hold out a line or row in every source that reads its file if one source holds it out. Modifies `held`."""
+    """Hold out the same lines and rows in all sources that read a file. Modifies `held`.
+
+    A line or row is held out everywhere if at least one source holds it out.
+    """
     readers: dict[Key, list[tuple[int, NDArray[np.int64]]]] = {}  # source, and its documents of one file
     for source, (inputs, index) in enumerate(zip(found, indexes, strict=True)):
         for number, key in enumerate(inputs.keys if len(found) > 1 else ()):

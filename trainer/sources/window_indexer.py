@@ -180,7 +180,7 @@ class WindowIndexer:
 
 
 def _label_index(indices: dict[str, int], label: str | None) -> int:
-    """Return the index of a label, or -1 for None. Add a new label to the indices."""
+    """Return the index of a label, which is added to `indices` if it is new; -1 for None."""
     return -1 if label is None else indices.setdefault(label, len(indices))
 
 
