@@ -1,4 +1,4 @@
-"""A disk cache of arrays that are expensive to compute, under a key of everything that they depend on.
+"""A disk cache of arrays that are expensive to compute. The name of a file is a digest of everything they depend on.
 
 A file is written under a temporary name and renamed, so several processes may write the same file at once. It begins
 with the SHA-256 digest of its content; a truncated or changed file counts as absent. A file that cannot be written is
@@ -22,7 +22,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_key(*parts: object) -> str:
-    """Return a file name that differs whenever one of the parts differs."""
+    """Return the digest of the parts as a file name."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -11,13 +11,13 @@ written in student tokens. For student position r = 0 … q − 1, over the bran
     Z_r = sum of their probabilities; Z_0 = 1
     each branch adds its probability / Z_r to its token r + 1; a branch that ends after r tokens adds to the tail
 
-A branch may continue beyond the end of its block, if the student tokens read so far are its beginning. It is carried
-into the next block, with its probability relative to the text's; Z_0 there is 1 plus the carried probability. Without
-this the target would exclude longer tokens of the teacher at the boundary, and so reveal the following text.
+A branch that begins with all student tokens of its block may continue beyond the block. It is carried into the next
+block, with its probability relative to the text's; Z_0 there is 1 plus the carried probability. Without this, the
+target would exclude longer tokens of the teacher at the boundary, and so reveal the following text.
 
-Exact are the branches of a block's first row, and the branches of later rows with a probability of at least
-EXACT_ABOVE, which the student's tokenizer writes. Approximations (docs/alignment.md has their cost, in an exact toy
-world and on real text):
+The branches of a block's first row are exact. So are the branches of later rows with a probability of at least
+EXACT_ABOVE, which the student's tokenizer writes. The rest is approximated (docs/alignment.md measures the effect, for
+exact toy models and on real text):
 
 - branches of later rows below EXACT_ABOVE are written with the longest tokens;
 - branches below CARRY_ABOVE relative to the text are not carried;
@@ -60,7 +60,7 @@ class ScoredRows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ByteChainAlignment:
-    """A target, and the intermediate results that `tutelage align` compares with the teacher's rows.
+    """A target, with intermediate results that `tutelage align` shows.
 
     target   the result of `align`
     cuts     all common boundaries
@@ -73,7 +73,10 @@ class ByteChainAlignment:
 
     @property
     def uncrossed_cuts(self) -> Cuts:
-        """The boundaries without carried probability: between two of them target and teacher cover the same bytes."""
+        """Common boundaries that no carried branch crosses.
+
+        Between two of them, the likelihoods of the text under target and teacher can be compared.
+        """
         uncrossed = np.append(self.carried == 0, True)
         return Cuts(*(side[uncrossed] for side in self.cuts))
 
@@ -84,9 +87,9 @@ def align(
     """Convert a teacher's rows to a target over the student's vocabulary, one row per student token.
 
     rows         scores of the teacher tokens first_row … T_teacher − 1
-    first_row    0 if the teacher saw a BOS; 1 if its first token had nothing before it
-    bounds       exact_above: the student's tokenizer writes branches of later rows with at least this probability,
-                 0: all of them; carry_above: branches with at least this probability relative to the text are carried
+    first_row    0 if the teacher saw BOS in front of the text; 1 if not, as nothing then predicts its first token
+    bounds       exact_above: minimum probability of the branches of later rows that the student's tokenizer writes (0:
+                 all); carry_above: minimum probability, relative to the text's, of the branches that are carried
     A student position is valid if it begins at or after the first byte of teacher token `first_row`, if the teacher has
     tokens for its bytes, and if no row of its block is masked.
 
@@ -145,7 +148,7 @@ def align_byte_chain(
 
 
 def _blocks_with(masked: NDArray[np.bool_], cuts: Cuts, first_row: int) -> NDArray[np.bool_]:
-    """[B] Return which blocks have a masked row. No branch is carried out of them."""
+    """[B] Return whether a block has a masked row."""
     counts = np.concatenate([np.zeros(first_row + 1, dtype=np.int64), np.cumsum(masked)])
     return np.diff(counts[cuts.teacher]) > 0
 

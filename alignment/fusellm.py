@@ -6,8 +6,8 @@ the vocabulary map sends that token to the student token, it gets the teacher to
 If two candidates map to one token, the first is kept and the other is dropped. Every other student token gets a one-hot
 row on the *current* token with value 1.
 
-These faults are the reference implementation's and are reproduced to the id (tests/golden/); no other method has them.
-As in the reference, row j is the distribution *after* token j, and values are not changed.
+The one-hot rows and the dropped candidates are faults of the reference implementation. They are reproduced exactly
+(tests/golden/). As in the reference, row j is the distribution *after* token j, and values are not changed.
 
 Cost: one pass over teacher × student tokens; distances are computed once per pair of different strings.
 """

@@ -20,7 +20,7 @@ class AlignmentError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Positions of tokens in a text whose bytes they do not reproduce exactly, because a normalizer changed the text.
+    """Positions of tokens in a text, for tokens whose bytes differ from the text because a normalizer changed it.
 
     starts     [T] int64 byte offset at which each token begins; bytes between the end of one token and the start of the
                next belong to no token. INSIDE if the token begins inside a character
@@ -168,9 +168,9 @@ def common_cuts(teacher: Tokens, student: Tokens) -> Cuts:
 
 
 def _boundaries(tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the byte offsets > 0 at which a token ends or, after a gap, begins, and the number of tokens before each.
+    """Return the token boundaries of a text in increasing order, and the number of tokens before each.
 
-    Every offset occurs once, in increasing order; unknown offsets are left out.
+    A boundary is a byte offset above 0 at which a token ends, or begins after a gap. Unknown offsets are left out.
     """
     at, count = tokens.ends, np.arange(1, len(tokens) + 1)
     if tokens.placement is not None:

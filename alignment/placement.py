@@ -121,7 +121,7 @@ def _resolve_inside_characters(
 def _placement_from_offsets(
     data: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64], pieces: Sequence[bytes]
 ) -> Placement:
-    """Decide for each token whether its leading space is a byte of the text or was added by the tokenizer."""
+    """Build a placement from character offsets, and find the leading spaces that the tokenizer added."""
     starts, own, written = begins.copy(), np.zeros(len(ends), dtype=bool), np.zeros(len(ends), dtype=bool)
     previous_end = 0
     for i, (begin, end, piece) in enumerate(zip(begins.tolist(), ends.tolist(), pieces, strict=True)):

@@ -28,14 +28,14 @@ class BlockLikelihoods:
 
 @dataclass(frozen=True)
 class AlignmentReport:
-    """Sums over samples; `+` adds reports. Bits per byte of teacher and target are over the same bytes.
+    """Sums over samples. Reports can be added. Teacher and target are compared on the same bytes of text.
 
     positions     student positions
     valid         positions with a target
     mass          sum of the listed probability over valid positions
     teacher_nats  log-likelihood of the text by the teacher
     aligned_nats  log-likelihood of the text by the target
-    num_bytes     bytes of text of both likelihoods
+    num_bytes     bytes of text that both log-likelihoods cover
     """
 
     positions: int = 0

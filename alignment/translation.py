@@ -69,10 +69,10 @@ class Translation:
 def translate(
     teacher: Vocabulary, student: Vocabulary, vocab_size: int | None = None, *, cache: Path | None = None
 ) -> Translation:
-    """Build the table for ids below `vocab_size` (default: the size of the tokenizer), or load it from folder `cache`.
+    """Build the translation for ids below `vocab_size` (default: the size of the tokenizer), or load it from `cache`.
 
-    Equal tokenizers translate every id, special or not, into itself, except for roles that they assign to different
-    ids. Ids that the tokenizer does not have stay untranslated.
+    If both tokenizers are equal, every id is translated into itself, also a special one, except for the tokens of roles
+    that have different ids. Ids that the teacher's tokenizer does not have are not translated.
 
     Raises TokenizerError if the teacher's tokenizer can write ids at or above `vocab_size`.
     """

@@ -2,13 +2,22 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 MAX_INT = 2**31 - 1  # of integers without a separate bound: larger ones overflow in torch, numpy or tokenizers
 MAX_BYTES = 2**53
@@ -39,13 +48,34 @@ class Section(BaseModel):
         hide_input_in_errors=True,  # an input may be a secret; run_file.py shows the others
     )
 
-    @field_validator("*")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _check_bounds(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reject numbers and strings that libraries cannot take, in every field of every section."""
+    def _check_field(cls, given: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Reject booleans in place of numbers, and values that libraries cannot take, in every field of every section.
+
+        The check includes the values of nested tables that are not sections, such as [teachers.serve].
+        """
+        value = validate(given)
+        if errors := [*_booleans_as_numbers(given, value)]:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
         metadata = cls.model_fields[info.field_name].metadata if info.field_name in cls.model_fields else []
         _check_value(value, has_bound=any(hasattr(each, "le") for each in metadata))
         return value
+
+
+def _booleans_as_numbers(given: Any, value: Any, *path: int | str) -> Iterator[InitErrorDetails]:
+    """Yield an error for every boolean in a field that pydantic has converted to a number."""
+    if isinstance(given, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            error = PydanticCustomError("boolean", "expected a number")
+            yield InitErrorDetails(type=error, loc=path, input=given)
+    elif isinstance(given, dict):
+        for key, item in given.items():
+            converted = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+            yield from _booleans_as_numbers(item, converted, *path, key)
+    elif isinstance(given, list | tuple) and isinstance(value, list | tuple):
+        for i, (item, converted) in enumerate(zip(given, value, strict=True)):
+            yield from _booleans_as_numbers(item, converted, *path, i)
 
 
 def _check_value(value: Any, has_bound: bool) -> None:

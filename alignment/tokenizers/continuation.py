@@ -12,7 +12,7 @@ from alignment.tokenizers.sentencepiece import SPACE_MARK
 
 @dataclass(frozen=True, eq=False)
 class ContinuationWriter:
-    """Writes byte strings in tokens of one vocabulary.
+    """Tokenizes byte strings as continuations of a text, with one vocabulary.
 
     tokenizer    the tokenizer as it is loaded
     continuing   the same tokenizer without a leading space (`TokenizerKind.as_continuation`)
@@ -26,8 +26,9 @@ class ContinuationWriter:
     def write(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Tokenize each byte string.
 
-        Strings are accepted as the normalizer changes them. The longest tokens are used, greedily, for bytes that are
-        not valid UTF-8 or that the tokenizer does not reproduce. A string that no tokens can write gives an empty list.
+        The tokens have the bytes of the string, or of the string after the normalizer. Strings that are not valid
+        UTF-8, or that the tokenizer does not reproduce, are written with the longest token at each position. The list
+        of tokens is empty if a string cannot be written.
         """
         texts = [_decoded(piece) for piece in pieces]
         encodings = iter(

@@ -27,13 +27,13 @@ from kernel_cache.hub_cache import file_inside
 
 JSON, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json", "tiktoken.model", "*.model", "tokenizer.model.v*")
-"""Names of files any of which is a vocabulary, as glob patterns."""
+"""Glob patterns of the files, other than tokenizer.json, that can contain a vocabulary."""
 OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json")
 FILES = (JSON, CONFIG, TEMPLATE, *OTHER_FILES, *VOCABULARIES)
 MODEL_KEYS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
 """Keys of config.json by which transformers chooses the class of the tokenizer."""
 WARNING = ".warning"
-"""Entry of the cache file that is logged, not returned."""
+"""Name in the cache file of a warning about the conversion, which is logged."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PACKAGES = ("transformers", "tokenizers", "sentencepiece", "protobuf", "tiktoken", "mistral-common")
 log = logging.getLogger("tutelage.tokenizers")
@@ -41,15 +41,18 @@ _loaded: dict[str, dict[str, bytes]] = {}
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a directory has tokenizer.json or a vocabulary of another format."""
+    """Return whether a model directory contains a tokenizer: tokenizer.json, or a file that matches VOCABULARIES."""
     return any(file_inside(folder, path.name) for pattern in (JSON, *VOCABULARIES) for path in folder.glob(pattern))
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Return tokenizer.json, tokenizer_config.json and, if there are, the map of special tokens and the chat template.
+    """Return the contents of the tokenizer files of a model directory, by file name.
 
-    In tokenizer_config.json, the tokens of the roles are those that transformers uses, and `add_bos_token` states
-    whether transformers puts BOS in front of a text. It is missing if neither transformers nor the file does.
+    `tokenizer.json` and `tokenizer_config.json` are always present, `special_tokens_map.json` and
+    `chat_template.jinja` only if the model has them. Two settings of `tokenizer_config.json` can differ from the file
+    in the directory: the special tokens (`bos_token`, `eos_token`, …) are those that transformers uses, and
+    `add_bos_token` is true if transformers puts BOS in front of a text. `add_bos_token` is missing if transformers puts
+    no BOS in front and the file in the directory does not set it to false.
 
     Raises TokenizerError if the directory has no tokenizer, if a file exceeds a limit, or if transformers cannot load
     it without custom code.
@@ -66,7 +69,7 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 
 
 def _read_sources(folder: Path) -> dict[str, bytes]:
-    """Return the content of the tokenizer files, and the keys of config.json that choose the tokenizer's class."""
+    """Return the contents of the tokenizer files by name, with config.json reduced to MODEL_KEYS."""
     names = sorted({path.name for pattern in FILES for path in folder.glob(pattern)})
     if not has_tokenizer(folder):
         raise TokenizerError(
@@ -78,7 +81,10 @@ def _read_sources(folder: Path) -> dict[str, bytes]:
 
 
 def _model_keys(folder: Path) -> dict[str, str]:
-    """Return the keys of config.json that choose the class; none if it is damaged, which the model's checks report."""
+    """Return the entries of config.json in MODEL_KEYS that are strings.
+
+    The result is empty if config.json is missing or is not JSON: other checks of the model report that.
+    """
     path = file_inside(folder, "config.json")
     try:
         config = json.loads(_read(path)) if path else {}
@@ -100,7 +106,7 @@ def _read(path: Path) -> bytes:
 
 @cache
 def _versions() -> str:
-    """Return the versions of the packages that take part in a conversion, and a digest of its script."""
+    """Return the versions of the packages that a conversion uses, and the digest of its script, for the cache key."""
     return " ".join(
         [hashlib.sha256(SCRIPT.read_bytes()).hexdigest(), *(f"{name} {_version(name)}" for name in PACKAGES)]
     )
@@ -144,7 +150,7 @@ def _convert(sources: Mapping[str, bytes], name: str) -> dict[str, bytes]:
 
 
 def _bos_warning(config: Mapping[str, Any], loaded: Mapping[str, Any]) -> str:
-    """Return a warning if transformers ignores `add_bos_token`. A Gemma expects BOS in any case: see roles.py."""
+    """Return a warning if transformers ignores `add_bos_token`. Gemma always expects BOS, see roles.py."""
     flag = config.get("add_bos_token")
     if flag in (None, loaded["adds_bos"]) or str(config.get("tokenizer_class", "")).startswith("Gemma"):
         return ""

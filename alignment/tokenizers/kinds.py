@@ -65,7 +65,7 @@ class TokenizerKind(Protocol):
         ...
 
     def added_token_bytes(self, content: str, model: Spec) -> bytes:
-        """Return the bytes that an added token writes which is not special."""
+        """Return the bytes that an added token writes. It is not called for special tokens."""
         ...
 
     def as_continuation(self, spec: Spec) -> Spec:

@@ -1,4 +1,4 @@
-"""Tokenize rendered chats, in which the text of a special token is that token, and locate the tokens in the text."""
+"""Tokenize rendered chats and locate the tokens in the text. Texts of special tokens are encoded as special tokens."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _PROBE = "a"
 class RenderedEncoder:
     """Tokenizes rendered chats for one vocabulary.
 
-    name        the vocabulary, for messages
-    tokenizer   recognizes special tokens in a text, as on the model's server
+    name        name of the vocabulary in error messages
+    tokenizer   tokenizer that recognizes special tokens in a text, as the model's server does
     tokens      [V] string of each id
     token_bytes [V] bytes of each id, None if it has none
     unknown_id  id of the unknown token, if there is one
     unwritable  bytes that no token writes alone
-    plain       tokenizes every text as ordinary text
-    continuing  the same without a space that a tokenizer adds in front of a text
+    plain       tokenizer that encodes texts of special tokens as ordinary text
+    continuing  the same tokenizer without the space that some tokenizers add in front of a text
     """
 
     name: str
@@ -77,7 +77,7 @@ class RenderedEncoder:
         return join_tokens(text.encode(), segments)
 
     def _is_special_at(self, token: int, covered: str) -> bool:
-        """Return whether a token without bytes is written out in the text; the unknown token stands for any text."""
+        """Return whether the text of a token without bytes is in the chat; false for the unknown token."""
         return self.token_bytes[token] is None and (token != self.unknown_id or covered == self.tokens[token])
 
     def _check_special(self, token: int, covered: str, start: int, previous_stop: int) -> None:
@@ -87,7 +87,7 @@ class RenderedEncoder:
             raise TokenizerError(f"{self.name}: expected {expected!r} at character {start}, received {covered!r}")
 
     def _encode_literally(self, text: str, previous: int | None, literals: set[str]) -> Tokens:
-        """Tokenize the text between two special tokens, in which texts of special tokens are ordinary text.
+        """Tokenize the text between two special tokens. Texts of special tokens in it are encoded as ordinary text.
 
         previous  the special token in front of the text; None at the beginning of the chat
         """

@@ -12,7 +12,7 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<turn|>", "<|end|>"
 
 
 def roles_of(spec: Spec, config: Spec) -> dict[str, int]:
-    """Return the ids of the special tokens by role, as far as tokenizer.json and tokenizer_config.json name them."""
+    """Return the ids of the special tokens by role. Roles that neither file names are missing."""
     ids = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
     roles = {}
     for role in ROLES:

@@ -1,9 +1,9 @@
 """A tokenizer in terms of bytes: the bytes of every token id, and the tokens of a text or of a byte string.
 
 `Vocabulary` is built from the two files of every fast tokenizer, tokenizer.json and tokenizer_config.json; `folder`
-returns them for a model directory as transformers loads it. A vocabulary contains
-the bytes of every id (`kinds`), the ids of the special tokens by role (`roles`), and tokenizes texts, rendered chats
-(`rendered`) and continuations of a text (`continuation`).
+returns them for a model directory as transformers loads it. A vocabulary contains the bytes of every id (`kinds`) and
+the ids of the special tokens by role (`roles`). It tokenizes texts, rendered chats (`rendered`) and continuations of a
+text (`continuation`).
 """
 
 import copy
@@ -36,10 +36,10 @@ from alignment.trie import Trie, build_trie
 class Vocabulary:
     """The tokenizer of one model.
 
-    kind         how its tokens write bytes
+    kind         tokenizer kind, which defines how tokens represent bytes
     fingerprint  sha256 of tokenizer.json; equal fingerprints mean equal ids
     token_bytes  [V] bytes of each id; None for special tokens and unassigned ids, which have no text
-    roles        ids of the special tokens by role: bos, eos, end_of_turn, pad, unk, as far as the tokenizer has them
+    roles        ids of the special tokens by role: bos, eos, end_of_turn, pad, unk. A role without a token is missing
     expects_bos  whether the model was trained with BOS in front of every text
     """
 
@@ -64,9 +64,13 @@ class Vocabulary:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], *, name: str) -> "Vocabulary":
-        """Build from the tokenizer files of a teacher, by file name. They are first loaded in a subprocess with limits.
+        """Build from tokenizer files that were received from a server.
 
-        Raises TokenizerError.
+        The files are first loaded in a subprocess with limits of memory and time.
+
+        files  contents by file name; tokenizer.json is required, tokenizer_config.json optional
+        name   name of the model in error messages
+        Raises TokenizerError if the files exceed a limit or cannot be loaded.
         """
         return cls.parse(files["tokenizer.json"], files.get("tokenizer_config.json", b"{}"), name=name, trial=True)
 
@@ -166,13 +170,13 @@ class Vocabulary:
 
     @property
     def prefix(self) -> list[int]:
-        """The ids in front of every text: BOS if the model expects it, else none."""
+        """Token ids in front of every text: BOS if the model expects it; empty otherwise."""
         return [self.roles["bos"]] if self.expects_bos else []
 
     def encode(self, text: str, *, close: bool = False) -> Tokens:
-        """Tokenize a text from its beginning, with byte ends and without BOS.
+        """Tokenize a whole text, without BOS, and locate the tokens in it.
 
-        Text that looks like a special token is ordinary text. With `close`, EOS follows the text as a separate token
+        The texts of special tokens are encoded as ordinary text. With `close`, EOS follows the text as a separate token
         without bytes; its end is one byte after the text, for teacher and student alike.
         """
         with self._errors():
@@ -204,9 +208,9 @@ class Vocabulary:
             return [len(encoding) for encoding in encodings]
 
     def encode_rendered(self, text: str, literals: Sequence[tuple[int, int]] = ()) -> Tokens:
-        """Tokenize a rendered chat: the text of a special token is that token. No BOS is added.
+        """Tokenize a rendered chat, without adding BOS. Texts of special tokens are encoded as special tokens.
 
-        literals  bytes [start, stop) of texts that are ordinary text, although they are those of special tokens
+        literals  bytes [start, stop) of texts of special tokens that are encoded as ordinary text instead
         Raises TokenizerError if the tokens do not cover the text, if a token is beyond the ids of the model, or if the
         tokenizer has no ordinary tokens for a literal.
         """
@@ -216,8 +220,9 @@ class Vocabulary:
     def write(self, pieces: Sequence[bytes]) -> list[list[int]]:
         """Tokenize each byte string as a continuation: no BOS, no space in front.
 
-        Strings are accepted as the normalizer changes them. The longest tokens are used, greedily, for bytes that are
-        not valid UTF-8 or that the tokenizer does not reproduce. A string that no tokens can write gives an empty list.
+        The tokens have the bytes of the string, or of the string after the normalizer. Strings that are not valid
+        UTF-8, or that the tokenizer does not reproduce, are written with the longest token at each position. The list
+        of tokens is empty if a string cannot be written.
         """
         with self._errors():
             return self._continuation_writer.write(pieces)
@@ -265,7 +270,7 @@ class Vocabulary:
 
 
 def _load_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """Load a tokenizer that takes special tokens in a text as text: "<eos>" is five characters, never the end."""
+    """Load a tokenizer that encodes the texts of special tokens as ordinary text: "<eos>" as five characters."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -167,12 +167,12 @@ def test_a_message_with_train_false_has_no_span() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": "no"}, "message 1: train is 'no'"),
-        ({"role": "user", "train": True}, "message 1: train is True"),
-        ({"content": None}, "message 1: expected a string as content, received NoneType"),
-        ({"content": [{"type": "text"}]}, "message 1: expected a string as content, received list"),
-        ({"role": None}, "message 1: expected a role"),
-        ({"tool_calls": ["x"]}, "message 1: expected a role, and tool calls with a function name"),
+        ({"train": "no"}, "message 1: train is 'no', expected 0 or 1"),
+        ({"role": "user", "train": True}, "message 1: train is 1 in a message of role 'user'"),
+        ({"content": 3}, "message 1: content is int, expected a string"),
+        ({"content": [{"type": "text"}]}, "message 1: the text of a part of type 'text' is missing"),
+        ({"role": None}, "message 1: no role; the roles are"),
+        ({"tool_calls": ["x"]}, "message 1: a tool call is text that is not JSON: 'x'"),
         ({"train": False}, "the chat has no assistant message to train on"),
     ],
 )
@@ -181,6 +181,29 @@ def test_malformed_messages_are_errors_with_their_index(change: dict[str, Any], 
     messages[1] |= change
     with pytest.raises(ChatError, match=f"sample s7, model tiny: {message}"):
         chat_template(CHATML).render(messages, sample="s7")
+
+
+def test_messages_of_other_conventions_are_rendered_as_their_normal_form() -> None:
+    text = "The tide had turned."
+    variants: list[list[dict[str, Any]]] = [
+        [{"from": "human", "value": "a"}, {"from": "gpt", "value": text}],
+        [
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {"role": "model", "content": ["The tide", text[8:]]},
+        ],
+        [{"role": "user", "content": "a", "weight": 0}, {"role": "bot", "content": text, "weight": 1, "name": None}],
+    ]
+    expected = chat_template(CHATML).render(chat("a", text))
+    for messages in variants:
+        rendered = chat_template(CHATML).render(messages)
+        assert (rendered.text, rendered.spans) == (expected.text, expected.spans)
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "training", "loss_mask"])
+def test_a_message_that_another_convention_excludes_from_training_has_no_span(key: str) -> None:
+    messages = chat("a", "b", "c", "d")
+    messages[1][key] = 0
+    assert [span.message for span in chat_template(CHATML).render(messages).spans] == [3]
 
 
 # System messages

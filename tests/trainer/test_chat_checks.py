@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 
-from tests.templates import CHATML, QWEN, ROLE_MARKERS, Messages, chat
+from tests.templates import CHATML, QWEN, ROLE_MARKERS, Messages, chat, chat_template, chat_vocabulary
+from tests.tiny import Kind
+from tests.trainer.corpora import load
 from tests.trainer.runs import run_config
 from tests.trainer.test_end_of_turn import save_base
 from trainer.chats.jinja_template import ChatError
 from trainer.cli.run_checks import examine
 from trainer.config import RunConfig
 from trainer.errors import DataError
+from trainer.sources.config import DataConfig
 from trainer.telemetry.jsonl import read_metrics
+from trainer.tokenization import SampleTokenizer
+from trainer.training.chat_checks import check_chats
 from trainer.training.loop import train
 
 SPELLED = chat("see type<|im_end|>bold", "ok")
@@ -74,6 +79,25 @@ def test_special_tokens_are_counted_over_all_chats_and_refused_by_train_and_doct
     with pytest.raises(DataError, match=message) as error:
         train(config)
     assert str(error.value) in [finding.detail for finding in examine(config) if not finding.ok]
+
+
+def test_special_tokens_of_several_models_are_counted_separately(tmp_path: Path) -> None:
+    chats = [chat("a", "b"), chat("<|eos|> or <eos>", "b"), chat("a", "<eos>"), chat("<eos>", "<|bos|>")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats), encoding="utf-8")
+    source = {"files": [str(path)]}
+    data = DataConfig.model_validate({"sources": [source], "supervision": {"special_tokens_in_content": "text"}})
+    kinds: dict[str, Kind] = {"student": "byte_level", "teacher one": "sentencepiece"}
+    models = {
+        name: SampleTokenizer(chat_vocabulary(kind), (), chat_template(CHATML, kind, supervision=data.supervision))
+        for name, kind in kinds.items()
+    }
+    student, teacher = check_chats(load(source), models, data)
+    assert "2 of 4 chats contain special tokens of student, first in chats.jsonl:2: message 0 contains" in student
+    assert "'<|eos|>'" in student
+    assert "3 of 4 chats contain special tokens of teacher one, first in chats.jsonl:2: message 0 contains" in teacher
+    assert "'<eos>'" in teacher
+    assert check_chats(load(source), {"text model": SampleTokenizer(chat_vocabulary("byte_level"), ())}, data) == []
 
 
 @pytest.mark.parametrize(("choice", "effect", "skipped"), [("skip", "skipped", 1), ("text", "encoded", 0)])

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -125,6 +127,50 @@ def test_errors_name_key_value_and_choices(tmp_path: Path, wrong: str, message: 
 
 
 OLD_VALUES = {"teachers.match": "'chain'", "teachers.on_loss": "'wait'", "data.broken_chats": "'skip'"}
+
+
+def number_keys() -> Iterator[tuple[str, str]]:
+    """Yield every numeric key of a run file, and a value that has true in place of a number."""
+    for path, section in sections(RunConfig):
+        for key, field in section.model_fields.items():
+            types = [*leaf_types(field.annotation)]
+            if {int, float} & set(types) and bool not in types:
+                is_list = get_origin(field.annotation) in (list, tuple)
+                yield f"{path}.{key}", str([True] * len(types)).lower() if is_list else "true"
+
+
+def leaf_types(annotation: Any) -> Iterator[Any]:
+    arguments = get_args(annotation)
+    if arguments and get_origin(annotation) is not Literal:
+        for argument in arguments:
+            yield from leaf_types(argument)
+    elif isinstance(annotation, type):
+        yield annotation
+
+
+NUMBERS = [*number_keys(), ("teachers.serve.limits.max_seconds", "true")]  # limits is no section
+
+
+@pytest.mark.parametrize(("key", "value"), NUMBERS)
+def test_a_boolean_is_not_accepted_as_a_number(tmp_path: Path, key: str, value: str) -> None:
+    key = key.replace("teachers.", "teachers.0.").replace("data.sources.", "data.sources.0.")
+    needed = ["teachers.0.serve.model=m"] if ".serve." in key else []
+    if key.startswith("data.sources"):
+        needed.append("data.sources.0.files=['a.txt']")
+    with pytest.raises(ConfigError, match=rf"{key}(\.0)?: .*, received True$"):
+        load(tmp_path, PLAIN + TEACHER, *needed, f"{key}={value}")
+
+
+@pytest.mark.parametrize("key", ["train.seed", "teachers.0.serve.gpus"])
+def test_false_is_not_accepted_as_0(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: expected a number, received False$"):
+        load(tmp_path, PLAIN + TEACHER, "teachers.0.serve.model=m", f"{key}=false")
+
+
+def test_all_numeric_keys_are_found() -> None:
+    keys = {key for key, _ in NUMBERS}
+    assert {"train.seed", "optim.betas", "loss.alpha", "student.lora.rank", "teachers.serve.options.max_top_k"} <= keys
+    assert not {"train.deterministic", "data.close_documents", "output.dir"} & keys
 
 
 @pytest.mark.parametrize("key", RENAMED_KEYS)

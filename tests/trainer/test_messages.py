@@ -69,16 +69,38 @@ def test_another_content_is_rejected_except_as_the_result_of_a_tool(content: obj
         {"content": "x", "thinking": "why", "reasoning": "why", "reasoning_content": None},
         {"content": [{"type": "thinking", "thinking": "why"}, {"type": "text", "text": "x"}]},
         {"content": [{"type": "reasoning", "text": "why"}, "x"]},
+        {"content": "x", "thinking": "why", "reasoning": " \n"},
+        {"content": "<think>\nwhy\n</think>\n\nx", "reasoning_content": "why"},
+        {"content": " <think> </think><think>why</think>x", "reasoning": "why"},
     ],
 )
 def test_reasoning_has_one_key(value: dict[str, Any]) -> None:
     assert message({"role": "assistant"} | value) == {"role": "assistant", "content": "x", "reasoning_content": "why"}
 
 
-def test_contradictions_are_rejected() -> None:
-    for value in ({"reasoning": "a", "thinking": "b"}, {"from": "human"}, {"train": True, "weight": 0}):
-        with pytest.raises(InvalidChat, match=r"differ|contradict"):
-            message({"role": "assistant", "content": "x"} | value)
+@pytest.mark.parametrize("reasoning", [None, "", " \n"])
+def test_reasoning_in_the_content_stays_there_and_blank_reasoning_is_removed(reasoning: str | None) -> None:
+    answer = {"role": "assistant", "content": "<think>why</think>x"}
+    assert message(answer | {"reasoning_content": reasoning}) == answer
+    user = {"role": "user", "content": "<think>why</think>x", "reasoning_content": "other"}
+    assert message(user) == user
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"reasoning": "a", "thinking": "b"}, "reasoning and thinking differ"),
+        (
+            {"content": "<think>a</think>x", "reasoning": "b"},
+            "reasoning_content and the text between",
+        ),
+        ({"from": "human"}, "role and from differ"),
+        ({"train": True, "weight": 0}, "train and weight contradict each other"),
+    ],
+)
+def test_contradictions_are_rejected(value: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidChat, match=f"message 0: {reason}"):
+        message({"role": "assistant", "content": "x"} | value)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +154,20 @@ def test_tools_have_one_form(form: str) -> None:
     assert normalize_chat([USER], None)[1] == normalize_chat([USER], "[]")[1] == []
 
 
+@pytest.mark.parametrize(
+    ("tool", "reason"),
+    [
+        (3, "entry 1 of the list of tools is int, expected an object"),
+        ({"function": "weigh"}, "tool 1: its function is text that is not JSON: 'weigh'"),
+        ({"type": "web_search"}, "tool 1: its function has no name"),
+        ({"name": "f", "parameters": "{no"}, "tool 1: its parameters is text that is not JSON"),
+    ],
+)
+def test_tools_of_another_form_are_rejected_with_their_number(tool: object, reason: str) -> None:
+    with pytest.raises(InvalidChat, match=reason):
+        normalize_chat([USER], [{"name": "f"}, tool])
+
+
 def test_nulls_of_a_message_count_as_absent_and_other_keys_stay() -> None:
     value = {"role": "tool", "content": "3", "tool_call_id": "1", "name": None, "tool_calls": None, "weight": None}
     assert message(value) == {"role": "tool", "content": "3", "tool_call_id": "1"}
@@ -146,6 +182,8 @@ def test_a_message_can_be_excluded_from_training(key: str) -> None:
     with pytest.raises(InvalidChat, match=f"message 0: {key} is 0.5, expected 0 or 1"):
         message(answer | {key: 0.5})
     assert message(USER | {key: 0}) == USER
+    result = {"role": "tool", "content": "3"}
+    assert message(result | {key: 0}) == result | {"train": False}
 
 
 def test_a_loss_mask_has_one_entry_per_message() -> None:
@@ -165,8 +203,13 @@ def test_what_is_not_a_list_of_messages_is_rejected(messages: object) -> None:
         normalize_chat(messages)
 
 
-def test_input_is_not_modified() -> None:
-    value = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-    before = json.dumps(value)
-    message(value)
-    assert json.dumps(value) == before
+def test_input_is_not_modified_and_the_normal_form_is_not_changed_by_a_second_normalization() -> None:
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+    answer = {"from": "gpt", "value": None, "tool_calls": calls, "reasoning": "why", "weight": 0, "name": "x"}
+    messages = [{"role": "human", "content": ["a", {"type": "text", "text": "b"}]}, answer]
+    tools = [{"name": "f", "parameters": json.dumps(json.dumps({"type": "object"}))}]
+    before = json.dumps([messages, tools])
+    normalized = normalize_chat(tuple(messages), tools)
+    assert json.dumps([messages, tools]) == before
+    assert normalized[1][0]["function"]["parameters"] == {"type": "object"}
+    assert normalize_chat(*normalized) == normalized

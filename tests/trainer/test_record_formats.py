@@ -29,6 +29,10 @@ def assistant(content: str, **keys: Any) -> Row:
     return {"role": "assistant", "content": content} | keys
 
 
+def tool(content: str, **keys: Any) -> Row:
+    return {"role": "tool", "content": content} | keys
+
+
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = [user("How heavy?"), assistant("14.5 kg")]
 SHAREGPT = [{"from": "human", "value": "How heavy?"}, {"from": "gpt", "value": "14.5 kg"}]
@@ -44,6 +48,11 @@ CHATS = [
         {"prompt": [*CHAT, user("Sure?")], "completion": [assistant("Yes.")]},
         "columns prompt, completion",
         [CHAT[0], assistant("14.5 kg", train=False), user("Sure?"), assistant("Yes.")],
+    ),
+    (
+        {"prompt": [*CHAT, tool("3")], "completion": [tool("4"), *CHAT[1:]]},
+        "columns prompt, completion",
+        [CHAT[0], assistant("14.5 kg", train=False), tool("3", train=False), tool("4"), CHAT[1]],
     ),
     ({"instruction": "How", "input": "heavy?", "output": "x"}, "columns instruction, output, input",
      [user("How\nheavy?"), assistant("x")]),

@@ -114,6 +114,12 @@ def test_null_content_beside_calls_is_an_empty_text_for_the_template() -> None:
     assert of(text, messages) == ['call weigh {"sack": 3}<|im_end|>', "So.<|im_end|>"]
 
 
+def test_a_result_of_a_tool_with_weight_0_is_not_supervised() -> None:
+    messages = [*TOOL_CHAT[:2], RESULT | {"weight": 0}, TOOL_CHAT[3]]
+    settings = {"end_of_turn": False, "reasoning": False, "tool_results": True}
+    assert of(QWEN, messages, **settings) == [CALLS, "14.5 kilograms."]
+
+
 # --- reasoning ---
 
 

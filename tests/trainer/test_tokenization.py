@@ -9,7 +9,8 @@ import pytest
 
 from tests.templates import CHATML, GEMMA, chat, chat_template, chat_vocabulary
 from tests.tiny import TEXT, Kind, tiny_vocabulary
-from trainer.chats.jinja_template import ChatError, JinjaTemplate, Message
+from trainer.chats.jinja_template import ChatError, JinjaTemplate
+from trainer.chats.messages import Message
 from trainer.errors import DataError, UserError
 from trainer.records import Sample
 from trainer.sources.config import DataConfig, SourceConfig

@@ -60,7 +60,7 @@ class ChatTarget:
     """A target over all tokens of the student's rendering, valid at supervised positions only.
 
     supervised_T  positions that the student's cross-entropy counts, with or without a target
-    report        figures over the aligned stretches; `positions` counts all positions of the spans
+    report        sums over the aligned texts; its `positions` also counts positions of spans that are not aligned
     """
 
     target: Target
@@ -70,7 +70,7 @@ class ChatTarget:
 
 
 class _Stretch(NamedTuple):
-    """The tokens of one model for a stretch of bytes; `begin` is the index of the first one in the rendered chat."""
+    """The tokens of one model for consecutive bytes of a span. `begin` is the index of the first token in the chat."""
 
     tokens: Tokens
     begin: int
@@ -84,9 +84,10 @@ class _RowSlice:
 
 
 class _AlignedPair(NamedTuple):
-    """The target of one pair's shared stretch, which begins at token `begin` of the student's rendering.
+    """The target of one pair of spans.
 
-    end  index of the student's end of turn if it has a target, else −1
+    begin  index of the first aligned token in the student's rendering
+    end    index of the student's end of turn if it has a target, else −1
     """
 
     begin: int
@@ -261,9 +262,9 @@ def _stretch(side: SpanTokens, tokens: tuple[int, int], data: tuple[int, int], c
 
 @lru_cache(maxsize=64)
 def with_end_of_turn(translation: Translation, teacher_id: int, student_id: int) -> Translation:
-    """Return the translation that maps the teacher's token `teacher_id` to the special token `student_id` alone.
+    """Return a translation that maps the teacher's token `teacher_id` to the single student token `student_id`.
 
-    Return the translation itself if it does so already.
+    A translation that already does so is returned unchanged.
     """
     begin, end = translation.offsets[teacher_id : teacher_id + 2].tolist()
     if translation.pieces[teacher_id] is None and translation.tokens[begin:end].tolist() == [student_id]:
@@ -282,7 +283,7 @@ def with_end_of_turn(translation: Translation, teacher_id: int, student_id: int)
 
 
 def _scatter(stretches: Sequence[tuple[int, Target]], num_positions: int) -> Target:
-    """Combine the targets of disjoint stretches, in order of `begin`, into one target; it is invalid between them."""
+    """Combine targets, each with the index of its first token, into one that is invalid at all other positions."""
     counts = np.zeros(num_positions + 1, dtype=np.int64)
     tail, valid = np.zeros(num_positions, dtype=np.float32), np.zeros(num_positions, dtype=bool)
     for begin, target in stretches:

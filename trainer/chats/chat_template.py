@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from alignment import TokenizerError, Tokens, Vocabulary
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.content_search import Chat
-from trainer.chats.jinja_template import TODAY, ChatError, JinjaTemplate, Message
-from trainer.chats.message_parts import MessageError, check_tools, normalized, supervised_slots
+from trainer.chats.jinja_template import TODAY, ChatError, JinjaTemplate
+from trainer.chats.message_parts import supervised_slots
+from trainer.chats.messages import InvalidChat, Message, normalize_chat
 from trainer.chats.rendered_chat import MessagePart, RenderedChat, Span, token_range
 from trainer.chats.special_tokens import (
     Escape,
@@ -23,6 +24,7 @@ from trainer.chats.special_tokens import (
     first_spelled_token,
     place_of_surrogate,
     plain_text,
+    token_pattern,
 )
 from trainer.chats.turn_regions import Region, regions
 from trainer.chats.turn_syntax import TurnEnds, TurnSyntax, turn_ends, turn_syntax
@@ -72,23 +74,21 @@ class ChatTemplate:
     ) -> RenderedChat:
         """Render and tokenize a chat, and find the spans of the messages that `supervision` names.
 
-        A message is {"role", "content"} and further keys (reasoning_content, tool_calls, name, train, …).
+        messages, tools  in any form that `normalize_chat` accepts (trainer/chats/messages.py)
         Raises ChatError with sample and model.
         """
         label = f"sample {sample}, model {self.name}"
         try:
-            return self._render([dict(m) for m in messages], [dict(t) for t in tools], sample, label)
+            return self._render(*normalize_chat(messages, tools), sample, label)
         except RecursionError as error:
             raise ChatError(f"{label}: a message or a tool is nested too deeply") from error
-        except (MessageError, TokenizerError) as error:
+        except (InvalidChat, TokenizerError) as error:
             raise ChatError(f"{label}: {error}") from error
 
     def _render(self, messages: list[Message], tools: list[Message], sample: str, label: str) -> RenderedChat:
-        messages = _normalized(messages)
-        check_tools(tools)
         slots = supervised_slots(messages, self.supervision)
         if not slots:
-            raise MessageError("the chat has no assistant message to train on")
+            raise InvalidChat("the chat has no assistant message to train on")
         escape = self._escape(messages, tools, label)
         if escape is not None:
             messages, tools = list(map(escape.message, messages)), list(map(escape.tool, tools))
@@ -99,7 +99,7 @@ class ChatTemplate:
         rendered = chat.render(slots)
         turns = regions(rendered, slots, syntax, ends, escape.mark if escape else "")
         if not turns:
-            raise MessageError("the template renders no supervised part of the chat unchanged")
+            raise InvalidChat("the template renders no supervised part of the chat unchanged")
         plain = plain_text(rendered.text, _chars(turns), escape)
         tokens = self.vocabulary.encode_rendered(plain.text, plain.literals)
         prefix = self.vocabulary.prefix
@@ -123,7 +123,7 @@ class ChatTemplate:
     def turn_ends(self) -> frozenset[int]:
         """Return the ids of the tokens with which the template ends a turn, also after tool calls.
 
-        If the template ends none, it is the token of the vocabulary that has this role.
+        If the template writes no such token, the result is the end-of-turn token of the vocabulary, or empty.
         """
         if self.end_of_turn is not None:
             return frozenset({self.end_of_turn})
@@ -135,12 +135,13 @@ class ChatTemplate:
         return frozenset(map(self.vocabulary.tokens.index, texts))
 
     def _escape(self, messages: list[Message], tools: list[Message], label: str) -> Escape | None:
-        """Return the escape of special tokens in the texts; None if no text contains one.
+        """Return the escape for the special tokens in the texts of a chat; None if no text contains one.
 
-        Raises ChatError for half of a surrogate pair, and SpecialTokenError unless such texts are ordinary text.
+        Raises SpecialTokenError if `special_tokens_in_content` is not "text", and InvalidChat for half of a surrogate
+        pair.
         """
         if place := place_of_surrogate(messages, tools):
-            raise MessageError(f"{place} contains half of a surrogate pair")
+            raise InvalidChat(f"{place} contains half of a surrogate pair")
         spelled = first_spelled_token(messages, tools, self.special_tokens)
         if spelled is None:
             return None
@@ -149,7 +150,7 @@ class ChatTemplate:
         return Escape.unused_in([*messages, *tools], self.special_tokens)
 
     def _span(self, turn: Region, tokens: Tokens, plain: PlainText, ends: TurnEnds) -> Span:
-        """Return the span of a turn, with the end of turn if its token follows directly."""
+        """Return the span of a turn. Its `end_of_turn` is set if an end-of-turn token directly follows the text."""
         parts = tuple(MessagePart(p.kind, plain.byte_of(p.start), plain.byte_of(p.stop)) for p in turn.parts)
         start, last = plain.byte_of(turn.start), parts[-1].stop
         if turn.may_end and self.supervision.end_of_turn:
@@ -160,10 +161,11 @@ class ChatTemplate:
         return Span(turn.message, start, last, None, parts)
 
     def _ends_turn(self, token: int, ends: TurnEnds) -> bool:
-        """Return whether a token that follows a turn ends it.
+        """Return whether a token is an end-of-turn token. The token directly follows the text of a turn.
 
-        A special token is the role marker of the next turn, not the end of this one, if the template writes no token
-        after the last turn.
+        With `end_of_turn`, only that token is. Otherwise EOS, the vocabulary's end-of-turn token and, if the template
+        writes a token after the last turn of a chat, every special token except BOS are. If the template writes none, a
+        special token after a turn is the role marker of the next turn.
         """
         if self.end_of_turn is not None:
             return token == self.end_of_turn
@@ -182,7 +184,7 @@ class ChatTemplate:
         return self._syntax_and_ends([{"type": "function", "function": tool}])
 
     def _syntax_and_ends(self, tools: list[Message]) -> tuple[TurnSyntax, TurnEnds]:
-        """Return what the template writes around the parts of a turn, and how it ends a turn."""
+        """Return the syntax of the template for chats with these tools, and the tokens with which it ends a turn."""
         syntax = turn_syntax(self.template, tools)
         texts, bos = self.vocabulary.tokens, self.vocabulary.roles.get("bos")
         if self.end_of_turn is not None:
@@ -191,14 +193,14 @@ class ChatTemplate:
 
     @cached_property
     def _is_special(self) -> NDArray[np.bool_]:
-        """[V] Whether a token has no bytes."""
+        """[V] Whether a token is special, which means that it has no bytes of text."""
         return np.array([data is None for data in self.vocabulary.token_bytes])
 
     @cached_property
     def _is_marker(self) -> NDArray[np.bool_]:
-        """[V] Whether a token is special or looks like a turn marker, or ends texts or turns.
+        """[V] Whether a token is special, looks like a turn marker (`<|…|>`), or ends texts or turns.
 
-        The turns of DeepSeek's template are marked by tokens that its tokenizer does not call special.
+        The second condition is needed for DeepSeek: its tokenizer does not declare its turn markers as special.
         """
         markers: NDArray[np.bool_] = self._is_special | np.array(
             [bool(_TURN_MARKER.fullmatch(t)) for t in self.vocabulary.tokens]
@@ -210,25 +212,12 @@ class ChatTemplate:
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
-        """Match the text of every special token, and of every token that looks like a turn marker."""
-        special = {self.vocabulary.tokens[i] for i in np.flatnonzero(self._is_marker)} - {""}
-        # The longest alternative first, so that errors name the whole token. (?!) matches nothing.
-        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-
-
-def _normalized(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages without null contents and repeated reasoning. Raises MessageError."""
-    result = []
-    for i, message in enumerate(messages):
-        try:
-            result.append(normalized(message))
-        except ValueError as error:
-            raise MessageError(f"message {i}: {error}") from error
-    return result
+        """Regular expression that matches the text of every token in `_is_marker`; the longest token matches first."""
+        return token_pattern(self.vocabulary.tokens[i] for i in np.flatnonzero(self._is_marker))
 
 
 def _chars(turns: Sequence[Region]) -> list[int]:
-    """Return all character offsets of the turns."""
+    """Return the start and stop offsets of all turns and of their parts."""
     ranges = [(each.start, each.stop) for turn in turns for each in turn.parts]
     return [char for each in [*ranges, *((turn.start, turn.stop) for turn in turns)] for char in each]
 

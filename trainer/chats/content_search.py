@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trainer.chats.config import SupervisionConfig
-from trainer.chats.jinja_template import ChatError, JinjaTemplate, Message, TemplateError
+from trainer.chats.jinja_template import ChatError, JinjaTemplate, TemplateError
 from trainer.chats.message_parts import PART_KINDS, REASONING, Slot, has_text, part_text, with_marks
+from trainer.chats.messages import Message
 from trainer.chats.omissions import EXCERPT_CHARS, Omission, excerpt_of_call, mark_unsearched
 
 Range = tuple[int, int]  # characters [start, stop) of the rendered text
@@ -28,11 +29,11 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class RenderedText:
-    """A rendered chat as text.
+    """A chat rendered as text, with the positions of its supervised parts.
 
-    chat       the chat as it was rendered
-    parts      characters [start, stop) of each supervised part; those of tool calls end where they start, at the name
-    omissions  what the template does not render unchanged
+    chat       the chat that was rendered; a system message may be merged into a user message
+    parts      characters [start, stop) of each supervised part; of tool calls, an empty range at the first name
+    omissions  parts that the template does not render unchanged
     """
 
     text: str
@@ -46,8 +47,9 @@ class Chat:
     """A chat and the template that renders it.
 
     label          sample and model, for error messages
-    reasoning_key  key of a message by which the template reads its reasoning
-    num_folded     number of messages merged into their successors; message indices refer to the original chat
+    reasoning_key  key of a message from which the template reads the reasoning
+    num_folded     1 if the system message was merged into the user message that follows it, else 0. All indices of
+                   messages refer to the chat without this change
     """
 
     template: JinjaTemplate
@@ -77,7 +79,10 @@ class Chat:
         return kind(f"{self.label}: {problem}")
 
     def end_of_message(self, i: int, text: str) -> int:
-        """Return the character of the rendered text at which message i ends, from a rendering of the chat up to it."""
+        """Return the index of the character in `text` at which message i ends.
+
+        It is the length of the beginning that the text has in common with a rendering of the messages up to i.
+        """
         try:
             shorter = replace(self, messages=self.messages[: i + 1 - self.num_folded])._render_text()
         except TemplateError:
@@ -102,7 +107,7 @@ class Chat:
             raise self.error(str(error), TemplateError) from error
 
     def _omitted(self, omission: Omission) -> Omission:
-        """Return the omission. Raises ChatError if it is unexpected and the run does not count such omissions."""
+        """Return the omission. Raises ChatError if it has a problem and `changed_content` is "refuse"."""
         if omission.problem and self.supervision.changed_content == "refuse":
             raise self.error(f"{omission.problem}; {_ADVICE}")
         return omission
@@ -133,7 +138,7 @@ class Chat:
             raise problem from None
 
     def _dropped(self, marker: str, slots: Sequence[Slot]) -> Iterator[Omission]:
-        """Yield what the template does not render, among everything that `_find` does not search for."""
+        """Yield the parts that the template does not render, among those that `_find` does not search for."""
         searched = {slot.message for slot in slots if slot.kind in ("content", "tool_result")}
         marked = mark_unsearched(dict(self._numbered_messages()), self.tools, searched, marker)
         text = replace(self, tools=marked.tools)._render_text(marked.messages)
@@ -143,7 +148,7 @@ class Chat:
     def _checked_reasoning(
         self, lost: Sequence[Omission], parts: Mapping[Slot, Range], marker: str
     ) -> Iterator[Omission]:
-        """Yield the omissions. Reasoning that is rendered in no turn, not even as the last one, is a problem."""
+        """Yield the omissions. Reasoning that the template renders in no turn, not even in the last, is a problem."""
         reasoning = [each for each in lost if each.kind == "reasoning" and not each.problem]
         renders = any(slot.kind == "reasoning" for slot in parts)
         if reasoning and not renders:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from trainer.chats.messages import Message
 from trainer.chats.template_worker import WORKER, RenderError
 from trainer.errors import UserError
 
 TODAY = date(2026, 1, 1)  # the date that templates insert: the same for all models and for every run
 DEFAULT, TOOL_USE = "default", "tool_use"
 MAX_SOURCE_CHARS = 1 << 20
-
-Message = dict[str, Any]
 
 
 class ChatError(UserError):

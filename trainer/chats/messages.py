@@ -1,17 +1,20 @@
-"""The form of a chat in Tutelage: the messages and tools of one record, whichever convention the data follow.
+"""Normalization and validation of chats: messages and tools of all common conventions become one normal form.
 
-A message has the keys
+This is the only place where messages and tools are validated. Sources normalize the chats of their records, and
+`ChatTemplate.render` normalizes every chat that it receives. A normalized chat is not changed by it.
+
+A message in normal form has the keys
 
 role               system, user, assistant or tool
 content            string; "" without content
-reasoning_content  optional string
+reasoning_content  optional string that is not blank; the content does not repeat it
 tool_calls         optional list of {"type": "function", "id"?, "function": {"name", "arguments": object}}
-train              optional false: an assistant message that is not supervised
+train              optional false: a message of the assistant or of a tool that is not supervised
 
-and keeps its other keys (tool_call_id, name, …). A tool is {"type": "function", "function": {...}}.
+and keeps its other keys (tool_call_id, name, …). A tool is {"type": "function", "function": {"name", ...}}.
 
-Rule of nulls: in a message, a tool call and a tool, a key with null counts as absent, since tables give every object of
-a column the same keys. Inside of arguments and parameters, which are free JSON, null is a value and stays.
+In a message, a tool call and a tool, a key with null counts as absent, because tables give every object of a column the
+same keys. Inside of arguments and parameters, which may contain any JSON, null is a value and is kept.
 """
 
 import json
@@ -19,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.chats.inline_reasoning import inline_reasoning
 from trainer.plain_text import excerpt
 
 Message = dict[str, Any]
@@ -42,6 +46,7 @@ ROLES = {
 }
 """Role of a message by its name in the data."""
 
+SUPERVISED_ROLES = ("assistant", "tool")  # messages of tools only with data.supervision.tool_results
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -50,15 +55,15 @@ _REPLACED = {"role", "from", "content", "value", "tool_calls", "function_call", 
 
 
 class InvalidChat(Exception):
-    """A chat that is not of a known form. The message names the message and the reason."""
+    """A chat that cannot be used. The text gives the reason, and names the message or the tool if there is one."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How to read the chats of one source.
+    """Settings of a source for the normalization of its chats.
 
-    roles             further roles by their names in the data
-    drops_other_parts leave out parts of a message that are not text, instead of raising an error
+    roles              further roles by their names in the data
+    drops_other_parts  leave out parts of a message that are not text, instead of raising an error
     """
 
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -68,25 +73,34 @@ class ChatOptions:
 def normalize_chat(
     messages: object, tools: object = None, loss_mask: object = None, options: ChatOptions = ChatOptions()
 ) -> tuple[list[Message], list[Message]]:
-    """Return the messages and tools of one record in the form above. Lists may be given as JSON text.
+    """Return the messages and tools of a chat in the normal form of this module. The input is not modified.
 
-    loss_mask  0 or 1 (false or true) for every message: whether it is supervised
-    Raises InvalidChat.
+    messages   list of messages, or its JSON text
+    tools      list of tools, or its JSON text
+    loss_mask  list of 0 or 1 (false or true) for every message, whether it is supervised; or its JSON text
+    Raises InvalidChat. Messages and tools are counted from 0.
     """
     given = _objects(messages, "the list of messages")
     flags = _flags(loss_mask, len(given))
     normalized = [_message(i, *pair, options) for i, pair in enumerate(zip(given, flags, strict=True))]
-    return normalized, [_tool(tool) for tool in _objects(tools or [], "the list of tools")]
+    return normalized, [_tool(i, tool) for i, tool in enumerate(_objects(tools or [], "the list of tools"))]
 
 
 def _message(index: int, message: Fields, flag: bool | None, options: ChatOptions) -> Message:
     try:
-        return _normalized(_without_nulls(message), flag, options)
+        return _normalize_message(_without_nulls(message), flag, options)
     except InvalidChat as error:
         raise InvalidChat(f"message {index}: {error}") from error
 
 
-def _normalized(message: Fields, flag: bool | None, options: ChatOptions) -> Message:
+def _tool(index: int, tool: Fields) -> Message:
+    try:
+        return _normalize_tool(tool)
+    except InvalidChat as error:
+        raise InvalidChat(f"tool {index}: {error}") from error
+
+
+def _normalize_message(message: Fields, flag: bool | None, options: ChatOptions) -> Message:
     role = _role(_either(message, "role", "from"), options)
     content, thoughts = _content(_either(message, "content", "value"), role, options)
     calls = [_tool_call(call) for call in _calls(message)]
@@ -94,6 +108,7 @@ def _normalized(message: Fields, flag: bool | None, options: ChatOptions) -> Mes
         calls += [_tool_call(call) for call in _listed(_json(content, "the content of a tool call"))]
         role, content = "assistant", ""
     reasoning = "\n".join([*_reasoning(message), *thoughts])
+    content = _without_reasoning(role, content, reasoning)
     train = _train(message, role, flag)
     return {
         "role": role,
@@ -106,11 +121,12 @@ def _normalized(message: Fields, flag: bool | None, options: ChatOptions) -> Mes
 
 
 def _role(name: object, options: ChatOptions) -> str:
-    known = {**ROLES, **options.roles}
-    if not isinstance(name, str) or name not in known:
+    role = options.roles.get(name, ROLES.get(name)) if isinstance(name, str) else None
+    if role is None:
         received = "no role" if name is None else f"the role {excerpt(name)}"
-        raise InvalidChat(f"{received}; the roles are {', '.join(known)}; message_roles of the source adds others")
-    return known[name]
+        known = ", ".join({**ROLES, **options.roles})
+        raise InvalidChat(f"{received}; the roles are {known}; message_roles of the source adds others")
+    return role
 
 
 def _content(content: object, role: str, options: ChatOptions) -> tuple[str, list[str]]:
@@ -126,7 +142,7 @@ def _content(content: object, role: str, options: ChatOptions) -> tuple[str, lis
         raise InvalidChat(f"content is {_type_name(content)}, expected a string or a list of parts with a type")
     assert isinstance(content, list)
     parts = [_part(part, options) for part in content]
-    return "".join(text for text, _ in parts), [reasoning for _, reasoning in parts if reasoning]
+    return "".join(text for text, _ in parts), [reasoning for _, reasoning in parts if reasoning.strip()]
 
 
 def _is_part(part: object) -> bool:
@@ -152,14 +168,28 @@ def _part(part: str | Fields, options: ChatOptions) -> tuple[str, str]:
 
 
 def _reasoning(message: Fields) -> list[str]:
-    """Return the reasoning of a message. Several keys with the same text count once."""
-    texts = dict.fromkeys(message[key] for key in REASONING_KEYS if isinstance(message.get(key), str) and message[key])
-    for key in REASONING_KEYS:
-        if not isinstance(message.get(key), str | None):
-            raise InvalidChat(f"{key} is {_type_name(message[key])}, expected a string")
-    if len(texts) > 1:
-        raise InvalidChat(f"{' and '.join(key for key in REASONING_KEYS if message.get(key))} differ; remove one")
-    return list(texts)
+    """Return the reasoning of a message, unless it is blank. Several keys with the same text count once."""
+    given = {key: message[key] for key in REASONING_KEYS if key in message}
+    for key, text in given.items():
+        if not isinstance(text, str):
+            raise InvalidChat(f"{key} is {_type_name(text)}, expected a string")
+    texts = {key: text for key, text in given.items() if text.strip()}
+    if len(distinct := dict.fromkeys(texts.values())) > 1:
+        raise InvalidChat(f"{' and '.join(texts)} differ; remove one")
+    return list(distinct)
+
+
+def _without_reasoning(role: str, content: str, reasoning: str) -> str:
+    """Remove reasoning from the beginning of a content if the message has it under its own key too, or if it is blank.
+
+    A template that receives the same reasoning in two places would render it twice. Raises InvalidChat if the two
+    differ.
+    """
+    while reasoning and (inline := inline_reasoning(role, content)):
+        if inline.reasoning.strip() not in ("", reasoning.strip()):
+            raise InvalidChat("reasoning_content and the text between <think> and </think> differ; remove one of them")
+        content = inline.content.lstrip()
+    return content
 
 
 def _calls(message: Fields) -> list[Any]:
@@ -179,21 +209,21 @@ def _tool_call(call: object) -> Message:
     return {"type": "function", **identity, "function": named}
 
 
-def _tool(tool: Fields) -> Message:
+def _normalize_tool(tool: Fields) -> Message:
     """Return a tool as {"type", "function"}. `parameters` may be JSON text."""
     fields = _without_nulls(tool)
     if "function" not in fields:
         fields = {"type": "function", "function": {key: value for key, value in fields.items() if key != "type"}}
-    function = _without_nulls(_object(_json(fields["function"], "a tool"), "a tool"))
+    function = _without_nulls(_object(_json(fields["function"], "its function"), "its function"))
     if not isinstance(function.get("name"), str):
-        raise InvalidChat("a tool without the name of a function")
+        raise InvalidChat("its function has no name")
     if "parameters" in function:
-        function["parameters"] = _json(function["parameters"], "the parameters of a tool")
+        function["parameters"] = _json(function["parameters"], "its parameters")
     return {"type": "function", **fields, "function": function}
 
 
 def _train(message: Fields, role: str, flag: bool | None) -> bool:
-    """Return whether a message may be supervised, from its keys and the entry of the loss_mask column."""
+    """Return whether a message may be supervised. `flag` is its entry in the loss_mask column, if there is one."""
     given = {key: _flag(message[key], key) for key in TRAIN_KEYS if key in message}
     if flag is not None:
         given["the loss_mask column"] = flag
@@ -202,8 +232,11 @@ def _train(message: Fields, role: str, flag: bool | None) -> bool:
     # A weight of 1 is the default of the weight; every other key with 1 asks for supervision.
     asks = [key for key, value in given.items() if value and key != "weight"]
     if asks and role != "assistant":
-        raise InvalidChat(f"{asks[0]} is 1 in a message of role {role!r}; only assistant messages can be supervised")
-    return all(given.values()) or role != "assistant"
+        raise InvalidChat(
+            f"{asks[0]} is 1 in a message of role {role!r}, expected it in assistant messages only (for messages of "
+            "tools, set data.supervision.tool_results = true instead)"
+        )
+    return all(given.values()) or role not in SUPERVISED_ROLES
 
 
 def _flags(loss_mask: object, count: int) -> Sequence[bool | None]:
@@ -222,30 +255,31 @@ def _flag(value: object, key: str) -> bool:
     raise InvalidChat(f"{key} is {excerpt(value)}, expected 0 or 1")
 
 
-def _objects(value: object, what: str) -> list[Fields]:
+def _objects(value: object, what: str) -> list[Message]:
     items = _json(value, what)
-    if not isinstance(items, list):
+    if not isinstance(items, list | tuple):
         raise InvalidChat(f"{what} is {_type_name(items)}, expected a list of objects")
-    return [_object(_json(item, f"an entry of {what}"), f"an entry of {what}") for item in items]
+    entries = ((f"entry {i} of {what}", item) for i, item in enumerate(items))
+    return [_object(_json(item, name), name) for name, item in entries]
 
 
-def _object(value: object, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
+def _object(value: object, what: str) -> Message:
+    if not isinstance(value, Mapping):
         raise InvalidChat(f"{what} is {_type_name(value)}, expected an object")
-    return value
+    return dict(value)
 
 
 def _listed(value: object) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _json(value: object, what: str) -> Any:
-    """Return a value, parsed if it is JSON text."""
+    """Return a value. JSON text is parsed, repeatedly if the result is text again."""
     if not isinstance(value, str):
         return value
     parse: Callable[[str], Any] = json.loads
     try:
-        return parse(value)
+        return _json(parse(value), what)
     except (ValueError, RecursionError) as error:
         raise InvalidChat(f"{what} is text that is not JSON: {value[:40]!r}") from error
 

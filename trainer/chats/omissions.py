@@ -1,7 +1,8 @@
-"""Parts of a chat that a template does not render, and the check of those parts that are not searched in the text.
+"""Parts of a chat that a template does not render.
 
-These are the contents of messages that are not supervised, the names and arguments of tool calls, and the tools. Each
-is replaced by a separate marker, which must occur anywhere in the rendered text.
+Supervised parts are searched in the rendered text (content_search.py). For all other parts, this module only checks
+that the template renders them: contents of messages that are not supervised, names and arguments of tool calls, and
+tools. Each of them is replaced by a separate marker, which must occur somewhere in the rendered text.
 """
 
 import json
@@ -9,8 +10,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from trainer.chats.jinja_template import Message
 from trainer.chats.message_parts import has_text, renamed
+from trainer.chats.messages import Message
 
 EXCERPT_CHARS = 40  # characters of a text that an error message shows
 
@@ -33,9 +34,11 @@ class Omission:
 
 @dataclass(frozen=True)
 class MarkedChat:
-    """Messages by index, and tools, with markers in place of the parts that must be rendered.
+    """A chat with markers in place of the parts that must be rendered.
 
-    marks  the part that each marker stands for
+    messages  messages by index
+    marks     omission to report for each marker that a rendering lacks
+    marker    beginning of all markers
     """
 
     messages: Mapping[int, Message]
@@ -67,15 +70,15 @@ def mark_unsearched(
                 omission = _omission(i, "tool_calls", excerpt_of_call(call), f"a tool call of message {i}")
                 marks |= dict.fromkeys(pair, omission)
     for n, tool in enumerate(tools):
-        name = str(tool.get("function", tool).get("name", ""))[:EXCERPT_CHARS]
+        name = tool["function"]["name"][:EXCERPT_CHARS]
         marks[f"{marker}t{n}x"] = _omission(None, "tool", name, f"tool {n}")
     return MarkedChat(marked, tuple(renamed(tool, f"{marker}t{n}x") for n, tool in enumerate(tools)), marks, marker)
 
 
 def excerpt_of_call(call: Message) -> str:
     """Return the beginning of the name and the arguments of a tool call."""
-    function = call.get("function", call)
-    return f"{function['name']} {json.dumps(function.get('arguments'), ensure_ascii=False)}"[:EXCERPT_CHARS]
+    function = call["function"]
+    return f"{function['name']} {json.dumps(function['arguments'], ensure_ascii=False)}"[:EXCERPT_CHARS]
 
 
 def _omission(message: int | None, kind: str, text: str, description: str) -> Omission:
@@ -83,11 +86,5 @@ def _omission(message: int | None, kind: str, text: str, description: str) -> Om
 
 
 def _marked_call(call: Message, name: str, argument: str) -> Message:
-    """Return a tool call with another name and one other argument. Arguments keep their type, JSON text or object."""
-    call = renamed(call, name)
-    function = call.get("function", call)
-    arguments = {argument: argument}
-    marked = function | {
-        "arguments": json.dumps(arguments) if isinstance(function.get("arguments"), str) else arguments
-    }
-    return call | {"function": marked} if "function" in call else marked
+    """Return a tool call with another name and one other argument."""
+    return call | {"function": call["function"] | {"name": name, "arguments": {argument: argument}}}

@@ -50,8 +50,8 @@ class RenderedChat:
     tokens         tokens of the whole rendered text, without `prefix`
     prefix         BOS, if the model expects it and the template does not render it; otherwise empty
     spans          supervised spans, in order
-    special_T      [T] bool: tokens without bytes of their own
-    folded_system  the template accepts no system message: it was merged into the first user message
+    special_T      [T] bool: special tokens, which have no bytes of text
+    folded_system  whether the system message was merged into the first user message, as the template renders none
     omissions      parts of the chat that the template does not render unchanged
     """
 
@@ -87,9 +87,9 @@ class SpanTokens:
                end of turn, which ends one byte after the text. Without `closes`, the tokens may end before the text
                does
     begin      index of the first of these tokens in the rendered chat
-    straddles  the first token cannot be supervised: it begins before the span, or it begins the sequence, where
-               nothing predicts it
-    closes     the text ends with a token, and the end of turn follows directly
+    straddles  whether the first token cannot be supervised, because it begins before the span, or because it is the
+               first token of the sequence, which nothing predicts
+    closes     whether a token ends exactly at the end of the text and the end of turn follows it
     """
 
     tokens: Tokens

@@ -1,9 +1,10 @@
-"""Pairs of equal text in two renderings of one chat: what a teacher's scores of one span say about the student's span.
+"""Pairs of equal text in a teacher's and in the student's rendering of one chat.
 
-A span is cut into segments: its parts, the text of the template in front of each, and the text after the last. Segments
-of the same name with equal bytes are paired; neighbours are joined again. Two templates that render a whole turn alike
-thus give one pair, and two templates that have only the contents in common give one pair for each content. A special
-token has no bytes, so that pairs are cut there too; it ends a pair as the end of turn does.
+The teacher's scores can be aligned only where both renderings have the same text. A span is cut into segments: its
+parts, the text of the template in front of each part, and the text after the last part. Segments of the same name with
+equal bytes form a pair, and adjacent pairs are joined. If two templates render a whole turn alike, the result is one
+pair. If only the contents are equal, the result is one pair for each content. Pairs are also cut after special tokens,
+which have no bytes; a special token ends a pair in the same way as the end of turn.
 """
 
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ class PairedSpan:
 
 
 def pair_spans(teacher: RenderedChat, a: Span | None, student: RenderedChat, b: Span) -> PairedSpan:
-    """Pair the span `b` of the student with the span `a` of the teacher for the same message, or with nothing.
+    """Pair the student's span `b` with the teacher's span `a` of the same message. `a` is None if the teacher has none.
 
     Raises ChatError if the contents differ in more than white space at their ends.
     """

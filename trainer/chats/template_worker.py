@@ -101,7 +101,7 @@ class TemplateWorker:
                 pass
 
     def _forget(self) -> None:
-        """Release the subprocess after a fork: it belongs to the parent."""
+        """Forget the subprocess in the child process after a fork, because it belongs to the parent."""
         self._lock = threading.Lock()  # another thread may have held it at the fork
         if self._process is not None:
             self._of_parents.append(self._process)

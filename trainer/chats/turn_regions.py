@@ -21,11 +21,11 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Region:
-    """The supervised part of one message, in characters of the rendered text.
+    """The supervised text of one message, in characters of the rendered text.
 
     start, stop  from the first supervised character to the last one in front of the end of turn
     parts        the supervised parts, in order; text of the template may precede and follow each
-    may_end      the turn may end here: no unsupervised tool call follows
+    may_end      whether the end of turn may follow; false if an unsupervised tool call follows in the message
     """
 
     message: int

@@ -1,8 +1,8 @@
-"""What a chat template writes around the parts of an assistant message, found by rendering short chats of markers.
+"""Syntax of a chat template: the text that it writes around the parts of an assistant message.
 
-The text that a model generates for a turn begins after the generation prompt and ends with a token. Both are known from
-the template only: the generation prompt is what it appends for `add_generation_prompt`, and the end of turn is what
-follows the last message of a chat.
+The syntax is found by rendering short chats whose contents are markers. The text that a model generates in a turn
+begins after the generation prompt, which the template appends if `add_generation_prompt` is set. It ends with the token
+that the template writes after the last message of a chat.
 """
 
 import re
@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer.chats.content_search import first_difference
-from trainer.chats.jinja_template import JinjaTemplate, Message, TemplateError
+from trainer.chats.jinja_template import JinjaTemplate, TemplateError
 from trainer.chats.message_parts import REASONING
+from trainer.chats.messages import REASONING_KEYS, Message
 
-REASONING_KEYS = (REASONING, "reasoning", "thinking")  # names by which templates read the reasoning of a message
 INLINE = "inline"  # opening of reasoning in the content
 _USER, _CONTENT, _REASONING, _CALL = "ProbeUser", "ProbeContent", "ProbeReasoning", "ProbeCall"
 
@@ -35,7 +35,11 @@ class TurnSyntax:
 
 
 def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax:
-    """Render short chats with the template, or with its variant for tools. What the template rejects stays empty."""
+    """Find the syntax of a chat template by rendering short chats.
+
+    tools  tools of the chats; if there are any, the template's variant for tools is used
+    Texts of the result are empty if the template raises an error for the short chat that would show them.
+    """
     probe = _Probe(template, tools)
     user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _CONTENT}
     call = {"type": "function", "function": {"name": _CALL, "arguments": {_CALL: _CALL}}}
@@ -97,14 +101,17 @@ class _Probe:
     tools: Sequence[Message]
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        """Render a chat; an error of the template gives an empty text."""
+        """Render a chat. Return an empty text if the template raises an error."""
         try:
             return self.template.render(messages, self.tools, generation_prompt)
         except TemplateError:
             return ""
 
     def reasoning(self, user: Message, assistant: Message) -> tuple[str, str]:
-        """Return the key by which the template reads the reasoning of a message, and a chat rendered with it."""
+        """Return the key of a message from which the template reads the reasoning, and a chat rendered with that key.
+
+        If the template renders no reasoning, the key is `reasoning_content` and the text is empty.
+        """
         for key in REASONING_KEYS:
             text = self.render([user, assistant | {key: _REASONING}])
             if _REASONING in text:
@@ -119,5 +126,5 @@ def _between(text: str, marker: str) -> str:
 
 
 def _without_prompt(before: str, *prompts: str) -> str:
-    """Remove what a text has in common with the beginning of one of the prompts, the longest one."""
+    """Remove the longest prefix that the text shares with one of the prompts."""
     return before[max(first_difference(before, prompt) for prompt in prompts) :]

@@ -24,7 +24,7 @@ from trainer.query.config import TeacherConfig
 from trainer.query.connect import ConnectedTeacher, connect_teacher, teacher_address
 from trainer.records import Sample, TokenizedSample
 from trainer.sources.config import DataConfig
-from trainer.sources.corpus import Corpus, SourceCounts
+from trainer.sources.corpus import Corpus, SourceCounts, unclosed_texts
 from trainer.student.checks import check_weights
 from trainer.student.loading import resolve_precision, student_tokenizer
 from trainer.tokenization import SampleTokenizer, is_skipped, tokenize_samples
@@ -100,9 +100,10 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[_Data, list[F
         corpus, num_steps = check_data(config, student.vocabulary)
         findings += [Finding("data", True, _describe(source)) for source in corpus.sources]
         findings += [Finding("data", True, f"warning: {each}") for source in corpus.sources for each in source.repeated]
+        findings += [Finding("data", True, warning) for warning in unclosed_texts(corpus.sources, config.data)]
         data = _Data(corpus, samples := _evenly_spaced(corpus))
         tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
-        remarks = check_chats(corpus, tokenizer, config.data)
+        remarks = check_chats(corpus, {"student": tokenizer}, config.data)
         tokenized = _Tokenized("student")
         for sample in samples:
             for one in tokenize_samples([sample], tokenizer, config.data, on_skip=tokenized.skipped.append):
@@ -198,7 +199,7 @@ async def _check_teacher(config: TeacherConfig, examined: _Data, data: DataConfi
                 findings.append(Finding(subject, True, card.protocol_cost))
             num_tokens = len(teacher.tokenizer.vocabulary)
             findings.append(Finding(subject, True, f"the tokenizer of {num_tokens} tokens matches the card"))
-            remarks = check_chats(examined.corpus, teacher.tokenizer, data, subject) if examined.corpus else []
+            remarks = check_chats(examined.corpus, {subject: teacher.tokenizer}, data) if examined.corpus else []
             tokenized = _tokenize(teacher, examined.samples, data)
             findings.append(_check_lengths(teacher, tokenized, data))
             findings += _describe_skipped(subject, tokenized.skipped, len(examined.samples))

@@ -25,10 +25,9 @@ class Adaptive(FusionMethod):
         self._running = RunningBitsPerByte(self.names, config.half_life_bytes, config.margin_bpb, config.temperature)
 
     def teacher_weights(self, sample: Sample, scheduled_N: Floats, available_N: Bools) -> Floats:
-        """Return scheduled weights times running weights.
+        """Return the products of scheduled weights and running weights.
 
-        If that leaves no available teacher, because the best teachers of the domain are unavailable, return the
-        scheduled weights.
+        If the product is 0 for every available teacher, the scheduled weights are returned.
         """
         weights_N: Floats = scheduled_N * self._running.weights(sample.domain)
         return weights_N if weights_N[available_N].any() else scheduled_N
@@ -40,7 +39,7 @@ class Adaptive(FusionMethod):
         return self._running.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the running averages by teacher name. The settings remain those of this run.
+        """Restore the running averages of each teacher, by its name. Settings such as half_life_bytes are not restored.
 
         Raises CheckpointError if the state belongs to other teachers or to another method.
         """

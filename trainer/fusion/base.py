@@ -1,8 +1,8 @@
-"""The interface of fusion methods, and the rule by which a batch is fused.
+"""The interface of fusion methods, and the settings of the fusion of a batch.
 
-A method weighs the teachers in two places. Before fusion, `teacher_weights` may change the scheduled weights of one
-sample, from a column of the data or from running statistics. During fusion, `scores` compares the teachers on the
-targets themselves. The weight of a teacher at a position is proportional to teacher weight · exp(score).
+A method weights the teachers in two steps. First, `teacher_weights` may change the scheduled weights of one sample, by
+a column of the data or by running statistics. Then `scores` compares the targets of the teachers. The weight of a
+teacher at a position is proportional to teacher weight · exp(score).
 
 Shapes: N teachers, T positions.
 """
@@ -36,7 +36,7 @@ def single_process(value: T) -> list[T]:
 
 @dataclass(frozen=True)
 class FusionRule:
-    """How a batch is fused.
+    """Settings of the fusion of a batch.
 
     method       a key of FUSION_METHODS; the classes describe the methods
     scope        unit over which min_ce, avg_ce and confidence compare the teachers: one token, one sample, or all
@@ -63,9 +63,10 @@ class FusionRule:
 
 
 class FusionMethod:
-    """Base class of fusion methods. Its behavior is that of `mean`; subclasses override what differs.
+    """Base class of fusion methods, with the behavior of `mean`. A run has one instance.
 
-    One instance belongs to one run. `names` are the fused teachers in order, `config` is the section [fusion].
+    names          names of the fused teachers, in order
+    config         section [fusion] of the run file
 
     mean           the mean over teachers: arithmetic (of probabilities) or geometric (of their logarithms, normalized)
     uses_scope     whether `scores` depends on FusionRule.scope
@@ -88,17 +89,21 @@ class FusionMethod:
         return [np.zeros((rows.valid.shape[0], 1)) for _, rows in samples]
 
     def check_samples(self, samples: Samples) -> None:
-        """Raise DataError if the method cannot weigh the teachers of one of the samples."""
+        """Raise DataError if the method cannot determine the weights of the teachers for one of the samples."""
 
     def teacher_weights(self, sample: Sample, scheduled_N: Floats, available_N: Bools) -> Floats:
         """Return the teacher weights [N] of one sample, ≥ 0 and not all 0.
 
-        `scheduled_N` are the weights of the step, `available_N` tells which teachers scored any position of the sample.
+        scheduled_N  weights of this step according to the schedule
+        available_N  whether a teacher scored any position of the sample
         """
         return scheduled_N
 
     def observe(self, domain: str, nats_N: Floats, bytes_N: NDArray[np.int64]) -> None:
-        """Record the negative log-likelihood of a text in nats, and its bytes, for each teacher (see `text_nats`)."""
+        """Add one text to the running statistics of its domain.
+
+        nats_N, bytes_N  negative log-likelihood of the text under each teacher, and bytes scored, from `text_nats`
+        """
 
     def state(self) -> dict[str, Any] | None:
         """Return the running state as JSON values, or None if the method has none."""

@@ -41,7 +41,7 @@ Measure = Callable[[FusionInput, TeacherRows, Bools], Measurement]
 
 
 class Comparison(NamedTuple):
-    """Losses per unit of one sample and the teachers they are compared among, each [N, T] or [N, 1]."""
+    """Losses per unit of one sample, and the teachers that are compared. Both are [N, T], or [N, 1] per sample."""
 
     losses_NT: Floats
     eligible_NT: Bools
@@ -68,8 +68,8 @@ def compare(
 ) -> list[Comparison]:
     """Compare the teachers of each sample over the rule's scope.
 
-    Takes part: a teacher with weight above 0 that has at least one valid row in the sample. A teacher without any valid
-    row would leave no common position and prevent the comparison of the others.
+    A teacher takes part if its weight is above 0 and it has at least one valid row in the sample. A teacher without a
+    valid row would leave no common position to compare the others on.
     """
     weighted = [sample.teacher_weights_N > 0 for sample, _ in samples]
     participating = [has_weight & own.rows.valid.any(axis=1) for has_weight, own in zip(weighted, samples, strict=True)]
@@ -99,8 +99,8 @@ def best_only(comparison: Comparison) -> Floats:
 def text_nats(sample: FusionInput, vocab_size: int) -> tuple[Floats, Ints]:
     """Return the nats of the text under each teacher [N] and the bytes that they cover [N], for `FusionMethod.observe`.
 
-    The sums cover the positions where every teacher is valid that is valid anywhere in the sample; teachers without any
-    valid row have 0 bytes. Teacher weights do not matter: teachers that are not fused at present are observed too.
+    The sums cover the common positions of all teachers that have a valid row in the sample. Teachers without a valid
+    row have 0 bytes. Teachers of weight 0 are included, because their weight may increase later.
     Raises ValueError as `fuse` does.
     """
     rows = validate_and_stack(0, sample, len(sample.targets), vocab_size).rows

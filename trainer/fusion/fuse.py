@@ -1,7 +1,7 @@
 """Fusion of N targets per sample, one per teacher, into one target.
 
-Pure functions. `fuse` weighs the teachers of every position by the method's scores and the sample's teacher weights,
-leaves out teachers without a valid row there, and computes the weighted arithmetic or geometric mean over the union of
+Pure functions. At every position, `fuse` weights the teachers by the method's scores and the sample's teacher weights,
+leaves out teachers without a valid row, and computes the weighted arithmetic or geometric mean over the union of
 the listed ids. The tail is fused like any other probability. The average weight of each teacher and the number of
 positions where it was missing are returned for the metrics.
 
@@ -44,9 +44,9 @@ def fuse(
 ) -> list[FusedTarget]:
     """Fuse every sample of a batch. Inputs are not changed; sums are float64, results float32.
 
-    At a position where no teacher chosen by the scores is valid, the teacher weights of the valid teachers decide. The
-    result is invalid where no teacher with weight above 0 is valid. A single teacher is returned unchanged except for
-    `top_k`. With scope batch, `all_gather` exchanges sums between the processes that fuse shards of the same batch;
+    If the scores give weight 0 to every teacher that is valid at a position, the teacher weights alone are used there.
+    The result is invalid where no teacher with weight above 0 is valid. A single teacher is returned unchanged except
+    for `top_k`. With scope batch, `all_gather` exchanges sums between the processes that fuse shards of the same batch;
     every process must call `fuse`, even with an empty shard.
 
     Raises ValueError, with values, sample and teacher, for arrays that do not match and for rows that are no
@@ -101,7 +101,7 @@ def _mean(
 def _weights(scores_NT: Floats, teacher_weights_N: Floats, valid_NT: Bools) -> Floats:
     """Return weights [N, T] proportional to teacher weight · exp(score), 0 for invalid rows.
 
-    They sum to 1 where a teacher that takes part is valid. Where all products are 0, the teacher weights alone decide.
+    They sum to 1 where a participating teacher is valid. Where all products are 0, the teacher weights alone are used.
     """
     with np.errstate(divide="ignore"):
         log_NT = np.where(valid_NT, scores_NT + np.log(teacher_weights_N)[:, None], -np.inf)

@@ -1,4 +1,4 @@
-"""The fusion of one run: the scored samples of a batch become training examples, batch after batch.
+"""The fusion of one run, which converts the scored samples of each batch to training examples.
 
 Most methods are a function of a batch and its step. A method with running state (adaptive) also depends on the batches
 before, so batches are fused in order, and a checkpoint keeps the state.
@@ -24,7 +24,10 @@ from trainer.telemetry.collector import Collector
 
 
 def teacher_weights_at(teachers: Sequence[TeacherConfig], fusion: FusionConfig, progress: float) -> Floats:
-    """Return [N] weights of the teachers, which sum to 1, at a progress of 0 to 1 through the run."""
+    """Return the scheduled weights [N] of the teachers, which sum to 1.
+
+    progress  fraction of the run's steps that are done, from 0 to 1
+    """
     if not teachers:
         return np.zeros(0)
     begin, end = [teacher.weight for teacher in teachers], [teacher.end_weight for teacher in teachers]
@@ -38,18 +41,20 @@ def fusion_method_of(config: RunConfig) -> FusionMethod | None:
 
 
 def check_routes(samples: Samples, config: RunConfig) -> None:
-    """Raise DataError for a sample whose teachers the fusion method cannot weigh."""
+    """Raise DataError if the fusion method cannot determine the weights of the teachers for one of the samples."""
     method = fusion_method_of(config)
     if method is not None:
         method.check_samples(samples)
 
 
 class Fuser:
-    """Fuses batches in their order, and passes on the scores of teachers that are not fused.
+    """Fuse the batches of a run in their order. Scores of teachers that are not fused are passed on unchanged.
 
-    vocab_size is the student's; num_steps is the length of the schedule of weights; state is that of an earlier Fuser
-    of the same run. Without `cut`, rows keep all their entries. If a batch is sharded over several processes, each has
-    a Fuser, and `all_gather` returns what all of them contribute, in the order of their shards.
+    vocab_size  size of the student's vocabulary
+    num_steps   number of steps of the schedule of teacher weights
+    state       `state` of an earlier Fuser of the same run, to continue it; None at the beginning
+    cut         whether rows are cut to fusion.top_k entries
+    all_gather  collects a value of the Fusers of all processes, each of which fuses a shard of the batch
     """
 
     def __init__(
@@ -76,13 +81,13 @@ class Fuser:
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """What a later Fuser needs to continue, as JSON values; None for a fusion without state."""
+        """State to continue the run with another Fuser, as JSON values; None if the method has no state."""
         return None if self._method is None else self._method.state()
 
     def fuse(
         self, batch: Sequence[ScoredSample], step: int = 0, telemetry: Collector | None = None
     ) -> tuple[DistillationExample, ...]:
-        """Return the training examples of one batch, the `step`-th from 0. `check_routes` has been passed."""
+        """Return the training examples of the batch of one step; steps count from 0. Call `check_routes` first."""
         telemetry = Collector() if telemetry is None else telemetry
         if not self._teachers:
             return tuple(DistillationExample(scored.sample, scored.tokenized) for scored in batch)

@@ -13,7 +13,7 @@ from trainer.fusion.inputs import Floats
 
 
 class _State(BaseModel):
-    """The form of a state in a checkpoint, which can be damaged."""
+    """Schema of `RunningBitsPerByte.state()`, for the validation of a state that is read from a checkpoint."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -81,9 +81,11 @@ class RunningBitsPerByte:
     def updated(
         self, domain: str, nats_N: Sequence[float] | Floats, bytes_N: Sequence[int] | NDArray[np.int64]
     ) -> "RunningBitsPerByte":
-        """Return the averages after one more text of the domain: its negative log-likelihood in nats, and its bytes.
+        """Return a copy whose averages include one more text of the domain.
 
-        The average of a teacher with 0 bytes does not change. Raises ValueError unless both are N finite numbers ≥ 0.
+        nats_N   negative log-likelihood of the text under each teacher, in nats
+        bytes_N  number of bytes of the text that each teacher scored; with 0 bytes, its average does not change
+        Raises ValueError unless both have N finite numbers ≥ 0.
         """
         for unit, given in {"nats": nats_N, "bytes": bytes_N}.items():
             if len(given) != len(self.names) or not all(0 <= value < math.inf for value in given):
@@ -108,7 +110,7 @@ class RunningBitsPerByte:
         return (kept * bpb + added * nats / math.log(2) / num_bytes) / (kept + added), kept + added
 
     def state(self) -> dict[str, Any]:
-        """Return the value as JSON values, for a checkpoint."""
+        """Return all fields as a dictionary that can be written as JSON, for a checkpoint."""
         return {
             "names": list(self.names),
             "half_life_bytes": self.half_life_bytes,
@@ -119,7 +121,7 @@ class RunningBitsPerByte:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "RunningBitsPerByte":
-        """Restore the value from `state()`. Raises ValueError for a value of another form, or for invalid settings."""
+        """Build from the result of `state()`. Raises ValueError for another schema and for invalid values."""
         try:
             return cls(**_State.model_validate(state).model_dump())
         except ValidationError as error:

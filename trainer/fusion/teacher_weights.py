@@ -12,11 +12,12 @@ Floats = NDArray[np.float64]
 
 
 def scheduled(start_N: Sequence[float], end_N: Sequence[float], schedule: str, progress: float) -> Floats:
-    """Return weights [N] that sum to 1, at a progress of 0 to 1 through the run.
+    """Return the weights [N] of the teachers, which sum to 1, at a point of the run.
 
-    constant stays at `start_N`; linear moves to `end_N` at constant speed; cosine moves slowly at both ends. Both ends
-    are normalized before interpolation. Raises ValueError for invalid weights, an unknown schedule, or a progress
-    outside 0 to 1.
+    start_N, end_N  weights at the beginning and at the end; each is normalized before the interpolation
+    schedule        constant (start_N), linear, or cosine (half a cosine period from start_N to end_N)
+    progress        fraction of the run that is done, from 0 to 1
+    Raises ValueError for invalid weights, an unknown schedule, or a progress outside of 0 to 1.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule of weights: expected one of {', '.join(SCHEDULES)}, received {schedule!r}")

@@ -86,7 +86,8 @@ def divergence_and_gradient_(
 def _bucket_gradient(labels: Labels, log_q_CB: Tensor, objective: Objective, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Return the divergence [C] and its weighted derivatives g [C, B] with respect to log q of the buckets.
 
-    Both are 0 where the target lists no token: a tail alone, one bucket for the whole vocabulary, holds no information.
+    Both are 0 where the target lists no token. The only bucket is then the tail, which contains the whole vocabulary
+    and has probability 1 for target and student.
     """
     p_CB = torch.cat([labels.probs_TK, labels.tail_T[:, None]], 1).to(log_q_CB.dtype)
     has_target_C = labels.probs_TK.sum(1) > 0

@@ -32,7 +32,8 @@ class LossConfig(Section):
     span_temperature: Annotated[float, Field(gt=0)] = 100.0
     """alm: likelihoods p of spans are compared as p^(1/τ). At τ = 1 an unlikely span contributes little."""
     chunk_tokens: Positive = 512
-    """Number of positions whose logits exist at once; more where spans of several teachers overlap."""
+    """Number of positions whose logits are in memory at the same time. With `alm`, overlapping spans of several
+    teachers can make it larger."""
 
     @model_validator(mode="after")
     def _check(self) -> "LossConfig":

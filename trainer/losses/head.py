@@ -56,7 +56,7 @@ class _Inputs:
 
 
 class _HeadLossFunction(torch.autograd.Function):
-    """Computes the gradients of the sum in the forward pass; the backward pass multiplies them by d_total."""
+    """Autograd function of the total loss. The forward pass computes its gradients; the backward pass scales them."""
 
     @staticmethod
     def forward(
@@ -95,7 +95,7 @@ class _HeadLossFunction(torch.autograd.Function):
 
 
 class _ChunkSum:
-    """Sum over chunks. The first term keeps its type; from the second term on the sum is float32 or float64."""
+    """Sum of one tensor per chunk. A single tensor keeps its type; the sum of several is float32 or float64."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
@@ -105,7 +105,7 @@ class _ChunkSum:
 
 
 class _Gradients:
-    """Gradients of hidden states, weight and bias, collected chunk by chunk; None for inputs that need none."""
+    """Gradients of hidden states, weight and bias, summed over the chunks; None for inputs that require no gradient."""
 
     def __init__(self, inputs: tuple[Tensor, Tensor, Tensor | None], needed: Sequence[bool]) -> None:
         self._inputs = inputs

@@ -109,7 +109,7 @@ def _chunk_bounds(length: int, size: int, continues: Sequence[NDArray[np.bool_]]
 
 
 def labels_from(tokens: Sequence[np.ndarray], targets: Sequence[Target | None]) -> Labels:
-    """Build labels of several samples, concatenated; a target of None means that the sample has none.
+    """Concatenate the labels of several samples. A sample whose target is None has no soft targets.
 
     tokens[i] are the gold ids of sample i, targets[i] its sparse soft targets of the same length. Raises ValueError if
     the lengths differ.

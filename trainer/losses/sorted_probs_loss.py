@@ -22,9 +22,10 @@ from trainer.losses.total_variation import total_variation
 class SortedProbsLabels:
     """Labels of ULD: one teacher's sorted probabilities at T positions, without token ids.
 
-    probs_TK  float32, its K largest probabilities in descending order
-    tail_T    float32, the rest of its probability; both are 0 at a position without teacher scores
+    probs_TK  float32, the teacher's K largest probabilities in descending order
+    tail_T    float32, probability outside the K largest
     share     the teacher's share of the total teacher weight
+    At a position without teacher scores, probs_TK and tail_T are 0.
     """
 
     probs_TK: Tensor

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def total_variation(p_TB: Tensor, log_q_TB: Tensor) -> Tensor:
-    """½ · Σ |target − student|. This is the mass that would have to move; the gradient has the same size everywhere.
+    """½ · Σ |target − student|. It is the probability mass in which target and student differ.
 
     Returns [T] probabilities from 0 to 1.
     """

@@ -1,7 +1,8 @@
 """Signal `alm`: likelihoods of common spans (Approximate Likelihood Matching, arXiv 2503.20083). Texts only.
 
-A span is a shortest stretch of text that both tokenizations cut out. The teacher's log-probability of a span is the sum
-over its tokens; the auxiliary loss compares it with the student's. No correspondence between vocabularies is needed.
+A span is the text between two neighboring common boundaries, at which both tokenizations end a token. The teacher's
+log-probability of a span is the sum over its tokens in the span. The auxiliary loss compares it with the student's. No
+mapping between the vocabularies is needed.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from trainer.signals.common_spans import complete_spans
 
 @dataclass(frozen=True, eq=False)
 class SpanLikelihoods:
-    """C spans of a text that the teacher scored completely, in order.
+    """The common spans of a text that the teacher scored completely, in order. C is their number.
 
     student    [C, 2] int64: begin and end of each span in student positions
     teacher    [C, 2] int64: begin and end in teacher tokens
@@ -93,7 +94,9 @@ class AlmSignal:
 
 
 def span_likelihoods(rows: ScoredRows, first_row: int, teacher: Tokens, student: Tokens) -> SpanLikelihoods:
-    """Return the spans of one sample. first_row: 0 if the teacher sees BOS in front, otherwise 1.
+    """Return the common spans of one sample with the teacher's log-probabilities.
+
+    first_row  0 if the teacher sees BOS in front, otherwise 1
 
     A span that begins before the teacher's first row, or that contains bytes without a teacher token, is left out.
     Raises AlignmentError if the rows do not belong to these tokens or the texts differ.

@@ -37,7 +37,7 @@ def auxiliary_losses(
 
 
 def fused_weight(teachers: Sequence[TeacherConfig], teacher_weights_N: Sequence[float]) -> float:
-    """Return the weight of the fused target: 1 if all teachers are fused, or if there is none."""
+    """Return the fused target's weight in the distillation loss: 1 if no teacher has a loss term of its own."""
     fused = [float(w) for teacher, w in zip(teachers, teacher_weights_N, strict=True) if teacher.is_fused]
     return 1.0 if len(fused) == len(teachers) else sum(fused)
 

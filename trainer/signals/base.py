@@ -16,7 +16,7 @@ class Prepared(NamedTuple):
     """One teacher's rows for one sample, ready for fusion or for an auxiliary loss.
 
     target          distributions over the student's tokens; no valid position if the signal is not fused
-    report          how much of the teacher's probability arrived
+    report          coverage, listed mass and bits per byte of the alignment
     nats_per_token  mean negative log-likelihood of the teacher's supervised tokens; inf without any
     auxiliary       scores of a signal that is not fused
     unaligned       supervised positions of a chat without a target, by reason (trainer/chats/span_pairs.py)
@@ -32,10 +32,10 @@ class Prepared(NamedTuple):
 class TeacherSignal(Protocol):
     """The signal of one connected teacher.
 
-    fused            the signal yields a target, which is fused with those of the other teachers. Otherwise it is an
-                     AuxiliarySignal with a term of its own in the loss
-    supports_chats   the signal aligns chats, not only texts
-    supports_masked  the signal leaves out masked rows (teachers.protocol.rows.Rows)
+    fused            whether `prepare` returns a target that is fused with the targets of the other teachers. A signal
+                     that is not fused is an AuxiliarySignal and adds its own term to the loss
+    supports_chats   whether the signal can align chats
+    supports_masked  whether the signal accepts masked rows (teachers.protocol.rows.Rows), which it leaves out
     """
 
     fused: ClassVar[bool]
@@ -60,7 +60,7 @@ class TeacherSignal(Protocol):
 
 
 class AuxiliarySignal(TeacherSignal, Protocol):
-    """A signal with a loss of its own. Its prepared rows have `auxiliary` scores."""
+    """A signal that adds its own term to the loss. `prepare` returns `auxiliary` scores instead of a target."""
 
     @staticmethod
     def labels(

@@ -52,7 +52,7 @@ class ByteChainSignal:
 
 
 def _supervised_nats(rows: Rows, first_row: int, teacher: TokenizedSample) -> float:
-    """Return the mean negative log-likelihood of the teacher's supervised tokens that are not masked; inf without."""
+    """Return the mean negative log-likelihood of the teacher's supervised, unmasked tokens; inf if there are none."""
     supervised = rows.actual[teacher.supervised_T[first_row:]]
     known = supervised[~np.isnan(supervised)]
     return -float(known.mean(dtype=float)) if len(known) else math.inf

@@ -27,9 +27,9 @@ from trainer.signals.common_spans import complete_spans
 
 @dataclass(frozen=True, eq=False)
 class SortedProbs:
-    """P student positions at which both models have read the same text, and the teacher's distribution there.
+    """The teacher's sorted probabilities at the P positions at which both models have read the same text.
 
-    positions  [P] int64 student positions
+    positions  [P] int64 indices of these positions among the student's tokens
     probs      [P, K] float32: the K largest probabilities in descending order. The actual token is included if it is
                among them; its rank is unknown otherwise
     tail       [P] float32: probability outside the K largest

@@ -21,7 +21,7 @@ class InvalidRecord(NamedTuple):
 
 
 class EmptyRecord(NamedTuple):
-    """A line or row whose text or chat is empty. It is counted and left out."""
+    """A line or row with an empty text or an empty chat. It is counted and not used."""
 
 
 class DocumentRef(NamedTuple):
@@ -48,9 +48,9 @@ class DocumentRef(NamedTuple):
 class FormatInfo(NamedTuple):
     """The record format of one file or dataset.
 
-    description  kind of its documents, and their columns
-    is_chat      its documents are chats
-    is_whole     each document is one window: a chat, or a text with a masked prompt
+    description  kind of the documents and their columns
+    is_chat      whether the documents are chats
+    is_whole     whether each document is one window: chats, and texts with a masked prompt
     """
 
     description: str
@@ -109,7 +109,7 @@ class Table(Protocol):
 
     @property
     def columns(self) -> Sequence[str]:
-        """Names of the columns; of a file of JSON objects, the keys of the first ones."""
+        """Names of the columns. For a file of JSON objects, the keys of the first objects."""
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -119,7 +119,7 @@ class Table(Protocol):
         """Return the first value of a column, among the first records, that is not null; None without one."""
 
     def select(self, columns: Sequence[str]) -> "Table":
-        """Return the table with these columns only. Others may remain if leaving them out saves no time."""
+        """Return the table reduced to these columns. A format that cannot skip columns may keep the others."""
 
     def scan(self) -> Iterator[TableRecord]:
         """Yield every record."""

@@ -25,13 +25,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CachedFolder(Generic[T]):
-    """One folder of the cache.
+    """One folder of the cache, and the functions that write and load it.
 
-    what         its name in messages, for example "the window index"
-    folder       where it is
-    write        write the files into a new folder
-    load         use the files of a verified folder. Raises DamagedError if they are not the expected ones
-    stays_open   `load` keeps the files open, so that a temporary folder can be deleted at once
+    what         name of the folder in messages, for example "the window index"
+    folder       path of the folder
+    write        function that writes the files into a new folder
+    load         function that loads a verified folder. Raises DamagedError for files that it cannot use
+    stays_open   whether `load` keeps the files open. A temporary folder is then deleted directly after `load`
     """
 
     what: str

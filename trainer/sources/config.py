@@ -147,7 +147,8 @@ class DataConfig(Section):
     max_samples: Positive | None = None
     """Train on this many windows only, drawn by the seed."""
     close_documents: bool = False
-    """Append EOS to the last window of each document, for the student and for every teacher."""
+    """Append EOS to the last window of each document, for the student and for every teacher. Without EOS after them, a
+    student that is trained on prompts and completions does not learn to stop."""
     too_long: Literal["refuse", "shorten"] = "refuse"
     """A sample that exceeds the limit of some model: `refuse` ends the run and names the sample, `shorten` shortens it
     for all models alike."""

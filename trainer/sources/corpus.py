@@ -31,16 +31,16 @@ MAX_NAMED_REPEATED = 20
 class SourceCounts:
     """Counts of all documents of one source.
 
-    format         kind of the documents, and the columns that they are read from
-    is_chat        the documents are chats
-    has_prompt     the documents are texts with a masked prompt
+    format         kind of the documents and their columns, for example "chats: column messages"
+    is_chat        whether the documents are chats
+    has_prompt     whether the documents are texts with a masked prompt
     tokens         tokens of the student; None for chats
     num_bytes      bytes of text, or of chats as JSON
     epoch_samples  number of samples that one epoch draws from the source
     invalid        number of lines and rows that cannot be read
-    first_invalid  messages of the first of them
-    empty          number of lines and rows whose text or chat is empty; they are left out
-    repeated       files that are not read again, because this or an earlier source contains them under another name
+    first_invalid  error messages of the first invalid lines and rows
+    empty          number of lines and rows with an empty text or an empty chat, which are not used
+    repeated       descriptions of files that the run file names twice; each is read once
     """
 
     name: str
@@ -136,6 +136,17 @@ class Corpus:
         return any(source.is_chat for source in self.sources)
 
 
+def unclosed_texts(sources: Sequence[SourceCounts], data: DataConfig) -> list[str]:
+    """Return a warning if the student is not taught to stop after the completions of texts with a masked prompt."""
+    names = ", ".join(source.name for source in sources if source.has_prompt)
+    if not names or data.close_documents:
+        return []
+    return [
+        f"warning: {names}: no EOS follows the completions, so that the student does not learn to stop after them: set "
+        "data.close_documents = true to append EOS to the texts and to train on it"
+    ]
+
+
 def load_corpus(data: DataConfig, evaluation: EvalConfig, vocabulary: Vocabulary, seed: int) -> Corpus:
     """Index every source, draw the held-out documents, and select the samples.
 
@@ -190,7 +201,7 @@ def _fingerprint(indexes: Sequence[WindowIndex], selected: Sequence[NDArray[np.i
 
 
 def _draw_held_out(documents: Sequence[int], num_held_out: int, seed: int) -> list[NDArray[np.bool_]]:
-    """[documents] for each source: draw the held-out documents from all sources together."""
+    """Draw the held-out documents from all sources together. Return a mask [documents] for each source."""
     total = sum(documents)
     if num_held_out and num_held_out >= total:
         raise DataError(f"eval.held_out_documents is {num_held_out}, but there are only {total} documents")
@@ -202,7 +213,10 @@ def _draw_held_out(documents: Sequence[int], num_held_out: int, seed: int) -> li
 def _hold_out_together(
     found: Sequence[SourceInputs], indexes: Sequence[WindowIndex], held: Sequence[NDArray[np.bool_]]
 ) -> None:
-    """Hold out a line or row in every source that reads its file if one source holds it out. Modifies `held`."""
+    """Hold out the same lines and rows in all sources that read a file. Modifies `held`.
+
+    A line or row is held out everywhere if at least one source holds it out.
+    """
     readers: dict[Key, list[tuple[int, NDArray[np.int64]]]] = {}  # source, and its documents of one file
     for source, (inputs, index) in enumerate(zip(found, indexes, strict=True)):
         for number, key in enumerate(inputs.keys if len(found) > 1 else ()):

@@ -69,7 +69,7 @@ def read_head(path: Path) -> bytes:
 
 
 def _content(original: StableFile) -> Chunks:
-    """Yield the content of a file, decompressed. Errors of the consumer are not taken for errors of the file."""
+    """Yield the decompressed content of a file. Raises DataError for errors of the file only, not of the consumer."""
     suffix = split_suffix(original.path)[1]
     with original.open() as file:
         if suffix:

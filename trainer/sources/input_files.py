@@ -69,7 +69,10 @@ def find_inputs(sources: Sequence[SourceConfig]) -> list[SourceInputs]:
 
 
 def _columns(source: SourceConfig) -> Key:
-    """Return the settings by which two sources read different documents of one file."""
+    """Return the settings that determine the content of a source's documents.
+
+    Two sources with equal settings read the same documents from the same file.
+    """
     return (repr(source.model_dump(include=CONTENT_KEYS)),)
 
 

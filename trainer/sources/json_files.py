@@ -35,7 +35,7 @@ class JsonSource:
 
 
 def _check_first_line(head: bytes, path: Path) -> None:
-    """Raise DataError for a .json file of one object on several lines, whose records are somewhere inside of it."""
+    """Raise DataError if a .json file contains one object on several lines instead of lines or an array."""
     line, line_end, _ = head.partition(b"\n")
     try:
         is_object = not line_end or isinstance(json.loads(line), dict)
@@ -117,7 +117,7 @@ class _ArrayReader:
             self._fill()
 
     def _fill(self) -> None:
-        """Read as much as is unread, at least one chunk, so that a long element is decoded a few times only."""
+        """Read at least one chunk, and as many characters as are buffered, so that long elements need few attempts."""
         parts = [self._text[self._at :]]
         self._at, wanted = 0, len(parts[0])
         while not self._is_complete:

@@ -39,7 +39,11 @@ def parse_json(line: bytes) -> Any:
 
 
 class JsonLinesTable:
-    """The lines of a file. `unit` is what a line was in the user's file, `parse` reads one of them."""
+    """The lines of a file as records.
+
+    unit   name of a record in messages: line, element or row
+    parse  function that parses one line
+    """
 
     def __init__(self, file: DataFile, unit: str = "line", parse: Parse = parse_json_line) -> None:
         self.name, self.where, self.unit = file.path.name, str(file.path), unit

@@ -1,7 +1,7 @@
-"""The order of samples: a function of seed, epoch and offset alone, so that a run can resume at any step.
+"""The order of samples: a function of seed, epoch and offset, so that a run can resume at any step.
 
-Epochs follow one another without a gap. A source whose weight is not a whole number continues in the next epoch where
-it ended in the last one: every window is drawn once before any window is drawn again.
+If the weight of a source is not a whole number, an epoch draws only some of its windows, and the next epoch continues
+with the others: every window is drawn once before any window is drawn again.
 """
 
 from collections.abc import Sequence

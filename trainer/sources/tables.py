@@ -149,7 +149,7 @@ class DatasetTable:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """That of the file; else the fingerprint of `datasets` and the sizes and times of the Arrow files."""
+        """Identity of the file; without one, the fingerprint of `datasets` and sizes and times of the Arrow files."""
         if self._file is not None:
             return self._file.original.identity
         files = [Path(file["filename"]) for file in self._dataset.cache_files]
@@ -193,10 +193,10 @@ class DatasetTable:
 
 
 def without_absent_keys(value: Any, feature: Any) -> Any:
-    """Remove the fields of structs that are null, at every depth. Inside of JSON values, null stays.
+    """Remove the null fields of structs at every depth. Nulls inside of JSON values are kept.
 
-    Arrow gives all structs of a column the same fields, and null to one that lacks a key. `datasets` stores objects
-    whose keys differ as JSON.
+    In Arrow, all structs of a column have the same fields; a field that a struct lacks is null. `datasets` stores
+    objects with different keys as JSON.
 
     feature  description of the value by `datasets`: a dict for a struct
     """

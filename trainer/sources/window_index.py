@@ -1,8 +1,8 @@
 """The window index of a source: the position of every window, so that a text is cut once and stays on disk.
 
-An index is stored in the cache under a key of everything that determines it: sizes and times of the files, columns,
-tokenizer, window length. A later start verifies its manifest and maps it into memory; a damaged index is rebuilt.
-If the cache cannot be written, the index is built for one start only. Each window has a checksum, so that a
+An index is stored in the cache. Its name is a digest of everything that determines it: sizes and times of the files,
+columns, tokenizer, window length. A later start verifies its manifest and maps it into memory; a damaged index is
+rebuilt. If the cache cannot be written, the index is built for one start only. Each window has a checksum, so that a
 window whose bytes have changed since it was indexed is an error.
 """
 
@@ -27,7 +27,7 @@ from trainer.sources.record_formats.base import InvalidRecordError
 from trainer.sources.window_indexer import DOCUMENT, WINDOW, IndexSummary, WindowIndexer, check_invalid
 from trainer.sources.windows import CHUNK_BYTES
 
-FORMAT = 3  # version of the stored files and of the way that texts are cut
+FORMAT = 4  # version of the stored files, of the way that texts are cut, and of the normal form of chats
 _Stored = tuple[IndexSummary, NDArray[np.void], NDArray[np.void]]
 
 

@@ -50,8 +50,8 @@ class IndexSummary:
     tokens         tokens of the student, each window tokenized alone; 0 for chats, whose tokens depend on a template
     num_bytes      bytes of text, or of chats as JSON
     invalid        number of lines and rows that cannot be read
-    first_invalid  messages of the first of them
-    empty          number of lines and rows whose text or chat is empty
+    first_invalid  error messages of the first invalid lines and rows
+    empty          number of lines and rows with an empty text or an empty chat
     domains        distinct values of the domain column; documents refer to them by index
     teachers       distinct values of the teacher column; documents refer to them by index
     fingerprint    sha256 of the contents and the windows, independent of file names
@@ -180,7 +180,7 @@ class WindowIndexer:
 
 
 def _label_index(indices: dict[str, int], label: str | None) -> int:
-    """Return the index of a label, or -1 for None. Add a new label to the indices."""
+    """Return the index of a label, which is added to `indices` if it is new; -1 for None."""
     return -1 if label is None else indices.setdefault(label, len(indices))
 
 

@@ -73,7 +73,7 @@ def cut_batch(texts: Sequence[str], vocabulary: Vocabulary, window_tokens: int) 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Planned windows of the rest of a text, under the assumption that a window has the tokens of the whole text.
+    """Planned windows of the rest of a text. The plan assumes that a window has the same tokens alone as in the text.
 
     cuts    index of the cut that ends each window
     texts   text of each window

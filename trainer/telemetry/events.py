@@ -69,7 +69,7 @@ class StartEvent(Event):
     supervision: str = ""
     """Parts of a chat that are supervised. Absent in runs without chats."""
     remarks: list[str] = Field(default=[])
-    """Remarks and warnings about the chats, for the student and for each teacher. Absent in runs without chats."""
+    """Remarks and warnings about the data, and about the chats for the student and for each teacher."""
 
 
 class StepEvent(Event):

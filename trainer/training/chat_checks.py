@@ -1,11 +1,11 @@
-"""Checks of the chats of a run at its start: special tokens in their texts, and the token that ends a turn.
+"""Checks of all chats at the start of a run. `train` and `doctor` call the same functions.
 
-`train` and `doctor` call the same functions.
+The checks search the texts of the chats for special tokens, and render some chats to see whether a token ends a turn.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from trainer.chats.chat_template import ChatTemplate
 from trainer.chats.jinja_template import ChatError
 from trainer.chats.rendered_chat import RenderedChat
 from trainer.errors import DataError
@@ -17,39 +17,63 @@ from trainer.tokenization import SampleTokenizer, is_skipped
 MAX_RENDERED = 32  # chats, evenly spaced, in which a turn must end
 
 
-def check_chats(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig, model: str = "student") -> list[str]:
-    """Check all chats for one model, "student" or "teacher NAME", and return remarks and warnings.
+def check_chats(corpus: Corpus, models: Mapping[str, SampleTokenizer], data: DataConfig) -> list[str]:
+    """Check all chats for some models, and return remarks and warnings as sentences.
 
+    models  tokenizers by the name of the model in the sentences: "student" or "teacher NAME"
     Raises DataError for special tokens in the texts of chats that are neither skipped nor encoded as ordinary text, and
     ChatError for a chat that cannot be rendered.
     """
-    if tokenizer.template is None:
+    with_template = {name: model for name, model in models.items() if model.template is not None}
+    spelled = _find_spelled(corpus, with_template)
+    remarks: list[str] = []
+    for name, model in with_template.items():
+        remarks += _describe_spelled(spelled[name], data, name)
+        remarks += _check_end_of_turn(corpus, model, data, name)
+    return remarks
+
+
+@dataclass
+class _Spelled:
+    """Chats that contain special tokens of a model.
+
+    total  number of all chats
+    count  number of chats that contain a special token
+    first  the first of them and its special token
+    """
+
+    total: int = 0
+    count: int = 0
+    first: str = ""
+
+
+def _find_spelled(corpus: Corpus, models: Mapping[str, SampleTokenizer]) -> dict[str, _Spelled]:
+    """Count the chats that contain special tokens of each model. Every chat is read once for all models."""
+    found = {name: _Spelled() for name in models}
+    templates = [(found[name], model.template) for name, model in models.items() if model.template is not None]
+    for sample in _chats(corpus) if templates else ():
+        for spelled, template in templates:
+            spelled.total += 1
+            if token := template.spelled_token(sample.messages, sample.tools):
+                spelled.count += 1
+                spelled.first = spelled.first or f"{sample.name}: {token}"
+    return found
+
+
+def _describe_spelled(spelled: _Spelled, data: DataConfig, model: str) -> list[str]:
+    """Return a remark about the chats that contain special tokens. Raises DataError if the run does not allow them."""
+    if not spelled.count:
         return []
-    spelled = [*_count_spelled(corpus, tokenizer.template, data, model)]
-    return [*spelled, *_check_end_of_turn(corpus, tokenizer, data, model)]
-
-
-def _count_spelled(corpus: Corpus, template: ChatTemplate, data: DataConfig, model: str) -> Iterator[str]:
-    """Count the chats whose texts contain special tokens of a model."""
-    total, count, first = 0, 0, ""
-    for sample in _chats(corpus):
-        total += 1
-        if spelled := template.spelled_token(sample.messages, sample.tools):
-            count += 1
-            first = first or f"{sample.name}: {spelled}"
-    if not count:
-        return
-    found = f"{count} of {total} chats contain special tokens of {model}, first in {first}"
+    found = f"{spelled.count} of {spelled.total} chats contain special tokens of {model}, first in {spelled.first}"
     choice = data.supervision.special_tokens_in_content
     if choice == "text":
-        yield f"{found}; they are encoded as ordinary text"
-    elif choice == "skip" or data.invalid_chats == "skip":
-        yield f"{found}; they are skipped"
-    else:
-        raise DataError(
-            f'{found}: set data.supervision.special_tokens_in_content to "text" to encode them as ordinary text, or to '
-            '"skip" to skip these chats'
-        )
+        return [f"{found}; they are encoded as ordinary text"]
+    if choice == "skip" or data.invalid_chats == "skip":
+        return [f"{found}; they are skipped"]
+    raise DataError(
+        f'{found}: set data.supervision.special_tokens_in_content to "text" to encode them as ordinary text, or to '
+        '"skip" to skip these chats'
+    )
 
 
 def _check_end_of_turn(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig, model: str) -> Iterator[str]:
@@ -69,7 +93,7 @@ def _check_end_of_turn(corpus: Corpus, tokenizer: SampleTokenizer, data: DataCon
 
 
 def _rendered(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig) -> Iterator[RenderedChat]:
-    """Render some chats, evenly spaced, without those that are skipped."""
+    """Render up to MAX_RENDERED chats, evenly spaced in the corpus. Chats that are skipped are left out."""
     chats: Sequence[int] = [*corpus.train.chat_indices()]
     for i in chats[:: -(-len(chats) // MAX_RENDERED) or 1]:
         try:

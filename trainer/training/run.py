@@ -16,7 +16,7 @@ from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluation.evaluator import Evaluator
 from trainer.fusion.run_fuser import Fuser
-from trainer.sources.corpus import Corpus
+from trainer.sources.corpus import Corpus, unclosed_texts
 from trainer.student.loading import load_student, resolve_precision, student_tokenizer
 from trainer.student.model import Student
 from trainer.telemetry.events import CheckpointEvent, StartEvent
@@ -53,7 +53,7 @@ class Run:
     num_steps  number of steps of the whole run
     done       number of steps before this start
     lock       the lock on the run's folder, checked before anything is written
-    remarks    remarks about the chats for the student
+    remarks    remarks about the data, and about the chats for the student
     saved      steps with a checkpoint since this start
     """
 
@@ -84,15 +84,12 @@ class Run:
         check_same_teachers(self.evaluator.earlier.start, cards)
 
     def check_chats(self, teachers: Mapping[str, SampleTokenizer]) -> list[str]:
-        """Check the chats for every teacher, and return the remarks for the student and the teachers.
+        """Check the chats for every teacher, and return the remarks about the data, the student and the teachers.
 
         Raises DataError or ChatError.
         """
-        checked = (
-            check_chats(self.corpus, tokenizer, self.config.data, f"teacher {name}")
-            for name, tokenizer in teachers.items()
-        )
-        return [*self.remarks, *(remark for remarks in checked for remark in remarks)]
+        models = {f"teacher {name}": tokenizer for name, tokenizer in teachers.items()}
+        return [*self.remarks, *check_chats(self.corpus, models, self.config.data)]
 
     @contextmanager
     def opened(self, listener: Listener | None, connect_s: float, remarks: Sequence[str] = ()) -> Iterator[Metrics]:
@@ -119,12 +116,13 @@ class Run:
             "samples": len(self.corpus.train),
             "sources": [asdict(source) for source in self.corpus.sources],
             "identity": dict(self.identity),
+            "remarks": list(remarks),
             "changed": changed,
             "changed_results": changed_results(changed),
             **self.evaluator.facts(),
         }
         if self.tokenizer.template is not None:
-            facts |= {"supervision": self.config.data.supervision.describe(), "remarks": list(remarks)}
+            facts["supervision"] = self.config.data.supervision.describe()
         return facts
 
     def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
@@ -168,7 +166,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
     with ranks.local_rank_zero_first():
         corpus, num_steps = check_data(config, student.vocabulary)
     tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
-    remarks = check_chats(corpus, tokenizer, config.data)
+    remarks = unclosed_texts(corpus.sources, config.data) + check_chats(corpus, {"student": tokenizer}, config.data)
     optimizer = make_optimizer(student, config.optim)
     weights = base_weights_sha256(student.folder, ranks)
     identity = run_identity(config, weights, student.vocabulary.fingerprint, corpus)

@@ -14,9 +14,12 @@ MAX_NAMED = 3  # skipped chats that are named, per start of the run
 
 
 class SkippedChats:
-    """Follows which steps of one start of a run found something to train on, alike in all processes.
+    """Count the steps without an update, and end the run if no chat of a whole epoch can be used.
 
-    done  number of steps before this start
+    A step makes no update if all of its chats are skipped. Every process of a run calls the methods with the same
+    values, so that all processes raise the same error.
+
+    done  number of steps that were completed before this start of the run
     """
 
     def __init__(self, config: RunConfig, order: SampleOrder, done: int) -> None:
@@ -27,10 +30,11 @@ class SkippedChats:
         self._reason = ""
 
     def check_step(self, done: int, num_tokens: int, collectors: Sequence[Collector]) -> None:
-        """Record the step after which `done` steps are done. Raises DataError if no chat of an epoch could be used.
+        """Record one step, and log its skipped chats. Raises DataError if no chat of a whole epoch could be used.
 
-        num_tokens  supervised tokens of the batch; without any, nothing was updated
-        collectors  telemetry of the batch, by rank
+        done        number of completed steps of the run, including this one
+        num_tokens  number of supervised tokens in the batch; 0 if the step made no update
+        collectors  telemetry of the batch, one collector per rank
         """
         for collector in collectors:
             self._reason = collector.skip_reason or self._reason

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from trainer.chats.messages import InvalidChat
+from trainer.chats.messages import SUPERVISED_ROLES, InvalidChat
 from trainer.sources.config import SourceConfig
 from trainer.sources.record_formats.base import (
     CHAT_COLUMNS,
@@ -22,8 +22,8 @@ COLUMNS = ("prompt", "completion")
 class PromptCompletionFormat:
     """Texts with a masked prompt, or chats: the columns `prompt` and `completion`, as strings or lists of messages.
 
-    Strings are joined as they are, without a chat template. Of lists of messages, the assistant messages of the
-    completion are supervised.
+    Strings are joined as they are, without a chat template. Of lists of messages, only those of
+    the completion are supervised.
     """
 
     def columns(self, config: SourceConfig) -> tuple[str, ...]:
@@ -49,5 +49,7 @@ def _chat(values: Values, config: SourceConfig) -> ChatContent:
     num_prompt = len(values["prompt"])
     if not any(message["role"] == "assistant" for message in both.messages[num_prompt:]):
         raise InvalidChat("the completion has no assistant message")
-    masked = [message | {"train": False} if message["role"] == "assistant" else message for message in both.messages]
+    masked = [
+        message | {"train": False} if message["role"] in SUPERVISED_ROLES else message for message in both.messages
+    ]
     return ChatContent([*masked[:num_prompt], *both.messages[num_prompt:]], both.tools)
