@@ -17,7 +17,7 @@ from tests.trainer.test_chat_run import chat_config, write_chats
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, UserError
 from trainer.launch.ray_driver import train_on_ray
-from trainer.training.loop import RunResult
+from trainer.training.result import RunResult
 from trainer.training.stop_signals import stopped_exit_code
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of Ray are not ours

@@ -30,7 +30,8 @@ from trainer.losses.config import LossConfig
 from trainer.query.config import TeacherConfig
 from trainer.run_file import load_config
 from trainer.telemetry.json_text import to_json
-from trainer.training.loop import RunResult, train
+from trainer.training.loop import train
+from trainer.training.result import RunResult
 from trainer.training.run_lock import run_lock
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.toml"

@@ -14,7 +14,7 @@ from trainer.launch.ray_cluster import connect, wait_for_room
 from trainer.launch.ray_failures import WorkerFailure, explain
 from trainer.launch.ray_worker import StopFlag, train_worker
 from trainer.telemetry.jsonl import METRICS_FILE, read_metrics
-from trainer.training.loop import RunResult
+from trainer.training.result import RunResult
 from trainer.training.run_lock import LOCK_FILE, run_lock
 from trainer.training.stop_signals import on_stop_signal
 

@@ -1,4 +1,7 @@
-"""One process of a run on Ray Train, and the actor through which the driver stops it."""
+"""One process of a run on Ray Train, and the actor through which the driver stops it.
+
+Importing this module loads neither torch nor transformers, which the driver and the actor do not need.
+"""
 
 import asyncio
 import os
@@ -10,7 +13,6 @@ from typing import Any
 
 from trainer.config import RunConfig
 from trainer.launch.ray_failures import as_worker_failure
-from trainer.training.loop import train
 
 
 class StopFlag:
@@ -37,6 +39,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         os.chdir(settings["cwd"])
     on_stop = partial(_on_stop_flag, settings["stop_flag"])
     try:
+        from trainer.training.loop import train
+
         config = RunConfig.model_validate_json(settings["config"])
         train(config, resume=True, stop_at=settings["stop_at"], on_stop=on_stop)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from trainer.telemetry.events import TEACHER_EVENTS, EndEvent
 from trainer.telemetry.jsonl import Listener, Metrics
 from trainer.training.optimizer import num_updates
 from trainer.training.plan import plan_step
+from trainer.training.result import RunResult
 from trainer.training.run import Run, begin
 from trainer.training.run_lock import run_lock
 from trainer.training.skipped_chats import SkippedChats
@@ -25,22 +25,6 @@ from trainer.training.step_metrics import step_event
 from trainer.training.stop_signals import StopSource, on_stop_signal
 
 StreamItem = tuple[Batch, Collector]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Result of a run, or of one start of it.
-
-    steps       number of steps that the run has done
-    held_out    held-out bits per byte as (step, bpb)
-    model       folder of the exported student; None if the run has not ended
-    terminated  the run was saved before its end because the process received SIGTERM or SIGHUP
-    """
-
-    steps: int
-    held_out: tuple[tuple[int, float], ...]
-    model: Path | None
-    terminated: bool = False
 
 
 def train(
