@@ -16,6 +16,7 @@ from trainer.sources import data_file
 from trainer.sources import window_index as index
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup lets what it starts ignore it
 transformers_logging.disable_progress_bar()
 settings.register_profile("tutelage", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.register_profile("fast", settings.get_profile("tutelage"), max_examples=15)  # of `make test-fast`

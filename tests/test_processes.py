@@ -206,18 +206,9 @@ def test_a_demo_does_not_use_a_teacher_that_another_process_serves(
     tiny_cache: Path, tmp_path: Path, tiny_byte_level: Path
 ) -> None:
     with serving(FormulaEngine(tiny_byte_level)) as url:
-        demo = Demo(tiny_cache, tmp_path / "out", f"teachers.0.urls=['{url}']")
+        demo = Demo(tiny_cache, tmp_path / "out", f"teachers.1.urls=['{url}']")
         _, stderr = demo.process.communicate(timeout=TIMEOUT_S)
     assert demo.process.returncode == 1
-    assert "cannot listen on 127.0.0.1" in stderr.decode()
-    assert "teacher smollm2 did not start" in stderr.decode()
-
-
-def test_an_error_for_an_occupied_port_names_the_port(tiny_cache: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-        demo = Demo(tiny_cache, tmp_path / "out", f"teachers.1.urls=['http://127.0.0.1:{port}']")
-        _, stderr = demo.process.communicate(timeout=TIMEOUT_S)
-    assert demo.process.returncode == 1
-    assert f"cannot listen on 127.0.0.1:{port}" in stderr.decode()
+    assert f"cannot listen on {url.removeprefix('http://')}" in stderr.decode()
+    assert "teacher gemma did not start" in stderr.decode()
     assert not listens(demo.ports[0])

@@ -9,6 +9,7 @@ import inspect
 import json.decoder
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -29,6 +30,7 @@ from tests.rows import random_rows
 from trainer.fusion.base import FusionRule
 from trainer.fusion.fuse import fuse
 from trainer.fusion.inputs import FusionInput
+from trainer.paths import tables_dir
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +67,8 @@ def vocabularies(smollm2_vocabulary: Vocabulary, gemma_vocabulary: Vocabulary) -
 
 @pytest.fixture(scope="module")
 def translations(vocabularies: dict[str, Vocabulary]) -> dict[tuple[str, str], Translation]:
-    return {(a, b): translate(vocabularies[a], vocabularies[b]) for a in vocabularies for b in vocabularies}
+    pairs = product(vocabularies, repeat=2)
+    return {(a, b): translate(vocabularies[a], vocabularies[b], cache=tables_dir()) for a, b in pairs}
 
 
 @pytest.fixture(scope="module")

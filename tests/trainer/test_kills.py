@@ -39,18 +39,26 @@ def with_output_dir(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def kill_ranks(folder: Path, ranks: Callable[[], list[psutil.Process]], launcher: psutil.Popen, kills: int) -> None:
-    """Send SIGKILL to a random rank `kills` times, each time after some more steps."""
+    """Send SIGKILL to a random rank `kills` times, each time after some more steps.
+
+    An error shows the end of the launcher's log, `folder`.txt.
+    """
     rng, deadline = random.Random(0), time.monotonic() + TIMEOUT_S
     for kill in range(kills):
         after = kill * STEPS // (kills + 1) + rng.randrange(1, 4)
         while not (steps_done(folder) >= after and (alive := ranks())):
-            assert launcher.poll() is None, f"the launcher ended with {launcher.returncode} after {kill} kills"
+            assert launcher.poll() is None, f"the launcher ended after {kill} kills\n{log_of(folder)}"
             assert time.monotonic() < deadline, f"{kill} kills in {TIMEOUT_S} s"
             time.sleep(0.02)
         rng.choice(alive).kill()
         while any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in alive):
             assert time.monotonic() < deadline, "a rank outlived the other one"
             time.sleep(0.05)
+
+
+def log_of(folder: Path) -> str:
+    """Return the end of the log of the launcher of a run."""
+    return folder.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")[-5000:]
 
 
 def steps_done(folder: Path) -> int:
@@ -85,9 +93,9 @@ def test_ranks_killed_under_torchrun_change_no_loss(tmp_path: Path, undisturbed:
     killed = tmp_path / "killed"
     launcher = command(with_output_dir(undisturbed, killed), 2, "--resume", "--pause=0.1")
     launcher.insert(launcher.index("-m", 2), f"--max-restarts={KILLS}")
-    with started(launcher) as process:
+    with started(launcher, killed.with_suffix(".txt")) as process:
         kill_ranks(killed, process.children, process, KILLS)
-        assert process.wait(timeout=240) == 0
+        assert process.wait(timeout=240) == 0, log_of(killed)
     assert_same_losses(undisturbed, killed)
 
 
@@ -95,11 +103,12 @@ def test_workers_killed_under_ray_train_change_no_loss(tmp_path: Path, undisturb
     killed = tmp_path / "killed"
     path = tmp_path / "killed.json"
     path.write_text(with_output_dir(undisturbed, killed).model_dump_json(), encoding="utf-8")
-    with started([sys.executable, "-m", "tests.trainer.ray_main", str(path), "2", str(RAY_KILLS)]) as process:
+    launcher = [sys.executable, "-m", "tests.trainer.ray_main", str(path), "2", str(RAY_KILLS)]
+    with started(launcher, killed.with_suffix(".txt")) as process:
 
         def workers() -> list[psutil.Process]:
             return [p for p in process.children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
 
         kill_ranks(killed, workers, process, RAY_KILLS)
-        assert process.wait(timeout=240) == 0
+        assert process.wait(timeout=240) == 0, log_of(killed)
     assert_same_losses(undisturbed, killed)
