@@ -15,7 +15,7 @@ a column the same keys. Inside of arguments and parameters, which are free JSON,
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ ROLES = {
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+MAX_DEPTH = 64  # of lists and objects in each other: every function that changes the texts of a chat is recursive
+_CONTAINERS = (dict, list)
 TRAIN_KEYS = ("train", "training", "loss", "loss_mask", "weight")
 _REPLACED = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING_KEYS, *TRAIN_KEYS}
 
@@ -73,6 +75,7 @@ def normalize_chat(
     loss_mask  0 or 1 (false or true) for every message: whether it is supervised
     Raises InvalidChat.
     """
+    _check_depth([messages, tools], "the chat")
     given = _objects(messages, "the list of messages")
     flags = _flags(loss_mask, len(given))
     normalized = [_message(i, *pair, options) for i, pair in enumerate(zip(given, flags, strict=True))]
@@ -243,11 +246,23 @@ def _json(value: object, what: str) -> Any:
     """Return a value, parsed if it is JSON text."""
     if not isinstance(value, str):
         return value
-    parse: Callable[[str], Any] = json.loads
     try:
-        return parse(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise InvalidChat(f"{what} is text that is not JSON: {value[:40]!r}") from error
+    _check_depth(parsed, what)
+    return parsed
+
+
+def _check_depth(value: object, what: str) -> None:
+    if _is_deeper(value, MAX_DEPTH):
+        raise InvalidChat(f"{what} is nested more than {MAX_DEPTH} deep")
+
+
+def _is_deeper(value: object, num_levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    inner = [item for item in items if isinstance(item, _CONTAINERS)]
+    return bool(inner) and (not num_levels or any(_is_deeper(item, num_levels - 1) for item in inner))
 
 
 def _either(message: Fields, key: str, other: str) -> object:
