@@ -69,6 +69,7 @@ log = logging.getLogger("tutelage.client")
 JSON = "application/json"
 TIMEOUT_S = 120.0
 MAX_LIST_BYTES = 4 << 20
+MAX_CONTEXT = 1 << 22  # a prompt of twice as many tokens is sent to find the limit of the server
 TOP_KS = (64, 50, 32, 20, 16, 10, 8, 5, 4, 3, 2, 1)
 PROBE_TOP_K = 5  # with more candidates, more positions have an ambiguous string and are masked
 SHORT_TEXT = "The lighthouse"  # of few tokens, to try values of K
@@ -234,15 +235,17 @@ class OpenAIEchoClient:
     async def _max_tokens(self, model: str, form: EchoFormat) -> int:
         """Return the longest sequence: one token less than the context, because one is generated."""
         if self._model_name is None:
-            stated = next(m.max_model_len or m.context_length for m in await self.models() if m.id == model)
+            models = [m for m in await self.models() if m.id == model]  # the list may have changed
+            stated = models[0].max_model_len or models[0].context_length if models else None
             if stated is not None:
                 return stated - 1
         with self._http.named_errors():
             folder = self._folder()
             expected = folder.config.get("max_position_embeddings")
-            if not isinstance(expected, int):
+            if type(expected) is not int or not 0 < expected <= MAX_CONTEXT:
                 raise TeacherError(
-                    f"the server does not state the longest prompt: put the model's config.json into {folder.path}"
+                    f"the server does not state the longest prompt: put the model's config.json into {folder.path}, "
+                    f"with max_position_embeddings from 1 to {MAX_CONTEXT:,}"
                 )
         token = folder.encode(" a")[:1]
         try:
