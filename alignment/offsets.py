@@ -6,6 +6,7 @@ two tokenizations both end a token. `alignment.placement` computes the offsets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,12 @@ class Tokens:
     def num_bytes(self) -> int:
         """Length of the text in bytes."""
         return len(self.text)
+
+    @cached_property
+    def known_ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Indices and byte offsets of the tokens that end between two characters."""
+        known = np.flatnonzero(self.ends >= 0)
+        return known, self.ends[known]
 
     def excerpt(self, which: slice, begin: int, stop: int) -> "Tokens":
         """Return the tokens `which` as a tokenization of the bytes begin … stop of the text."""

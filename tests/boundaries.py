@@ -46,7 +46,8 @@ from tests.templates import CHATML, LLAMA3
 from tests.tiny import TEXT, Kind, save_tiny_model, tiny_vocabulary, tokenizer_config, tokenizer_json
 from tests.trainer.made_runs import write_run
 from trainer.chats.jinja_template import JinjaTemplate
-from trainer.chats.messages import InvalidChat, normalize_chat
+from trainer.chats.json_values import InvalidChat
+from trainer.chats.messages import normalize_chat
 from trainer.errors import DataError, UserError
 from trainer.evaluation.config import EvalConfig
 from trainer.manifest import MANIFEST, digest_file, write_manifest

@@ -123,11 +123,11 @@ def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | Non
     result, excess = attempt(sample)
     if excess is None:
         return result
-    beginnings = _beginnings(sample) if data.too_long == "shorten" else []
-    fitting, too_long = -1, len(beginnings)  # indices of beginnings; the whole sample follows the last one
+    ends = _turn_ends(sample) if data.too_long == "shorten" else []
+    fitting, too_long = -1, len(ends)  # indices of ends; the end of the whole sample follows the last one
     while too_long - fitting > 1:
         middle = (fitting + too_long) // 2
-        shorter, shorter_excess = attempt(beginnings[middle])
+        shorter, shorter_excess = attempt(replace(sample, messages=sample.messages[: ends[middle]]))
         if shorter_excess is None:
             fitting, result = middle, shorter
         else:
@@ -145,15 +145,15 @@ def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | Non
     raise _too_long(sample, excess, data)
 
 
-def _beginnings(sample: Sample) -> list[Sample]:
-    """Return the proper prefixes of a chat that end with a supervised assistant message, shortest first.
+def _turn_ends(sample: Sample) -> list[int]:
+    """Return the numbers of messages after which a chat may be cut: each supervised assistant message but the last.
 
     For a text, the result is empty.
     """
     ends = [
         i + 1 for i, m in enumerate(sample.messages) if m.get("role") == "assistant" and m.get("train") is not False
     ]
-    return [replace(sample, messages=sample.messages[:end]) for end in ends[:-1]]
+    return ends[:-1]
 
 
 def _too_long(sample: Sample, excess: Excess, data: DataConfig) -> ChatError | DataError:

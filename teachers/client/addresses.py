@@ -106,10 +106,11 @@ def canonical_url(name: str, url: str) -> str:
 
 def _reject_secrets(name: str, url: str) -> None:
     """Raise TeacherError if an address contains a password or a query. The message repeats neither of them."""
-    if "@" in url:
+    if "@" in unquote(url):
+        host = unquote(url).rpartition("@")[2]
         raise TeacherError(
-            f"teacher {name}: the address …@{url.rpartition('@')[2]} contains a user or password: remove it, and name "
-            "the bearer key with key_file or key_env"
+            f"teacher {name}: the address …@{host} contains a user or password: remove it, and name the bearer key "
+            "with key_file or key_env"
         )
     if "?" in url or "#" in url:
         base = re.split("[?#]", url)[0]

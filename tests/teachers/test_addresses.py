@@ -65,7 +65,14 @@ def test_a_malformed_address_is_rejected_with_the_expected_form(url: str, messag
 
 
 @pytest.mark.parametrize(
-    "url", ["http://hunter2@h", "http://u:hunter2@h/v1", "http://h/?key=hunter2", "http://h#hunter2"]
+    "url",
+    [
+        "http://hunter2@h",
+        "http://u:hunter2@h/v1",
+        "http://h/?key=hunter2",
+        "http://h#hunter2",
+        "http://u%3Ahunter2%40h",
+    ],
 )
 def test_a_secret_in_an_address_is_rejected_and_not_repeated(url: str) -> None:
     with pytest.raises(TeacherError, match="teacher t: the address .* key_file or key_env") as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -102,3 +103,32 @@ def test_the_bos_id_of_the_tokenizer_precedes_the_models(tmp_path: Path, tiny_se
 def test_a_directory_without_a_tokenizer_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="has no tokenizer"):
         served_tokenizer(hub_cache(tmp_path, b"", "0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ('{"bos_token_id": "x"}', "expected an id as bos_token_id, received 'x'"),
+        ('{"bos_token_id": {"a": 1}}', "expected an id as bos_token_id, received \"{'a': 1}\""),
+        ('{"bos_token_id": [2.5]}', "expected an id as bos_token_id, received '2.5'"),
+        ("[" * 100_000, "config.json: expected a JSON object: maximum recursion"),
+    ],
+)
+def test_a_config_without_an_id_is_one_sentence(
+    tmp_path: Path, tiny_byte_level: Path, config: str, reason: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_byte_level, folder)
+    (folder / "config.json").write_text(config)
+    with pytest.raises(TeacherError, match=re.escape(reason)):
+        TokenizerFolder(folder).special_id("bos")
+
+
+@pytest.mark.parametrize("config", ['{"text_config": [1], "eos_token_id": 7}', '{"eos_token_id": [7, 8]}'])
+def test_the_id_of_a_config_is_its_own_or_the_first_of_a_list(
+    tmp_path: Path, tiny_byte_level: Path, config: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_byte_level, folder)
+    (folder / "config.json").write_text(config)
+    assert TokenizerFolder(folder).special_id("eos") == 7

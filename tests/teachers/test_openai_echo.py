@@ -1,5 +1,6 @@
 """An OpenAI-compatible endpoint as a teacher: token strings are placed by bytes, and ambiguous positions are masked."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import teachers.protocol.errors as errors
 from teachers.client.dialects.openai_echo import OpenAIEchoClient
 from teachers.client.dialects.probed_card import ProbedCard
 from teachers.client.dialects.token_strings import TokenStrings, read_tokens
-from teachers.protocol.messages import ScoreRequest
+from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import LEAST_LOGPROB, Rows
 from tests.fake_echo import GENERATED, EchoBehaviour, FakeEchoServer
 from tests.rows import random_rows
@@ -200,3 +201,24 @@ def test_several_models_need_a_name(folder: Path) -> None:
             call(OpenAIEchoClient, url, lambda c: c.card(), folder)
         assert call(OpenAIEchoClient, url, lambda c: c.card(), folder, model="b").model == "b"
     assert server.requests[-1]["model"] == "b"
+
+
+def test_a_model_that_disappears_from_the_list_has_the_length_of_its_config(folder: Path) -> None:
+    server = FakeEchoServer(FormulaEngine(folder), EchoBehaviour("escaped", shifts=False, context=200))
+
+    async def run(client: OpenAIEchoClient) -> TeacherCard:
+        await client._server()
+        server.behaviour.models = [{"id": "another", "max_model_len": 9}]
+        return await client.card()
+
+    with server.serving() as url:
+        assert call(OpenAIEchoClient, url, run, folder).max_tokens == 199
+
+
+@pytest.mark.parametrize("length", [10**9, 0, -5, True, "300"])
+def test_a_length_that_is_no_length_is_an_error_before_a_prompt_is_made_of_it(folder: Path, length: object) -> None:
+    config = json.loads((folder / "config.json").read_bytes()) | {"max_position_embeddings": length}
+    (folder / "config.json").write_text(json.dumps(config))
+    with FakeEchoServer(FormulaEngine(folder), EchoBehaviour("escaped", shifts=False)).serving() as url:
+        with pytest.raises(errors.TeacherError, match=r"with max_position_embeddings from 1 to 4,194,304"):
+            call(OpenAIEchoClient, url, lambda c: c.card(), folder)

@@ -6,6 +6,8 @@ import json
 import lzma
 import os
 import re
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
@@ -146,6 +148,30 @@ def test_damaged_compressed_files_are_one_sentence(tmp_path: Path, compressed: s
 
 
 @pytest.mark.parametrize("compressed", list(DECOMPRESSORS))
+def test_streams_are_joined_and_what_follows_them_is_not_ignored(tmp_path: Path, compressed: str) -> None:
+    first, second = COMPRESS[compressed](b"six sacks\n" * 300_000), COMPRESS[compressed](b"and a clock\n")
+    corpus = load_file(tmp_path / f"d.txt{compressed}", first + second)
+    assert corpus.sources[0].num_bytes == 3_000_012
+    damaged = bytes([second[0] ^ 1]) + second[1:]
+    for wrong in (damaged, second[:-1], b"rubbish"):
+        with pytest.raises(DataError, match=rf"cannot decompress .*d.txt{compressed}: \w"):
+            load_file(tmp_path / f"d.txt{compressed}", first + wrong)
+
+
+def test_an_xz_file_that_needs_gigabytes_of_memory_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 26}]
+    content = lzma.compress(b"six sacks\n" * 30, filters=filters)
+    assert load_file(tmp_path / "d.txt.xz", content).sources[0].num_bytes == 300
+    largest = bytearray(content)
+    largest[16] = 39  # code of a dictionary of 3 GiB in the header of the block, before its checksum
+    largest[20:24] = zlib.crc32(largest[12:20]).to_bytes(4, "little")
+    with pytest.raises(DataError, match=r"cannot decompress .*e.txt.xz: Memory usage limit exceeded"):
+        load_file(tmp_path / "e.txt.xz", bytes(largest))
+
+
+@pytest.mark.parametrize("compressed", list(DECOMPRESSORS))
 def test_a_content_far_larger_than_its_file_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: str
 ) -> None:
@@ -213,6 +239,15 @@ def test_an_element_has_a_maximum_length(tmp_path: Path, monkeypatch: pytest.Mon
         elements(f'[1, "{"x" * (1 << 20)}"]', tmp_path, 1 << 16)
 
 
+@pytest.mark.parametrize("text", ["[" + " " * (1 << 25) + "1]", "[" + "1," * 300_000 + "1]"])
+def test_the_time_to_read_an_array_is_linear(tmp_path: Path, text: str) -> None:
+    began = time.process_time()
+    content = text.encode()
+    chunks = (content[i : i + (1 << 20)] for i in range(0, len(content), 1 << 20))
+    assert set(array_to_lines(chunks, tmp_path)) == {b"1\n"}
+    assert time.process_time() - began < 2
+
+
 def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     assert load_file(tmp_path / "d.json", json_lines(ROWS)).train[0].name == "d.json:1#0"
     for content in (json.dumps({"data": ROWS}, indent=1).encode(), b"{\n}"):
@@ -254,11 +289,21 @@ def test_rows_of_another_length_are_invalid_records(tmp_path: Path) -> None:
         ('text\n"a', "line 2: unexpected end of data"),
         ('text\n"a"b\n', "line 2: "),
         ("body;kind\na;b\n", "it has body;kind, and the formats have"),
+        (f"text,{'x' * 256}\na,b\n", "has a name of 256 characters, expected at most 255"),
     ],
 )
 def test_a_csv_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(DataError, match=re.escape(reason)):
         csv_corpus(tmp_path, content)
+
+
+def test_the_time_to_read_the_names_of_columns_is_linear(tmp_path: Path) -> None:
+    names = ["text", *(f"c{n}" for n in range(50_000))]
+    began = time.process_time()
+    with pytest.raises(DataError, match="'c0' more than once"):
+        csv_corpus(tmp_path, ",".join([*names, "c0"]) + "\na,b\n")
+    assert len(csv_corpus(tmp_path, ",".join(names) + "\nsix sacks" + ",1" * 50_000).train) == 1
+    assert time.process_time() - began < 4
 
 
 @given(

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from trainer.chats.messages import ROLES, ChatOptions, InvalidChat, normalize_chat
+from trainer.chats.json_values import InvalidChat
+from trainer.chats.messages import ROLES, ChatOptions, normalize_chat
 
 USER = {"role": "user", "content": "How heavy?"}
 CALL = {"type": "function", "function": {"name": "weigh", "arguments": {"sack": 3, "unit": None}}}
@@ -131,6 +132,19 @@ def test_tool_calls_have_one_form_and_keep_explicit_nulls(value: dict[str, Any])
 def test_tool_calls_of_another_form_are_rejected(calls: object, reason: str) -> None:
     with pytest.raises(InvalidChat, match=f"message 0: {reason}"):
         message({"role": "assistant", "tool_calls": calls})
+
+
+def test_a_chat_that_is_nested_deeply_is_rejected_also_within_json_text() -> None:
+    value: object = 1
+    for _ in range(900):  # below the limit of json.loads, above that of functions that walk through the value
+        value = [value]
+    with pytest.raises(InvalidChat, match="the chat is nested more than 64 deep"):
+        message({"role": "user", "content": "x", "extra": value})
+    with pytest.raises(InvalidChat, match="the chat is nested more than 64 deep"):
+        normalize_chat([USER], [{"name": "f", "parameters": {"a": value}}])
+    call = {"name": "f", "arguments": json.dumps({"a": value})}
+    with pytest.raises(InvalidChat, match="message 0: the arguments of a tool call is nested more than 64 deep"):
+        message({"role": "assistant", "tool_calls": [call]})
 
 
 def test_calls_without_arguments_and_with_an_id() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.trainer.corpora import load
 from trainer.errors import DataError
+from trainer.sources import table_documents
 from trainer.sources.corpus import Corpus
 from trainer.sources.record_formats import RECORD_FORMATS
 
@@ -210,3 +211,12 @@ def test_a_chosen_format_without_its_columns_is_an_error_with_those_that_exist(t
     for name in set(RECORD_FORMATS) - {"template"}:
         with pytest.raises(DataError, match=r"d.jsonl has no column '\w+'; it has body"):
             load_rows(tmp_path, {"body": "a b c"}, record_format=name)
+
+
+def test_a_record_that_is_one_window_has_a_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_documents, "MAX_WHOLE_BYTES", 1000)
+    words = "sack " * 200
+    for row in ({"messages": [user("x"), assistant(words)]}, {"prompt": words, "completion": "x"}):
+        with pytest.raises(DataError, match=r"d.jsonl, line 2: it has 1,0\d\d bytes, expected at most 1,000"):
+            load_rows(tmp_path, {key: CHAT if key == "messages" else "x" for key in row}, row)
+    assert len(load_rows(tmp_path, {"text": words}).train) > 1

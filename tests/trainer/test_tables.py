@@ -254,3 +254,19 @@ def test_a_damaged_parquet_file_is_one_sentence(tmp_path: Path, content: bytes) 
     (tmp_path / "d.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"cannot read .*d\.parquet"):
         load({"files": [str(tmp_path / "d.parquet")]})
+
+
+@pytest.mark.parametrize("format", ["messages", "prompt_completion"])
+def test_a_time_beyond_the_year_9999_is_an_invalid_row(tmp_path: Path, format: str) -> None:
+    time = pa.timestamp("us")
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("at", time)]))
+    rows = [[{"role": "user", "content": "x", "at": at}, {"role": "assistant", "content": "y"}] for at in (2**62, None)]
+    columns = {"messages": rows} if format == "messages" else {"prompt": rows, "completion": rows}
+    table = pa.table({name: pa.array(values, kind) for name, values in columns.items()})
+    with pa.ipc.new_stream(tmp_path / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    source = {"files": [str(tmp_path / "d.arrow")], "record_format": format}
+    with pytest.raises(DataError, match=r"d\.arrow, row 1: "):
+        load(source)
+    if format == "messages":
+        assert load(source, max_invalid=1).sources[0].documents == 1

@@ -1,5 +1,6 @@
 """Tokenization of samples: supervised tokens, BOS rendered by a template, and samples above a model's limit."""
 
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
@@ -10,7 +11,7 @@ import pytest
 from tests.templates import CHATML, GEMMA, chat, chat_template, chat_vocabulary
 from tests.tiny import TEXT, Kind, tiny_vocabulary
 from trainer.chats.jinja_template import ChatError, JinjaTemplate
-from trainer.chats.messages import Message
+from trainer.chats.json_values import Message
 from trainer.errors import DataError, UserError
 from trainer.records import Sample
 from trainer.sources.config import DataConfig, SourceConfig
@@ -128,6 +129,21 @@ def test_a_chat_of_many_answers_is_shortened_in_a_few_renderings(monkeypatch: py
 
 
 # Texts with a masked prompt
+
+
+def test_shortening_a_chat_takes_memory_for_few_copies_of_it() -> None:
+    sample = sample_of(*["x"] * 20_000)
+    tokenized = TOKENIZER.tokenize(sample_of("x", "y"))
+
+    def attempt(shorter: Sample) -> tuple[int, Excess | None]:
+        is_long = len(shorter.messages) > 3000
+        return len(shorter.messages), Excess(tokenized, 1, "teacher t0") if is_long else None
+
+    tracemalloc.start()
+    assert fit_sample(sample, attempt, data("shorten")) == 3000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 << 20
 
 
 def prompted(prompt: str, completion: str, closes: bool = False) -> Sample:

@@ -1,5 +1,6 @@
 """The window index in the cache: built once, rebuilt if incomplete, and checked against the files."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from tests.tiny import TEXT
 from tests.trainer.corpora import load, write_lines
 from trainer.errors import DataError
 from trainer.sources import window_index
+from trainer.sources.base import DocumentRef
 from trainer.sources.window_indexer import WindowIndexer
 
 
@@ -79,6 +81,29 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(DataError, match=r"cannot write the window index to the cache or to a temporary directory \(No"):
         load(source)
+
+
+@pytest.mark.parametrize("full_after", [1, 5, 100])
+def test_a_disk_that_fills_up_during_the_indexing_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_after: int
+) -> None:
+    source = {"files": [write_lines(tmp_path / "d.jsonl")]}
+    undisturbed = load(source)
+    monkeypatch.setattr(window_index, "windows_dir", lambda: tmp_path / "windows")
+    write, num_records = WindowIndexer._document_record, 0
+
+    def fill_up(indexer: WindowIndexer, input_index: int, document: DocumentRef) -> bytes:
+        nonlocal num_records
+        num_records += 1
+        if num_records == min(full_after, undisturbed.sources[0].documents):
+            write(indexer, input_index, document)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(indexer, input_index, document)
+
+    monkeypatch.setattr(WindowIndexer, "_document_record", fill_up)
+    corpus = load(source)
+    assert list(corpus.train) == list(undisturbed.train)
+    assert (corpus.sources, corpus.fingerprint) == (undisturbed.sources, undisturbed.fingerprint)
 
 
 def test_the_fingerprint_depends_on_contents_and_not_on_paths(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from alignment import TokenizerError, Tokens, Vocabulary
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.content_search import Chat
 from trainer.chats.jinja_template import TODAY, ChatError, JinjaTemplate
+from trainer.chats.json_values import InvalidChat, Message
 from trainer.chats.message_parts import supervised_slots
-from trainer.chats.messages import InvalidChat, Message, normalize_chat
+from trainer.chats.messages import normalize_chat
 from trainer.chats.rendered_chat import MessagePart, RenderedChat, Span, token_range
 from trainer.chats.special_tokens import (
     Escape,

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.jinja_template import ChatError, JinjaTemplate, TemplateError
+from trainer.chats.json_values import Message
 from trainer.chats.message_parts import PART_KINDS, REASONING, Slot, has_text, part_text, with_marks
-from trainer.chats.messages import Message
 from trainer.chats.omissions import EXCERPT_CHARS, Omission, excerpt_of_call, mark_unsearched
 
 Range = tuple[int, int]  # characters [start, stop) of the rendered text

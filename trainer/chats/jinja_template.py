@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from trainer.chats.messages import Message
+from trainer.chats.json_values import Message
 from trainer.chats.template_worker import WORKER, RenderError
 from trainer.errors import UserError
 

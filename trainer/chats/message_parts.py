@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.inline_reasoning import InlineReasoning, inline_reasoning
-from trainer.chats.messages import Message
+from trainer.chats.json_values import Message
 
 PartKind = Literal["reasoning", "content", "tool_calls", "tool_result"]
 PART_KINDS: tuple[PartKind, ...] = get_args(PartKind)

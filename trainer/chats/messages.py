@@ -18,14 +18,23 @@ same keys. Inside of arguments and parameters, which may contain any JSON, null 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.chats.inline_reasoning import inline_reasoning
+from trainer.chats.json_values import (
+    InvalidChat,
+    Message,
+    as_list,
+    as_object,
+    check_depth,
+    objects,
+    parsed_json,
+    type_name,
+)
 from trainer.plain_text import excerpt
 
-Message = dict[str, Any]
 Fields = Mapping[str, Any]
 
 CALL = "function_call"  # role of a message whose content is a tool call
@@ -54,10 +63,6 @@ TRAIN_KEYS = ("train", "training", "loss", "loss_mask", "weight")
 _REPLACED = {"role", "from", "content", "value", "tool_calls", "function_call", *REASONING_KEYS, *TRAIN_KEYS}
 
 
-class InvalidChat(Exception):
-    """A chat that cannot be used. The text gives the reason, and names the message or the tool if there is one."""
-
-
 @dataclass(frozen=True)
 class ChatOptions:
     """Settings of a source for the normalization of its chats.
@@ -80,10 +85,11 @@ def normalize_chat(
     loss_mask  list of 0 or 1 (false or true) for every message, whether it is supervised; or its JSON text
     Raises InvalidChat. Messages and tools are counted from 0.
     """
-    given = _objects(messages, "the list of messages")
+    check_depth([messages, tools], "the chat")
+    given = objects(messages, "the list of messages")
     flags = _flags(loss_mask, len(given))
     normalized = [_message(i, *pair, options) for i, pair in enumerate(zip(given, flags, strict=True))]
-    return normalized, [_tool(i, tool) for i, tool in enumerate(_objects(tools or [], "the list of tools"))]
+    return normalized, [_tool(i, tool) for i, tool in enumerate(objects(tools or [], "the list of tools"))]
 
 
 def _message(index: int, message: Fields, flag: bool | None, options: ChatOptions) -> Message:
@@ -105,7 +111,7 @@ def _normalize_message(message: Fields, flag: bool | None, options: ChatOptions)
     content, thoughts = _content(_either(message, "content", "value"), role, options)
     calls = [_tool_call(call) for call in _calls(message)]
     if role == CALL:
-        calls += [_tool_call(call) for call in _listed(_json(content, "the content of a tool call"))]
+        calls += [_tool_call(call) for call in as_list(parsed_json(content, "the content of a tool call"))]
         role, content = "assistant", ""
     reasoning = "\n".join([*_reasoning(message), *thoughts])
     content = _without_reasoning(role, content, reasoning)
@@ -139,7 +145,7 @@ def _content(content: object, role: str, options: ChatOptions) -> tuple[str, lis
     if role == "tool" and not is_parts:  # the result of a tool as a JSON value
         return json.dumps(content, ensure_ascii=False), []
     if not is_parts:
-        raise InvalidChat(f"content is {_type_name(content)}, expected a string or a list of parts with a type")
+        raise InvalidChat(f"content is {type_name(content)}, expected a string or a list of parts with a type")
     assert isinstance(content, list)
     parts = [_part(part, options) for part in content]
     return "".join(text for text, _ in parts), [reasoning for _, reasoning in parts if reasoning.strip()]
@@ -157,7 +163,7 @@ def _part(part: str | Fields, options: ChatOptions) -> tuple[str, str]:
     text = part.get(kind) if kind in REASONING_PARTS and part.get(kind) is not None else part.get("text")
     if kind in (*TEXT_PARTS, *REASONING_PARTS):
         if not isinstance(text, str):
-            raise InvalidChat(f"the text of a part of type {kind!r} is {_type_name(text)}, expected a string")
+            raise InvalidChat(f"the text of a part of type {kind!r} is {type_name(text)}, expected a string")
         return ("", text) if kind in REASONING_PARTS else (text, "")
     if options.drops_other_parts:
         return "", ""
@@ -172,7 +178,7 @@ def _reasoning(message: Fields) -> list[str]:
     given = {key: message[key] for key in REASONING_KEYS if key in message}
     for key, text in given.items():
         if not isinstance(text, str):
-            raise InvalidChat(f"{key} is {_type_name(text)}, expected a string")
+            raise InvalidChat(f"{key} is {type_name(text)}, expected a string")
     texts = {key: text for key, text in given.items() if text.strip()}
     if len(distinct := dict.fromkeys(texts.values())) > 1:
         raise InvalidChat(f"{' and '.join(texts)} differ; remove one")
@@ -193,19 +199,19 @@ def _without_reasoning(role: str, content: str, reasoning: str) -> str:
 
 
 def _calls(message: Fields) -> list[Any]:
-    calls = _listed(_json(message.get("tool_calls"), "tool_calls"))
-    return [*calls, *_listed(_json(message.get("function_call"), "function_call"))]
+    calls = as_list(parsed_json(message.get("tool_calls"), "tool_calls"))
+    return [*calls, *as_list(parsed_json(message.get("function_call"), "function_call"))]
 
 
 def _tool_call(call: object) -> Message:
     """Return a tool call with its arguments as an object. The function may be nested or not."""
-    fields = _without_nulls(_object(_json(call, "a tool call"), "a tool call"))
-    function = _without_nulls(_object(_json(fields.get("function", fields), "a tool call"), "a tool call"))
+    fields = _without_nulls(as_object(parsed_json(call, "a tool call"), "a tool call"))
+    function = _without_nulls(as_object(parsed_json(fields.get("function", fields), "a tool call"), "a tool call"))
     if not isinstance(function.get("name"), str):
         raise InvalidChat("a tool call without the name of a function")
-    arguments = _json(_either(function, "arguments", "parameters") or {}, "the arguments of a tool call")
+    arguments = parsed_json(_either(function, "arguments", "parameters") or {}, "the arguments of a tool call")
     identity = {"id": fields["id"]} if fields.get("id") else {}
-    named = {"name": function["name"], "arguments": _object(arguments, "the arguments of a tool call")}
+    named = {"name": function["name"], "arguments": as_object(arguments, "the arguments of a tool call")}
     return {"type": "function", **identity, "function": named}
 
 
@@ -214,11 +220,11 @@ def _normalize_tool(tool: Fields) -> Message:
     fields = _without_nulls(tool)
     if "function" not in fields:
         fields = {"type": "function", "function": {key: value for key, value in fields.items() if key != "type"}}
-    function = _without_nulls(_object(_json(fields["function"], "its function"), "its function"))
+    function = _without_nulls(as_object(parsed_json(fields["function"], "its function"), "its function"))
     if not isinstance(function.get("name"), str):
         raise InvalidChat("its function has no name")
     if "parameters" in function:
-        function["parameters"] = _json(function["parameters"], "its parameters")
+        function["parameters"] = parsed_json(function["parameters"], "its parameters")
     return {"type": "function", **fields, "function": function}
 
 
@@ -242,9 +248,9 @@ def _train(message: Fields, role: str, flag: bool | None) -> bool:
 def _flags(loss_mask: object, count: int) -> Sequence[bool | None]:
     if loss_mask is None:
         return [None] * count
-    values = _json(loss_mask, "loss_mask")
+    values = parsed_json(loss_mask, "loss_mask")
     if not isinstance(values, list) or len(values) != count:
-        size = f"{len(values)} entries" if isinstance(values, list) else _type_name(values)
+        size = f"{len(values)} entries" if isinstance(values, list) else type_name(values)
         raise InvalidChat(f"loss_mask has {size}, expected one for each of the {count} messages")
     return [None if value is None else _flag(value, "loss_mask") for value in values]
 
@@ -253,35 +259,6 @@ def _flag(value: object, key: str) -> bool:
     if value in (0, 1):  # also 0.0, 1.0, False and True
         return bool(value)
     raise InvalidChat(f"{key} is {excerpt(value)}, expected 0 or 1")
-
-
-def _objects(value: object, what: str) -> list[Message]:
-    items = _json(value, what)
-    if not isinstance(items, list | tuple):
-        raise InvalidChat(f"{what} is {_type_name(items)}, expected a list of objects")
-    entries = ((f"entry {i} of {what}", item) for i, item in enumerate(items))
-    return [_object(_json(item, name), name) for name, item in entries]
-
-
-def _object(value: object, what: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise InvalidChat(f"{what} is {_type_name(value)}, expected an object")
-    return dict(value)
-
-
-def _listed(value: object) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _json(value: object, what: str) -> Any:
-    """Return a value. JSON text is parsed, repeatedly if the result is text again."""
-    if not isinstance(value, str):
-        return value
-    parse: Callable[[str], Any] = json.loads
-    try:
-        return _json(parse(value), what)
-    except (ValueError, RecursionError) as error:
-        raise InvalidChat(f"{what} is text that is not JSON: {value[:40]!r}") from error
 
 
 def _either(message: Fields, key: str, other: str) -> object:
@@ -293,7 +270,3 @@ def _either(message: Fields, key: str, other: str) -> object:
 
 def _without_nulls(fields: Fields) -> Message:
     return {key: value for key, value in fields.items() if value is not None}
-
-
-def _type_name(value: object) -> str:
-    return "missing" if value is None else type(value).__name__

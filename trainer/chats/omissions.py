@@ -10,8 +10,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from trainer.chats.json_values import Message
 from trainer.chats.message_parts import has_text, renamed
-from trainer.chats.messages import Message
 
 EXCERPT_CHARS = 40  # characters of a text that an error message shows
 

@@ -140,8 +140,7 @@ def token_range(tokens: Tokens, start: int, stop: int) -> tuple[int, int, bool]:
     The first token contains the first byte and may begin before `start`. The last token does not end after `stop`.
     Tokens that end inside a character have no byte offset (`ends` is negative) and are skipped by the search.
     """
-    known = np.flatnonzero(tokens.ends >= 0)
-    ends = tokens.ends[known]
+    known, ends = tokens.known_ends
     before = int(np.searchsorted(ends, start, side="right"))  # number of known ends at or before `start`
     begin = int(known[before - 1]) + 1 if before else 0
     if start == stop:

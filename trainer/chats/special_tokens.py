@@ -14,8 +14,8 @@ from typing import Any
 
 from trainer.chats.content_search import first_difference
 from trainer.chats.jinja_template import ChatError
+from trainer.chats.json_values import InvalidChat, Message
 from trainer.chats.message_parts import map_message_texts, map_texts
-from trainer.chats.messages import InvalidChat, Message
 
 _EXCERPT_CHARS = 40
 _MAX_NESTED = 50  # groups of a pattern within each other; the parser of patterns is recursive

@@ -50,10 +50,10 @@ def regions(
         slot: _part(rendered, slot, call_end if ends.call_token else None, limit)
         for slot, limit in zip(in_order, limits, strict=True)
     }
-    found = []
+    found, supervised = [], frozenset(slots)
     for message, group in groupby(in_order, key=lambda slot: slot.message):
         members = list(group)
-        of_message, may_end = tuple(parts[slot] for slot in members), _may_end(rendered, slots, members[-1])
+        of_message, may_end = tuple(parts[slot] for slot in members), _may_end(rendered, supervised, members[-1])
         stop = of_message[-1].stop
         if may_end and of_message[-1].kind != "tool_calls" and rendered.text.startswith(ends.after_content, stop):
             stop += len(ends.after_content)
@@ -81,11 +81,11 @@ def _start(rendered: RenderedText, first: Slot, syntax: TurnSyntax) -> int:
     return start - len(opening)
 
 
-def _may_end(rendered: RenderedText, slots: Sequence[Slot], last: Slot) -> bool:
+def _may_end(rendered: RenderedText, supervised: frozenset[Slot], last: Slot) -> bool:
     """Return whether the end of the turn may follow a part: no unsupervised or omitted tool call follows it."""
     if last.kind == "tool_result":
         return False
     message = rendered.chat.messages[last.message - rendered.chat.num_folded]
     calls = Slot(last.message, "tool_calls")
-    is_omitted = calls not in slots or calls not in rendered.parts
+    is_omitted = calls not in supervised or calls not in rendered.parts
     return not (message.get("tool_calls") and is_omitted)

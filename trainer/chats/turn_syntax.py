@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from trainer.chats.content_search import first_difference
 from trainer.chats.jinja_template import JinjaTemplate, TemplateError
+from trainer.chats.json_values import Message
 from trainer.chats.message_parts import REASONING
-from trainer.chats.messages import REASONING_KEYS, Message
+from trainer.chats.messages import REASONING_KEYS
 
 INLINE = "inline"  # opening of reasoning in the content
 _USER, _CONTENT, _REASONING, _CALL = "ProbeUser", "ProbeContent", "ProbeReasoning", "ProbeCall"

@@ -35,21 +35,14 @@ def one_sentence_errors(as_json: bool = False, result_is_output: bool = True) ->
     Other exceptions are bugs of this program and keep their traceback. A closed terminal, a broken pipe and a full disk
     do not end the command (trainer/cli/streams.py). A command whose output is its result then exits with 1.
     """
-    from alignment import AlignmentError, TokenizerError
-    from teachers.protocol.errors import TeacherError
     from trainer.cli.streams import guard_streams, output_is_lost
-    from trainer.errors import UserError
-    from trainer.plain_text import one_line
 
     guard_streams()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
-        _check_working_directory()
-        yield
-    except (UserError, TeacherError, AlignmentError, TokenizerError) as error:
-        message = one_line(str(error))
-        typer.echo(json.dumps({"error": message}) if as_json else f"error: {message}", err=True)
-        raise typer.Exit(1) from error
+        with _environment_errors(as_json), _project_errors(as_json):
+            _check_working_directory()
+            yield
     except KeyboardInterrupt as error:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from error
@@ -57,6 +50,44 @@ def one_sentence_errors(as_json: bool = False, result_is_output: bool = True) ->
         is_lost = output_is_lost()
     if result_is_output and is_lost:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _project_errors(as_json: bool) -> Iterator[None]:
+    from alignment import AlignmentError, TokenizerError
+    from teachers.protocol.errors import TeacherError
+    from trainer.errors import UserError
+
+    try:
+        yield
+    except (UserError, TeacherError, AlignmentError, TokenizerError) as error:
+        raise _printed(str(error), as_json) from error
+
+
+@contextmanager
+def _environment_errors(as_json: bool) -> Iterator[None]:
+    """Print errors that any library, and any import of one, can raise. Every other error passes."""
+    import trainer.plain_text  # noqa: F401  an import can fail if memory is exhausted
+    from trainer.cli.environment_errors import environment_error
+
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        message = environment_error(error)
+        if message is None:
+            raise
+        raise _printed(message, as_json) from error
+
+
+def _printed(message: str, as_json: bool) -> typer.Exit:
+    """Print an error as one sentence. Return the exit with code 1."""
+    from trainer.plain_text import one_line
+
+    message = one_line(message)
+    typer.echo(json.dumps({"error": message}) if as_json else f"error: {message}", err=True)
+    return typer.Exit(1)
 
 
 def _check_working_directory() -> None:

@@ -5,7 +5,8 @@ import gzip
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,23 +14,51 @@ from trainer.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 MAX_RATIO = 200  # compressed size to content; real text reaches 20
+MAX_WINDOW_BYTES = 1 << 30  # memory of a decompressor; xz -9 needs 65 MiB
 MIN_LIMIT_BYTES = 1 << 30  # a content below this size may have any ratio
 
 
-def _open_zstd(file: BinaryIO) -> Any:
+def _read_gzip(file: BinaryIO) -> Iterator[bytes]:
+    with gzip.open(file) as stream:
+        yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
+
+
+def _read_zstd(file: BinaryIO) -> Iterator[bytes]:
     import pyarrow  # takes a moment to load
 
     own = os.fdopen(os.dup(file.fileno()), "rb")  # pyarrow closes it
-    return pyarrow.CompressedInputStream(own, "zstd")
+    with pyarrow.CompressedInputStream(own, "zstd") as stream:
+        yield from iter(lambda: stream.read(CHUNK_BYTES), b"")
 
 
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": gzip.open,
-    ".zst": _open_zstd,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+def _read_streams(new_decompressor: Callable[[], Any], file: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of consecutive bz2 or xz streams, with zero bytes between them.
+
+    bz2.open and lzma.open take a damaged stream that follows another one for the end of the file.
+    """
+    data = file.read(CHUNK_BYTES)
+    while data:
+        decompressor = new_decompressor()
+        while not decompressor.eof:
+            if decompressor.needs_input and not data:
+                data = file.read(CHUNK_BYTES)
+                if not data:
+                    raise EOFError("it ends within a stream")
+            if chunk := decompressor.decompress(data, CHUNK_BYTES):
+                yield chunk
+            data = b""
+        data = decompressor.unused_data.lstrip(b"\0")
+        while not data and (more := file.read(CHUNK_BYTES)):
+            data = more.lstrip(b"\0")
+
+
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
+    ".gz": _read_gzip,
+    ".zst": _read_zstd,
+    ".bz2": partial(_read_streams, bz2.BZ2Decompressor),
+    ".xz": partial(_read_streams, partial(lzma.LZMADecompressor, memlimit=MAX_WINDOW_BYTES)),
 }
-"""Suffix -> function that opens a compressed stream for reading."""
+"""Suffix -> function that yields the content of a compressed file in chunks."""
 
 
 def split_suffix(path: Path) -> tuple[str, str]:
@@ -51,12 +80,10 @@ def decompressed_chunks(file: BinaryIO, suffix: str, path: Path, size: int) -> I
         yield chunk
 
 
-def _chunks(open_stream: Callable[[BinaryIO], Any], file: BinaryIO, path: Path) -> Iterable[bytes]:
+def _chunks(read: Callable[[BinaryIO], Iterator[bytes]], file: BinaryIO, path: Path) -> Iterator[bytes]:
     # pyarrow raises OSError and ValueError, gzip EOFError, OSError and zlib.error.
     try:
-        with open_stream(file) as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                yield chunk
+        yield from read(file)
     except (EOFError, OSError, ValueError, MemoryError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"cannot decompress {path}: {reason}") from error

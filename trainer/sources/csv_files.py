@@ -6,6 +6,7 @@ for a row with too many values: the number of columns, and the number of values.
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,8 @@ from trainer.sources.encoding import decoded
 from trainer.sources.json_lines import MAX_LINE_BYTES, JsonLinesTable, parse_json
 from trainer.sources.record_formats.base import InvalidRecordError
 from trainer.sources.table_documents import TableDocuments
+
+MAX_NAME_CHARS = 255
 
 
 class CsvSource:
@@ -76,8 +79,15 @@ def _to_lines(chunks: Chunks, path: Path, delimiter: str) -> Chunks:
 
 
 def _checked_header(row: list[str], path: Path) -> list[str]:
-    if repeated := [column for column in row if row.count(column) > 1]:
-        raise DataError(f"{path}: its first row, which names the columns, has {repeated[0][:40]!r} more than once")
+    """Return the names of the columns, which every line repeats. Raises DataError if two are equal or one is long."""
+    if (longest := max(map(len, row))) > MAX_NAME_CHARS:
+        raise DataError(
+            f"{path}: its first row, which names the columns, has a name of {longest} characters, expected at most "
+            f"{MAX_NAME_CHARS}"
+        )
+    name, count = Counter(row).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: its first row, which names the columns, has {name[:40]!r} more than once")
     return row
 
 

@@ -1,6 +1,7 @@
 """JSON files as sources: one object per line, or an array of objects, which is converted to lines."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +15,7 @@ from trainer.sources.encoding import decoded, mark_length
 from trainer.sources.json_lines import MAX_LINE_BYTES, JsonLinesTable
 from trainer.sources.table_documents import TableDocuments
 
-_SPACE = " \t\n\r"
+_SPACES = re.compile(r"[ \t\n\r]*")
 _OF_NUMBERS = "0123456789+-.eE"
 _MAX_LITERAL = 16  # characters; no number prefix, literal or escape that may be cut off is longer before its error
 
@@ -91,7 +92,8 @@ class _ArrayReader:
         while True:
             try:
                 _, end = self._decoder.raw_decode(self._text, self._at)
-                may_continue = not self._text[end:].strip(_OF_NUMBERS)  # a cut 1.5e3 is the number 1
+                rest = self._text[end : end + _MAX_LITERAL]
+                may_continue = len(rest) < _MAX_LITERAL and not rest.strip(_OF_NUMBERS)  # a cut 1.5e3 is the number 1
                 if not may_continue or self._is_complete:
                     element, self._at = self._text[self._at : end], end
                     return element
@@ -108,10 +110,11 @@ class _ArrayReader:
     def _next_character(self) -> str:
         """Skip white space, and return the next character without consuming it; "" at the end of the file."""
         while True:
-            while self._at < len(self._text):
-                if self._text[self._at] not in _SPACE:
-                    return self._text[self._at]
-                self._at += 1
+            spaces = _SPACES.match(self._text, self._at)
+            assert spaces is not None
+            self._at = spaces.end()
+            if self._at < len(self._text):
+                return self._text[self._at]
             if self._is_complete:
                 return ""
             self._fill()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
-from trainer.chats.messages import InvalidChat
+from trainer.chats.json_values import InvalidChat
 from trainer.errors import DataError
 from trainer.sources.base import DocumentRef, EmptyRecord, FormatInfo, InvalidRecord, Table, TableRecord
 from trainer.sources.config import SourceConfig
@@ -16,6 +16,7 @@ from trainer.sources.record_formats.base import BoundFormat, ChatContent, Invali
 from trainer.sources.windows import split_chunks
 
 MAX_NAMED_COLUMNS, MAX_NAME_CHARS = 30, 40
+MAX_WHOLE_BYTES = 1 << 23  # of a chat or a text with a prompt: 2 million tokens, whose tokenization takes 1 to 3 GB
 
 
 class _Content(NamedTuple):
@@ -65,13 +66,18 @@ class TableDocuments:
         try:
             document = self._extract(record.load())
         except InvalidRecordError as error:
-            return InvalidRecord(f"{self._table.where}, {self._table.unit} {record.number}: {error}")
+            return self._invalid(record, str(error))
         if not document.content:
             return EmptyRecord()
+        if self.format.is_whole and (num_bytes := len(document.content)) > MAX_WHOLE_BYTES:
+            return self._invalid(record, f"it has {num_bytes:,} bytes, expected at most {MAX_WHOLE_BYTES:,}")
         # A chat, and a text with a prompt, is one window, so that it must stay in one chunk.
         chunks = [document.content] if self.format.is_whole else split_chunks(io.BytesIO(document.content).read)
         labels = document.domain, document.teacher
         return DocumentRef(*record[:3], chunks, *labels, document.prompt_bytes)
+
+    def _invalid(self, record: TableRecord, reason: str) -> InvalidRecord:
+        return InvalidRecord(f"{self._table.where}, {self._table.unit} {record.number}: {reason}")
 
     def read(self, offset: int, length: int, begin: int, end: int) -> bytes:
         def load() -> bytes:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("tutelage.data")
 NEWLINE = "\n"
 NUM_EXAMINED_ROWS = 100
+UNREADABLE = (ValueError, OverflowError)
+"""Errors for values that Python has not: strings that are not UTF-8, times beyond the year 9999."""
 
 
 class ParquetSource:
@@ -157,14 +159,17 @@ class DatasetTable:
         return (self._dataset._fingerprint, len(self._dataset), *stamps)
 
     def example(self, column: str) -> object:
-        rows = self._dataset.select_columns([column])[:NUM_EXAMINED_ROWS][column]
+        try:
+            rows = self._dataset.select_columns([column])[:NUM_EXAMINED_ROWS][column]
+        except UNREADABLE:  # counted when the rows are indexed
+            return None
         return next((value for value in rows if value is not None), None)
 
     def select(self, columns: Sequence[str]) -> Table:
         return DatasetTable(self.name, self.where, self._dataset.select_columns(list(columns)), self._file)
 
     def scan(self) -> Iterator[TableRecord]:
-        """Yield one record per row. `load` of a row whose strings are not UTF-8 raises InvalidRecordError."""
+        """Yield one record per row. `load` of a row with an unreadable value raises InvalidRecordError."""
         self.check()
         row = 0
         while row < len(self._dataset):
@@ -173,7 +178,7 @@ class DatasetTable:
                 for values in rows:
                     yield TableRecord(row, 0, row + 1, partial(self._present, values))
                     row += 1
-            except UnicodeDecodeError:  # Arrow does not check the strings of a file; the iteration cannot continue
+            except UNREADABLE:  # Arrow does not check the values of a file; the iteration cannot continue
                 yield TableRecord(row, 0, row + 1, partial(self.load, row, 0))
                 row += 1
 
@@ -182,6 +187,8 @@ class DatasetTable:
             return self._present(self._dataset[offset])
         except UnicodeDecodeError as error:
             raise InvalidRecordError(describe_utf8_error(error, 0)) from error
+        except UNREADABLE as error:
+            raise InvalidRecordError(f"a value that cannot be read: {_first_line(error)}") from error
 
     def _present(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
         present: Mapping[str, Any] = without_absent_keys(values, self._dataset.features)

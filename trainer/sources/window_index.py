@@ -105,11 +105,14 @@ def index_source(
 
     Raises DataError if more than `max_invalid` lines and rows cannot be read, or if no disk has space for the index.
     """
-    indexer = WindowIndexer(vocabulary, window_tokens, max_invalid)
+
+    def write(folder: Path) -> None:  # may be called again after a full disk
+        WindowIndexer(vocabulary, window_tokens, max_invalid).run(inputs, folder)
+
     summary, documents, windows = CachedFolder(
         what="the window index",
         folder=windows_dir() / _index_key(source, inputs, vocabulary, window_tokens),
-        write=lambda folder: indexer.run(inputs, folder),
+        write=write,
         load=_load,
         stays_open=True,
     ).get()

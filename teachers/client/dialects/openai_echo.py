@@ -49,6 +49,7 @@ from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows
 from teachers.protocol.untrusted_text import clean
 
+MAX_CONTEXT = 1 << 22  # a prompt of twice as many tokens is sent to find the limit of the server
 TOP_KS = (64, 50, 32, 20, 16, 10, 8, 5, 4, 3, 2, 1)
 SHORT_TEXT = "The lighthouse"  # of few tokens, to try values of K
 
@@ -180,16 +181,16 @@ class OpenAIEchoClient(StockServerClient):
     async def _max_tokens(self, server: _Server) -> int:
         """Return the longest sequence: one token less than the context, because one is generated."""
         if self._address.model is None:
-            models = {model.id: model for model in await self._models()}
-            stated = models[server.model].max_model_len or models[server.model].context_length
+            models = [model for model in await self._models() if model.id == server.model]  # the list may have changed
+            stated = models[0].max_model_len or models[0].context_length if models else None
             if stated is not None:
                 return stated - 1
         with self._http.named_errors():
             expected = server.folder.config.get("max_position_embeddings")
-            if not isinstance(expected, int):
+            if type(expected) is not int or not 0 < expected <= MAX_CONTEXT:
                 raise TeacherError(
                     f"the server does not state the longest prompt: put the model's config.json into "
-                    f"{server.folder.path}"
+                    f"{server.folder.path}, with max_position_embeddings from 1 to {MAX_CONTEXT:,}"
                 )
         repeated = server.folder.encode(" a")[:1] if server.reader.format.takes_ids else " a"
         try:

@@ -38,21 +38,30 @@ class TokenizerFolder:
         """config.json of the language model; empty if it does not exist."""
         path = self.path / "config.json"
         config = _parse_json(path, path.read_bytes()) if path.is_file() else {}
-        return config.get("text_config", config)  # type: ignore[no-any-return]
+        text = config.get("text_config")
+        return text if isinstance(text, dict) else config
 
     def declared_bos(self, bos_id: int | None) -> bool | None:
         """Return whether the files declare that BOS is expected; None if they declare nothing."""
         return declared_bos(bos_id, self._tokenizer_config_bytes)
 
     def special_id(self, role: str) -> int | None:
-        """Return the id of "bos" or "eos" in config.json; the tokenizer's id if config.json has none."""
+        """Return the id of "bos" or "eos" in config.json; the tokenizer's id if config.json has none.
+
+        Raises TeacherError if config.json has something else.
+        """
         if f"{role}_token_id" in self.config:
             value = self.config[f"{role}_token_id"]
         else:
             token = self._tokenizer_config.get(f"{role}_token")
-            value = self._tokenizer.token_to_id(token.get("content") if isinstance(token, dict) else token or "")
-        first = value[0] if isinstance(value, list) else value
-        return None if first is None else int(first)
+            content = token.get("content") if isinstance(token, dict) else token
+            value = self._tokenizer.token_to_id(content) if isinstance(content, str) else None
+        first = next(iter(value), None) if isinstance(value, list) else value
+        if first is not None and type(first) is not int:
+            raise TeacherError(
+                f"{self.path}/config.json: expected an id as {role}_token_id, received {str(first)[:40]!r}"
+            )
+        return first
 
     @property
     def bos_id(self) -> int | None:
@@ -101,7 +110,7 @@ def open_tokenizer_folder(path: Path | None, teacher: str, server: str) -> Token
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(data))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise TeacherError(f"{path}: expected a JSON object: {error}") from error
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from trainer.chats.messages import ChatOptions, InvalidChat, Message, normalize_chat
+from trainer.chats.json_values import InvalidChat, Message
+from trainer.chats.messages import ChatOptions, normalize_chat
 from trainer.sources.config import SourceConfig
 
 Values = Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from trainer.chats.messages import InvalidChat, Message
+from trainer.chats.json_values import InvalidChat, Message
 from trainer.sources.config import SourceConfig
 from trainer.sources.record_formats.base import (
     CHAT_COLUMNS,

@@ -5,7 +5,7 @@ A message may have the keys role and content, or from and value (ShareGPT), in b
 
 from collections.abc import Callable
 
-from trainer.chats.messages import InvalidChat
+from trainer.chats.json_values import InvalidChat
 from trainer.sources.config import SourceConfig
 from trainer.sources.record_formats.base import (
     CHAT_COLUMNS,

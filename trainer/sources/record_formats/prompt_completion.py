@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from trainer.chats.messages import SUPERVISED_ROLES, InvalidChat
+from trainer.chats.json_values import InvalidChat
+from trainer.chats.messages import SUPERVISED_ROLES
 from trainer.sources.config import SourceConfig
 from trainer.sources.record_formats.base import (
     CHAT_COLUMNS,
