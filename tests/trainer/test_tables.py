@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,24 @@ def test_arrow_files_of_both_kinds_give_the_same_documents_as_lines(tmp_path: Pa
     (tmp_path / "cut.arrow").write_bytes(damaged[: len(damaged) // 2])
     with pytest.raises(DataError, match=r"cannot read .*cut\.arrow: "):
         load({"files": [str(tmp_path / "cut.arrow")]})
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data, second: data[:second], lambda data, _: data[:-8], lambda data, _: data + b"x"]
+)
+def test_an_arrow_stream_that_is_cut_between_two_batches_or_continues_is_rejected(
+    tmp_path: Path, change: Callable[[bytes, int], bytes]
+) -> None:
+    """pyarrow reads such a stream up to the place, without an error."""
+    batch = pa.RecordBatch.from_pylist(ROWS)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+        second = sink.tell()
+        writer.write_batch(batch)
+    (tmp_path / "d.arrow").write_bytes(change(sink.getvalue().to_pybytes(), second))
+    with pytest.raises(DataError, match=r"cannot read .*d\.arrow: .* does not end with its end mark"):
+        load({"files": [str(tmp_path / "d.arrow")]})
 
 
 def test_a_table_that_changes_during_the_run_is_an_error(tmp_path: Path) -> None:

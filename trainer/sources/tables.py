@@ -42,6 +42,10 @@ class ParquetSource:
         return TableDocuments(ParquetTable(open_data_file(path)), config)
 
 
+CONTINUATION = b"\xff\xff\xff\xff"  # in front of every message of a stream
+END_OF_STREAM = CONTINUATION + bytes(4)
+
+
 class ArrowSource:
     """Arrow files: the stream format, which `datasets` writes, or the file format."""
 
@@ -215,15 +219,21 @@ def without_absent_keys(value: Any, feature: Any) -> Any:
 
 
 def _map_arrow(path: Path) -> Any:
-    """Map an Arrow file into memory as a table."""
+    """Map an Arrow file into memory as a table. Raises ValueError for a stream that does not end with its end mark."""
     import pyarrow
 
     source = pyarrow.memory_map(str(path))
     try:
-        return pyarrow.ipc.open_stream(source).read_all()
+        table = pyarrow.ipc.open_stream(source).read_all()
     except pyarrow.ArrowInvalid:
         source.seek(0)
         return pyarrow.ipc.open_file(source).read_all()
+    source.seek(0)
+    has_marks = source.read(len(CONTINUATION)) == CONTINUATION  # not in a stream of Arrow 0.14 or earlier
+    source.seek(max(source.size() - len(END_OF_STREAM), 0))
+    if has_marks and source.read() != END_OF_STREAM:  # a stream that is cut between two batches can be read
+        raise ValueError("the stream does not end with its end mark: the file is cut, or other data follow")
+    return table
 
 
 def _datasets_cache() -> Path:

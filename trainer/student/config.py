@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from trainer.config_section import Fraction, PathText, Positive, Roles, Section
+from trainer.config_section import PathText, Positive, Roles, Section
 
 
 class LoraConfig(Section):
@@ -15,7 +15,7 @@ class LoraConfig(Section):
     """Rank of every adapter."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """Adapters are scaled by alpha / rank."""
-    dropout: Fraction = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Fraction of an adapter's inputs that is dropped in training."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an adapter, as in peft; `all-linear` leaves out the LM head."""

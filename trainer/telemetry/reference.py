@@ -26,7 +26,7 @@ example a mean over nothing, and where it is not a finite number.
 A resumed run repeats the steps after its last checkpoint: the last record of a step is the valid one. Trackers receive
 the numbers of `step` and `eval` events under paths like `teachers/NAME/weight`.
 """
-TYPE_NAMES = {int: "int", float: "float", str: "string", NoneType: "null", Any: "any"}
+TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "string", NoneType: "null", Any: "any"}
 
 
 def metrics_reference() -> str:
