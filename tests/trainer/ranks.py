@@ -1,12 +1,12 @@
-"""Train with several ranks: processes with the environment of torchrun that need not import torch.
+"""Train with several ranks in forks of a process that has imported torch, with the environment variables of torchrun.
 
-A fork server imports the trainer once, and every rank is a fork of it, because the imports take longer than a test's
-run. The command of torchrun itself, which tests of its restarts need, is in `command`.
+The imports of a rank take longer than the run of a test. Tests of torchrun itself use `command`.
 """
 
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,22 +21,26 @@ _FORKS.set_forkserver_preload([run_rank.__name__])
 
 
 def train_on_ranks(config: RunConfig, ranks: int, *options: str) -> None:
-    """Train with several processes, and wait for their end. `options` are those of run_rank; fails if a rank fails."""
+    """Train with several processes, and wait for their end. `options` are those of run_rank.
+
+    Fails if a rank fails. The other ranks, which would wait for it, are killed.
+    """
     path, port = _write(config), free_port()
     logs = [path.with_suffix(f".rank{rank}.txt") for rank in range(ranks)]
     arguments = [((rank, ranks, port), log, (str(path), *options)) for rank, log in enumerate(logs)]
     processes = [_FORKS.Process(target=_train_rank, args=each) for each in arguments]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
+            break
+        time.sleep(0.02)
     for process in processes:
-        process.join(TIMEOUT_S)
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
         process.kill()
         process.join()
     output = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in logs if log.exists())
-    assert not alive, f"{len(alive)} ranks did not end within {TIMEOUT_S:g} s\n{output[-3000:]}"
-    assert all(process.exitcode == 0 for process in processes), output[-3000:]
+    assert [process.exitcode for process in processes] == [0] * ranks, output[-3000:]
 
 
 def command(config: RunConfig, ranks: int, *options: str) -> list[str]:

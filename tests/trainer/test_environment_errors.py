@@ -35,6 +35,14 @@ def map_file() -> None:
     raise OSError(12, "Cannot allocate memory", "/a/file")
 
 
+def fork() -> None:
+    raise BlockingIOError(11, "Resource temporarily unavailable")  # as os.fork raises it at the limit of `ulimit -u`
+
+
+def allocate_on_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
+
+
 def open_file() -> None:
     raise PermissionError(13, "Permission denied", "/a/\x1b[31mfile")
 
@@ -50,12 +58,21 @@ def message_of(monkeypatch: pytest.MonkeyPatch, function: Callable[[], None]) ->
     return stderr.getvalue()
 
 
-@pytest.mark.parametrize("function", [allocate, allocate_tensor, import_library, start_thread, map_file])
+@pytest.mark.parametrize("function", [allocate, allocate_tensor, import_library, start_thread, map_file, fork])
 def test_exhausted_memory_or_threads_are_one_sentence(
     monkeypatch: pytest.MonkeyPatch, function: Callable[[], None]
 ) -> None:
     message = message_of(monkeypatch, function)
     assert message.startswith("error: the memory or the threads of this process are exhausted (")
+    assert message.count("\n") == 1
+
+
+def test_the_memory_of_a_gpu_has_its_own_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = message_of(monkeypatch, allocate_on_gpu)
+    assert message.startswith(
+        "error: the memory of the GPU is exhausted (CUDA out of memory. Tried to allocate 2.00 GiB"
+    )
+    assert "train.gradient_accumulation_steps" in message
     assert message.count("\n") == 1
 
 
@@ -75,7 +92,12 @@ def test_an_error_of_the_project_is_printed_once_although_lack_of_memory_has_cau
     assert message_of(monkeypatch, read) == "error: cannot read x\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("out of memory"), RuntimeError("x"), PermissionError(), OSError(5, "x")])
+LOADER = ImportError("libgomp.so.1: cannot allocate memory in static TLS block")  # depends on the order of imports
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("out of memory"), RuntimeError("x"), PermissionError(), OSError(5, "x"), LOADER]
+)
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys, "stdout", io.StringIO())

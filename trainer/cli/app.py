@@ -54,6 +54,7 @@ def one_sentence_errors(as_json: bool = False, result_is_output: bool = True) ->
 
 @contextmanager
 def _project_errors(as_json: bool) -> Iterator[None]:
+    """Print an error of this project as one sentence, and exit with 1."""
     from alignment import AlignmentError, TokenizerError
     from teachers.protocol.errors import TeacherError
     from trainer.errors import UserError
@@ -61,13 +62,13 @@ def _project_errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except (UserError, TeacherError, AlignmentError, TokenizerError) as error:
-        raise _printed(str(error), as_json) from error
+        raise _exit_with(str(error), as_json) from error
 
 
 @contextmanager
 def _environment_errors(as_json: bool) -> Iterator[None]:
-    """Print errors that any library, and any import of one, can raise. Every other error passes."""
-    import trainer.plain_text  # noqa: F401  an import can fail if memory is exhausted
+    """Print a lack of memory, threads or permissions as one sentence, and exit with 1. Other errors pass."""
+    import trainer.plain_text  # noqa: F401  imported now: without memory, _exit_with could not import it
     from trainer.cli.environment_errors import environment_error
 
     try:
@@ -78,11 +79,11 @@ def _environment_errors(as_json: bool) -> Iterator[None]:
         message = environment_error(error)
         if message is None:
             raise
-        raise _printed(message, as_json) from error
+        raise _exit_with(message, as_json) from error
 
 
-def _printed(message: str, as_json: bool) -> typer.Exit:
-    """Print an error as one sentence. Return the exit with code 1."""
+def _exit_with(message: str, as_json: bool) -> typer.Exit:
+    """Print an error as one sentence, and return the exception that ends the command with 1."""
     from trainer.plain_text import one_line
 
     message = one_line(message)

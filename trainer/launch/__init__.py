@@ -1,1 +1,1 @@
-"""Distributed runs: torchrun and Ray Train start the processes, which `trainer.training` trains in."""
+"""Launch runs with several processes under torchrun or Ray Train. `trainer.training` does the training."""

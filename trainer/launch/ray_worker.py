@@ -1,6 +1,6 @@
 """One process of a run on Ray Train, and the actor through which the driver stops it.
 
-Importing this module loads neither torch nor transformers, which the driver and the actor do not need.
+Importing this module loads no torch, which the actor does not need.
 """
 
 import asyncio

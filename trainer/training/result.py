@@ -1,4 +1,4 @@
-"""The result of a run. Importing this module loads no torch, for the driver of a run on Ray."""
+"""The result of a run. Importing this module loads no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
