@@ -45,7 +45,7 @@ def kill_ranks(folder: Path, ranks: Callable[[], list[psutil.Process]], launcher
     """
     rng, deadline = random.Random(0), time.monotonic() + TIMEOUT_S
     for kill in range(kills):
-        after = kill * STEPS // (kills + 1) + rng.randrange(1, 4)
+        after = (2 * kill + 1) * STEPS // (2 * kills) + rng.randrange(3)
         while not (steps_done(folder) >= after and (alive := ranks())):
             assert launcher.poll() is None, f"the launcher ended after {kill} kills\n{log_of(folder)}"
             assert time.monotonic() < deadline, f"{kill} kills in {TIMEOUT_S} s"
