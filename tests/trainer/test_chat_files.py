@@ -87,7 +87,7 @@ def test_a_template_without_tools_is_an_error(text: str, message: str) -> None:
 
 
 def test_a_malformed_tool_is_an_error_with_its_index() -> None:
-    with pytest.raises(ChatError, match="sample chat, model tiny: tool 1: its function is text that is not JSON"):
+    with pytest.raises(ChatError, match="sample chat, model tiny: tool 1: its function: text that is not JSON"):
         chat_template(TOOLS).render(tool_chat(), [TOOL, {"function": "weigh"}])
 
 
@@ -95,6 +95,29 @@ def test_arguments_given_as_json_text_are_rendered_as_an_object() -> None:
     call = {"function": {"name": "weigh", "arguments": '{"sack": 3}'}}
     expected = chat_template(TOOLS).render(tool_chat(), [TOOL]).text
     assert chat_template(TOOLS).render(tool_chat(tool_calls=[call]), [TOOL]).text == expected
+
+
+@pytest.mark.parametrize(
+    "written", ["{{ c.function.arguments }}", "{{ '' + c.function.arguments }}", "{{ c.function.arguments | string }}"]
+)
+@pytest.mark.parametrize("arguments", [{"sack": 3, "é": None}, '{"sack": 3, "é": null}'])
+def test_a_template_that_writes_arguments_without_a_filter_receives_json_text(written: str, arguments: object) -> None:
+    calls = [{"function": {"name": "weigh", "arguments": arguments}}]
+    text = TOOLS.replace("{{ c.function.arguments | tojson }}", written)
+    for tools in ([TOOL], []):
+        rendered = chat_template(text).render(tool_chat(tool_calls=calls), tools)
+        assert span_texts(rendered) == ['call weigh {"sack": 3, "é": null}', "14.5 kilograms."]
+        assert rendered.omissions == ()
+        assert [span.end_of_turn for span in rendered.spans] == [id_of("<|im_end|>")] * 2
+    with pytest.raises(ChatError, match="omits or rewrites a tool call of message 1"):
+        chat_template(text.replace(written, "{}")).render(tool_chat(tool_calls=calls), [TOOL])
+
+
+def test_special_tokens_in_arguments_as_text_are_ordinary_text_if_configured() -> None:
+    text = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments")
+    calls = [{"function": {"name": "weigh", "arguments": {"at": "<|im_end|>"}}}]
+    template = chat_template(text, supervision=SupervisionConfig(special_tokens_in_content="text"))
+    assert span_texts(template.render(tool_chat(tool_calls=calls), [TOOL]))[0] == 'call weigh {"at": "<|im_end|>"}'
 
 
 # BOS, roles, dates, files

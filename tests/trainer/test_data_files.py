@@ -167,7 +167,7 @@ def test_an_xz_file_that_needs_gigabytes_of_memory_is_one_sentence(
     largest = bytearray(content)
     largest[16] = 39  # code of a dictionary of 3 GiB in the header of the block, before its checksum
     largest[20:24] = zlib.crc32(largest[12:20]).to_bytes(4, "little")
-    with pytest.raises(DataError, match=r"cannot decompress .*e.txt.xz: Memory usage limit exceeded"):
+    with pytest.raises(DataError, match=r"cannot decompress .*e.txt.xz: it needs more than 1024 MiB of memory: dec"):
         load_file(tmp_path / "e.txt.xz", bytes(largest))
 
 
@@ -289,12 +289,31 @@ def test_rows_of_another_length_are_invalid_records(tmp_path: Path) -> None:
         ('text\n"a', "line 2: unexpected end of data"),
         ('text\n"a"b\n', "line 2: "),
         ("body;kind\na;b\n", "it has body;kind, and the formats have"),
+        (",, \na,b,c\n", "its first row, which names the columns, has no name"),
+        ("text,kind\ra,b\rc,d\r", "line 1: a carriage return without a line feed, expected lines that end with a line"),
         (f"text,{'x' * 256}\na,b\n", "has a name of 256 characters, expected at most 255"),
     ],
 )
 def test_a_csv_file_that_cannot_be_read_is_one_sentence(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(DataError, match=re.escape(reason)):
         csv_corpus(tmp_path, content)
+
+
+def test_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
+    corpus = csv_corpus(tmp_path, ',question,answer,, \n0,"How heavy?",14.5 kg,,\n1,"How old?",seven,x,y\n')
+    assert corpus.sources[0].format == "chats: columns question, answer"
+    assert [sample.messages[1]["content"] for sample in corpus.train] == ["14.5 kg", "seven"]
+    with pytest.raises(DataError, match=r"row 1: expected 3 values as in the first row, received 4"):
+        csv_corpus(tmp_path, "question,answer,\na,b,c,d\n")
+
+
+def test_a_line_of_csv_has_a_maximum_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_files, "MAX_LINE_BYTES", 1 << 10)
+    chunks = (b"text\na\n" if n == 0 else b"x" * 100 for n in range(1000))
+    with pytest.raises(
+        DataError, match=r"d.csv, line 3 is longer than 0 MiB: end every row with a line feed, or store"
+    ):
+        list(csv_files.csv_to_lines(chunks, Path("d.csv")))
 
 
 def test_the_time_to_read_the_names_of_columns_is_linear(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ CHATS = [
         "columns prompt, completion",
         [CHAT[0], assistant("14.5 kg", train=False), tool("3", train=False), tool("4"), CHAT[1]],
     ),
+    ({"prompt": json.dumps(CHAT[:1]), "completion": json.dumps(CHAT[1:])}, "columns prompt, completion", CHAT),
     ({"instruction": "How", "input": "heavy?", "output": "x"}, "columns instruction, output, input",
      [user("How\nheavy?"), assistant("x")]),
     ({"instruction": "How?", "input": "", "output": "x"}, "columns instruction, output, input",
@@ -163,6 +164,35 @@ def test_records_of_another_form_are_invalid_and_named(tmp_path: Path) -> None:
         load_rows(tmp_path, {"messages": CHAT}, {"messages": CHAT, "images": ["a.png"]})
 
 
+def test_json_text_that_is_no_list_of_messages_is_a_prompt(tmp_path: Path) -> None:
+    for prompt in ("[1, 2]", "[no", "[]", '[{"a": 1}]'):
+        (sample,) = load_rows(tmp_path, {"prompt": prompt, "completion": " x y"}).train
+        assert sample.text == f"{prompt} x y"
+    chat: Row = {"prompt": json.dumps(CHAT), "completion": [assistant("b")]}
+    with pytest.raises(DataError, match="line 2: 'prompt': text that is not JSON: 'How"):
+        load_rows(tmp_path, chat, chat | {"prompt": "How heavy?"})
+    with pytest.raises(DataError, match="line 2: 'completion': received null, expected a list of messages"):
+        load_rows(tmp_path, chat, chat | {"completion": ""})
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ({"prompt": [user("a"), assistant("b", train=True)]}, "message 1: train"),
+        ({"prompt": [user("a"), assistant("b")], "loss_mask": [0, 1, 1]}, "message 1: the loss_mask column"),
+    ],
+)
+def test_a_message_of_a_prompt_cannot_be_supervised(tmp_path: Path, row: Row, key: str) -> None:
+    with pytest.raises(DataError, match=f"line 1: {key} is 1 in a message of the prompt, which is not supervised"):
+        load_rows(tmp_path, row | {"completion": CHAT[1:]})
+
+
+def test_a_message_of_a_prompt_may_have_the_default_weight_or_be_empty(tmp_path: Path) -> None:
+    prompt = [user("a"), assistant("b", weight=1), assistant("", train=None)]
+    (sample,) = load_rows(tmp_path, {"prompt": prompt, "completion": CHAT[1:], "loss_mask": [0, None, None, 1]}).train
+    assert [message.get("train", True) for message in sample.messages] == [True, False, False, True]
+
+
 def test_a_loss_mask_of_texts_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has a column 'loss_mask', .* but its records are texts: remove or rename"):
         load_rows(tmp_path, {"text": "a b c", "loss_mask": [1, 0]})
@@ -216,7 +246,12 @@ def test_a_chosen_format_without_its_columns_is_an_error_with_those_that_exist(t
 def test_a_record_that_is_one_window_has_a_maximum_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_documents, "MAX_WHOLE_BYTES", 1000)
     words = "sack " * 200
-    for row in ({"messages": [user("x"), assistant(words)]}, {"prompt": words, "completion": "x"}):
-        with pytest.raises(DataError, match=r"d.jsonl, line 2: it has 1,0\d\d bytes, expected at most 1,000"):
-            load_rows(tmp_path, {key: CHAT if key == "messages" else "x" for key in row}, row)
+    rows: dict[str, Row] = {
+        "the chat": {"messages": [user("x"), assistant(words)]},
+        "the prompt with its completion": {"prompt": words, "completion": "x"},
+    }
+    for subject, row in rows.items():
+        first = {key: CHAT if key == "messages" else "x" for key in row}
+        with pytest.raises(DataError, match=rf"line 2: {subject} has 1,0\d\d bytes, expected at most 1,000: shorten"):
+            load_rows(tmp_path, first, row)
     assert len(load_rows(tmp_path, {"text": words}).train) > 1

@@ -127,8 +127,9 @@ def test_arrow_files_of_both_kinds_give_the_same_documents_as_lines(tmp_path: Pa
     assert rows.sources[0].format == "texts: column text"
     damaged = (tmp_path / "d.arrow").read_bytes()
     (tmp_path / "cut.arrow").write_bytes(damaged[: len(damaged) // 2])
-    with pytest.raises(DataError, match=r"cannot read .*cut\.arrow: "):
+    with pytest.raises(DataError, match=r"cannot read .*cut\.arrow: ") as error:
         load({"files": [str(tmp_path / "cut.arrow")]})
+    assert ("Not an Arrow file" in str(error.value)) == (not stream)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,9 @@ def test_an_arrow_stream_that_is_cut_between_two_batches_or_continues_is_rejecte
         second = sink.tell()
         writer.write_batch(batch)
     (tmp_path / "d.arrow").write_bytes(change(sink.getvalue().to_pybytes(), second))
-    with pytest.raises(DataError, match=r"cannot read .*d\.arrow: .* does not end with its end mark"):
+    with pytest.raises(
+        DataError, match=r"cannot read .*d\.arrow: .*its end mark: .*its writer was not closed: write it"
+    ):
         load({"files": [str(tmp_path / "d.arrow")]})
 
 
@@ -275,17 +278,23 @@ def test_a_damaged_parquet_file_is_one_sentence(tmp_path: Path, content: bytes) 
         load({"files": [str(tmp_path / "d.parquet")]})
 
 
+@pytest.mark.parametrize("suffix", [".arrow", ".parquet"])
 @pytest.mark.parametrize("format", ["messages", "prompt_completion"])
-def test_a_time_beyond_the_year_9999_is_an_invalid_row(tmp_path: Path, format: str) -> None:
+def test_a_time_beyond_the_year_9999_is_an_invalid_row(tmp_path: Path, format: str, suffix: str) -> None:
     time = pa.timestamp("us")
     kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("at", time)]))
     rows = [[{"role": "user", "content": "x", "at": at}, {"role": "assistant", "content": "y"}] for at in (2**62, None)]
     columns = {"messages": rows} if format == "messages" else {"prompt": rows, "completion": rows}
     table = pa.table({name: pa.array(values, kind) for name, values in columns.items()})
-    with pa.ipc.new_stream(tmp_path / "d.arrow", table.schema) as writer:
-        writer.write_table(table)
-    source = {"files": [str(tmp_path / "d.arrow")], "record_format": format}
-    with pytest.raises(DataError, match=r"d\.arrow, row 1: "):
+    path = tmp_path / f"d{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    source = {"files": [str(path)], "record_format": format}
+    with pytest.raises(DataError, match=rf"{path}, row 1: "):
         load(source)
-    if format == "messages":
-        assert load(source, max_invalid=1).sources[0].documents == 1
+    (report,) = load(source, max_invalid=1).sources
+    assert (report.documents, report.invalid) == (1, 1)
+    assert report.format.startswith("chats: ")

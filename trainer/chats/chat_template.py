@@ -81,8 +81,6 @@ class ChatTemplate:
         label = f"sample {sample}, model {self.name}"
         try:
             return self._render(*normalize_chat(messages, tools), sample, label)
-        except RecursionError as error:
-            raise ChatError(f"{label}: a message or a tool is nested too deeply") from error
         except (InvalidChat, TokenizerError) as error:
             raise ChatError(f"{label}: {error}") from error
 
@@ -95,7 +93,13 @@ class ChatTemplate:
             messages, tools = list(map(escape.message, messages)), list(map(escape.tool, tools))
         syntax, ends = self._with_tools if tools else self._without_tools
         chat = Chat(
-            self.template, tuple(messages), tuple(tools), label, self.supervision, reasoning_key=syntax.reasoning_key
+            self.template,
+            tuple(messages),
+            tuple(tools),
+            label,
+            self.supervision,
+            reasoning_key=syntax.reasoning_key,
+            arguments_as_text=syntax.arguments_as_text,
         )
         rendered = chat.render(slots)
         turns = regions(rendered, slots, syntax, ends, escape.mark if escape else "")
@@ -116,8 +120,11 @@ class ChatTemplate:
         )
 
     def spelled_token(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-        """Describe the first special token that the texts of a chat contain; empty without one."""
-        spelled = first_spelled_token(list(map(dict, messages)), list(map(dict, tools)), self.special_tokens)
+        """Describe the first special token that the texts of a chat contain; empty without one.
+
+        messages, tools  in the normal form of trainer/chats/messages.py
+        """
+        spelled = first_spelled_token(messages, tools, self.special_tokens)
         return "" if spelled is None else str(spelled)
 
     @property
@@ -162,11 +169,12 @@ class ChatTemplate:
         return Span(turn.message, start, last, None, parts)
 
     def _ends_turn(self, token: int, ends: TurnEnds) -> bool:
-        """Return whether a token is an end-of-turn token. The token directly follows the text of a turn.
+        """Return whether a token that directly follows the text of a turn ends the turn.
 
-        With `end_of_turn`, only that token is. Otherwise EOS, the vocabulary's end-of-turn token and, if the template
-        writes a token after the last turn of a chat, every special token except BOS are. If the template writes none, a
-        special token after a turn is the role marker of the next turn.
+        If the run file names an end-of-turn token, no other token does. Otherwise these tokens end a turn:
+        - EOS and the end-of-turn token of the vocabulary.
+        - Every special token except BOS, if the template writes a special token after the last turn of a chat. If it
+          writes none there, a special token between two turns is the role marker of the second one.
         """
         if self.end_of_turn is not None:
             return token == self.end_of_turn

@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.jinja_template import ChatError, JinjaTemplate, TemplateError
 from trainer.chats.json_values import Message
-from trainer.chats.message_parts import PART_KINDS, REASONING, Slot, has_text, part_text, with_marks
+from trainer.chats.message_content import REASONING
+from trainer.chats.message_parts import PART_KINDS, Slot, has_text, part_text, with_marks
 from trainer.chats.omissions import EXCERPT_CHARS, Omission, excerpt_of_call, mark_unsearched
+from trainer.chats.tool_calls import with_text_arguments
 
 Range = tuple[int, int]  # characters [start, stop) of the rendered text
 _ADVICE = (
@@ -46,10 +48,11 @@ class RenderedText:
 class Chat:
     """A chat and the template that renders it.
 
-    label          sample and model, for error messages
-    reasoning_key  key of a message from which the template reads the reasoning
-    num_folded     1 if the system message was merged into the user message that follows it, else 0. All indices of
-                   messages refer to the chat without this change
+    label              sample and model, for error messages
+    reasoning_key      key of a message from which the template reads the reasoning
+    arguments_as_text  whether the template receives the arguments of tool calls as JSON text
+    num_folded         1 if the system message was merged into the user message that follows it, else 0. All indices of
+                       messages refer to the chat without this change
     """
 
     template: JinjaTemplate
@@ -58,6 +61,7 @@ class Chat:
     label: str
     supervision: SupervisionConfig
     reasoning_key: str = REASONING
+    arguments_as_text: bool = False
     num_folded: int = 0
 
     def render(self, slots: Sequence[Slot]) -> RenderedText:
@@ -79,9 +83,10 @@ class Chat:
         return kind(f"{self.label}: {problem}")
 
     def end_of_message(self, i: int, text: str) -> int:
-        """Return the index of the character in `text` at which message i ends.
+        """Return the index in `text` of the first character after message i; 0 if the template raises an error.
 
-        It is the length of the beginning that the text has in common with a rendering of the messages up to i.
+        text  the rendered chat
+        The messages up to i are rendered alone. The message ends at the first character in which the two texts differ.
         """
         try:
             shorter = replace(self, messages=self.messages[: i + 1 - self.num_folded])._render_text()
@@ -98,13 +103,18 @@ class Chat:
     def _render_text(self, replacements: Mapping[int, Message] | None = None) -> str:
         """Render the chat with some messages replaced, by index. Raises TemplateError."""
         messages = [(replacements or {}).get(i, message) for i, message in self._numbered_messages()]
-        # Templates must not see the key "train", which only this project defines.
-        renames = {REASONING: self.reasoning_key}
-        plain = [{renames.get(k, k): value for k, value in message.items() if k != "train"} for message in messages]
         try:
-            return self.template.render(plain, self.tools)
+            return self.template.render([self._for_template(message) for message in messages], self.tools)
         except TemplateError as error:
             raise self.error(str(error), TemplateError) from error
+
+    def _for_template(self, message: Message) -> Message:
+        """Return a message as the template expects it, without the key "train", which only this project defines."""
+        renames = {REASONING: self.reasoning_key}
+        plain = {renames.get(key, key): value for key, value in message.items() if key != "train"}
+        if self.arguments_as_text and "tool_calls" in plain:
+            plain["tool_calls"] = [with_text_arguments(call) for call in plain["tool_calls"]]
+        return plain
 
     def _omitted(self, omission: Omission) -> Omission:
         """Return the omission. Raises ChatError if it has a problem and `changed_content` is "refuse"."""

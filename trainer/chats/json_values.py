@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.plain_text import excerpt
+
 Message = dict[str, Any]
 MAX_DEPTH = 64  # of lists and objects in each other: every function that changes the texts of a chat is recursive
 _CONTAINERS = (dict, list, tuple)
@@ -17,7 +19,7 @@ def objects(value: object, name: str) -> list[Message]:
     """Return a list of objects. The list and its entries may be JSON text. `name` stands for the value in errors."""
     items = parsed_json(value, name)
     if not isinstance(items, list | tuple):
-        raise InvalidChat(f"{name} is {type_name(items)}, expected a list of objects")
+        raise wrong_type(items, name, "a list of objects")
     entries = ((f"entry {i} of {name}", item) for i, item in enumerate(items))
     return [as_object(parsed_json(item, entry), entry) for entry, item in entries]
 
@@ -25,7 +27,7 @@ def objects(value: object, name: str) -> list[Message]:
 def as_object(value: object, name: str) -> Message:
     """Return an object as a new dict."""
     if not isinstance(value, Mapping):
-        raise InvalidChat(f"{name} is {type_name(value)}, expected an object")
+        raise wrong_type(value, name, "an object")
     return dict(value)
 
 
@@ -35,21 +37,36 @@ def as_list(value: object) -> list[Any]:
 
 
 def parsed_json(value: object, name: str) -> Any:
-    """Return a value. JSON text is parsed, repeatedly if the result is text again."""
+    """Return a value. JSON text is parsed, repeatedly if the result is text again. Blank text is null."""
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return None
     try:
         parsed = json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise InvalidChat(f"{name} is text that is not JSON: {value[:40]!r}") from error
+        raise InvalidChat(f"{name}: text that is not JSON: {excerpt(value)}") from error
     check_depth(parsed, name)
     return parsed_json(parsed, name)
+
+
+def json_text(value: object, name: str) -> str:
+    """Return a value as JSON text, with characters outside of ASCII as they are."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:  # tables hold values that JSON has not, such as dates
+        raise InvalidChat(f"{name}: cannot be written as JSON: {error}") from error
+
+
+def without_nulls(fields: Mapping[str, Any]) -> Message:
+    """Return an object without the keys whose value is null."""
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def check_depth(value: object, name: str) -> None:
     """Raise InvalidChat if lists and objects are nested more than MAX_DEPTH deep."""
     if _is_deeper(value, MAX_DEPTH):
-        raise InvalidChat(f"{name} is nested more than {MAX_DEPTH} deep")
+        raise InvalidChat(f"{name}: nested more than {MAX_DEPTH} deep")
 
 
 def _is_deeper(value: object, num_levels: int) -> bool:
@@ -58,6 +75,7 @@ def _is_deeper(value: object, num_levels: int) -> bool:
     return bool(inner) and (not num_levels or any(_is_deeper(item, num_levels - 1) for item in inner))
 
 
-def type_name(value: object) -> str:
-    """Return the name of a value's type for an error."""
-    return "missing" if value is None else type(value).__name__
+def wrong_type(value: object, name: str, expected: str) -> InvalidChat:
+    """Return the error for a value of another type than expected."""
+    received = "null" if value is None else type(value).__name__
+    return InvalidChat(f"{name}: received {received}, expected {expected}")

@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple, get_args
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.inline_reasoning import InlineReasoning, inline_reasoning
 from trainer.chats.json_values import Message
+from trainer.chats.message_content import REASONING
+from trainer.chats.messages import SUPERVISED_ROLES
 
 PartKind = Literal["reasoning", "content", "tool_calls", "tool_result"]
 PART_KINDS: tuple[PartKind, ...] = get_args(PartKind)
-REASONING = "reasoning_content"
 
 
 class Slot(NamedTuple):
@@ -26,7 +27,7 @@ class Slot(NamedTuple):
 
 def supervised_slots(messages: Sequence[Message], supervision: SupervisionConfig) -> list[Slot]:
     """Return the supervised parts of a chat, in order."""
-    roles = ("assistant", "tool") if supervision.tool_results else ("assistant",)
+    roles = SUPERVISED_ROLES if supervision.tool_results else ("assistant",)
     first = 0
     if supervision.turns == "last":
         first = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1) + 1
@@ -57,8 +58,9 @@ def part_text(message: Message, kind: PartKind) -> str:
         return ""
     inline = _inline(message)
     if kind == "reasoning":
-        reasoning = str(message.get(REASONING) or (inline.reasoning if inline else ""))
-        return reasoning if reasoning.strip() else ""
+        if inline is None:
+            return str(message.get(REASONING, ""))
+        return inline.reasoning if inline.reasoning.strip() else ""
     return inline.content if inline else str(message["content"])
 
 
@@ -88,8 +90,8 @@ def has_text(message: Message) -> bool:
 
 
 def is_inline(message: Message) -> bool:
-    """Return whether the reasoning of a message is in its content."""
-    return REASONING not in message and _inline(message) is not None
+    """Return whether the reasoning of a message is in its content; then it has no `reasoning_content`."""
+    return _inline(message) is not None
 
 
 def map_texts(value: Any, change: Any) -> Any:
@@ -103,7 +105,7 @@ def map_texts(value: Any, change: Any) -> Any:
     return value
 
 
-def map_message_texts(message: Message, change: Any) -> Message:
+def map_message_texts(message: Mapping[str, Any], change: Any) -> Message:
     """Return a message with `change` applied to its texts. `<think>` and `</think>` around reasoning are kept."""
     inline = _inline(message)
     if inline is None:
@@ -118,5 +120,5 @@ def renamed(tool: Message, name: str) -> Message:
     return tool | {"function": tool["function"] | {"name": name}}
 
 
-def _inline(message: Message) -> InlineReasoning | None:
+def _inline(message: Mapping[str, Any]) -> InlineReasoning | None:
     return inline_reasoning(message["role"], message["content"])

@@ -78,7 +78,7 @@ class _Texts:
 
 
 def first_spelled_token(
-    messages: Sequence[Message], tools: Sequence[Message], special_tokens: re.Pattern[str]
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], special_tokens: re.Pattern[str]
 ) -> SpelledToken | None:
     """Return the first special token in the texts of a chat; None without one."""
     for place, texts in _texts_by_place(messages, tools):
@@ -89,7 +89,7 @@ def first_spelled_token(
     return None
 
 
-def place_of_surrogate(messages: Sequence[Message], tools: Sequence[Message]) -> str | None:
+def place_of_surrogate(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the message or tool that contains half of a surrogate pair; None without one."""
     for place, texts in _texts_by_place(messages, tools):
         for text in texts:
@@ -98,7 +98,9 @@ def place_of_surrogate(messages: Sequence[Message], tools: Sequence[Message]) ->
     return None
 
 
-def _texts_by_place(messages: Sequence[Message], tools: Sequence[Message]) -> Iterator[tuple[str, list[str]]]:
+def _texts_by_place(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, list[str]]]:
     """Yield the strings of each message and tool, keys included."""
     for i, message in enumerate(messages):
         collected = _Texts()

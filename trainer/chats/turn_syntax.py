@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from trainer.chats.content_search import first_difference
 from trainer.chats.jinja_template import JinjaTemplate, TemplateError
 from trainer.chats.json_values import Message
-from trainer.chats.message_parts import REASONING
-from trainer.chats.messages import REASONING_KEYS
+from trainer.chats.message_content import REASONING, REASONING_KEYS
+from trainer.chats.tool_calls import with_text_arguments
 
 INLINE = "inline"  # opening of reasoning in the content
 _USER, _CONTENT, _REASONING, _CALL = "ProbeUser", "ProbeContent", "ProbeReasoning", "ProbeCall"
@@ -23,16 +23,18 @@ _USER, _CONTENT, _REASONING, _CALL = "ProbeUser", "ProbeContent", "ProbeReasonin
 class TurnSyntax:
     """The text of the template around the parts of an assistant message.
 
-    openings       text between the generation prompt and the first part of a message, by kind of that part
-    after_content  text after the content of the last message of a chat
-    after_calls    text after the arguments of the last tool call of the last message; empty if it is unknown
-    reasoning_key  key of a message by which the template reads its reasoning
+    openings           text between the generation prompt and the first part of a message, by kind of that part
+    after_content      text after the content of the last message of a chat
+    after_calls        text after the arguments of the last tool call of the last message; empty if it is unknown
+    reasoning_key      key of a message by which the template reads its reasoning
+    arguments_as_text  whether the template expects the arguments of a tool call as JSON text instead of an object
     """
 
     openings: Mapping[str, str]
     after_content: str
     after_calls: str
     reasoning_key: str
+    arguments_as_text: bool
 
 
 def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax:
@@ -43,12 +45,11 @@ def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax
     """
     probe = _Probe(template, tools)
     user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _CONTENT}
-    call = {"type": "function", "function": {"name": _CALL, "arguments": {_CALL: _CALL}}}
     plain, earlier = probe.render([user, assistant]), probe.render([user, assistant, user])
     header, prompt = (probe.render([user], is_prompt).rpartition(_USER)[2] for is_prompt in (False, True))
     if prompt == header:  # the template has no generation prompt
         prompt = _between(earlier, _CONTENT) or _between(plain, _CONTENT)
-    calls = probe.render([user, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    arguments_as_text, calls = probe.tool_call(user)
     inline = probe.render([user, assistant | {"content": f"<think>{_REASONING}</think>{_CONTENT}"}])
     reasoning_key, reasoning = probe.reasoning(user, assistant)
     return TurnSyntax(
@@ -61,6 +62,7 @@ def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax
         after_content=plain.rpartition(_CONTENT)[2],
         after_calls=calls.rpartition(_CALL)[2] if _CALL in calls else "",
         reasoning_key=reasoning_key,
+        arguments_as_text=arguments_as_text,
     )
 
 
@@ -107,6 +109,22 @@ class _Probe:
             return self.template.render(messages, self.tools, generation_prompt)
         except TemplateError:
             return ""
+
+    def tool_call(self, user: Message) -> tuple[bool, str]:
+        """Return whether the template expects arguments as JSON text, and a chat with a tool call rendered that way.
+
+        A template that writes arguments without `tojson` raises an error for an object, or writes it in the syntax of
+        Python.
+        """
+        arguments = {_CALL: _CALL}
+        call = {"type": "function", "function": {"name": _CALL, "arguments": arguments}}
+        as_object, as_text = (
+            self.render([user, {"role": "assistant", "content": "", "tool_calls": [each]}])
+            for each in (call, with_text_arguments(call))
+        )
+        if as_text and (not as_object or str(arguments) in as_object):
+            return True, as_text
+        return False, as_object
 
     def reasoning(self, user: Message, assistant: Message) -> tuple[str, str]:
         """Return the key of a message from which the template reads the reasoning, and a chat rendered with that key.

@@ -14,7 +14,7 @@ from trainer.errors import DataError
 
 CHUNK_BYTES = 1 << 20
 MAX_RATIO = 200  # compressed size to content; real text reaches 20
-MAX_WINDOW_BYTES = 1 << 30  # memory of a decompressor; xz -9 needs 65 MiB
+MAX_XZ_MEMORY_BYTES = 1 << 30  # of the decompressor; a file of xz -9 needs 65 MiB
 MIN_LIMIT_BYTES = 1 << 30  # a content below this size may have any ratio
 
 
@@ -56,7 +56,7 @@ DECOMPRESSORS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
     ".gz": _read_gzip,
     ".zst": _read_zstd,
     ".bz2": partial(_read_streams, bz2.BZ2Decompressor),
-    ".xz": partial(_read_streams, partial(lzma.LZMADecompressor, memlimit=MAX_WINDOW_BYTES)),
+    ".xz": partial(_read_streams, partial(lzma.LZMADecompressor, memlimit=MAX_XZ_MEMORY_BYTES)),
 }
 """Suffix -> function that yields the content of a compressed file in chunks."""
 
@@ -81,9 +81,15 @@ def decompressed_chunks(file: BinaryIO, suffix: str, path: Path, size: int) -> I
 
 
 def _chunks(read: Callable[[BinaryIO], Iterator[bytes]], file: BinaryIO, path: Path) -> Iterator[bytes]:
-    # pyarrow raises OSError and ValueError, gzip EOFError, OSError and zlib.error.
+    # pyarrow raises OSError and ValueError; gzip EOFError, OSError and zlib.error; bz2 OSError and ValueError; lzma
+    # LZMAError and MemoryError; _read_streams EOFError.
     try:
         yield from read(file)
     except (EOFError, OSError, ValueError, MemoryError, zlib.error, lzma.LZMAError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if reason == "Memory usage limit exceeded":
+            reason = (
+                f"it needs more than {MAX_XZ_MEMORY_BYTES >> 20} MiB of memory: decompress it, and list the result or "
+                "compress it with a smaller dictionary, for example with `xz -9`"
+            )
         raise DataError(f"cannot decompress {path}: {reason}") from error

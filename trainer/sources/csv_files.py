@@ -1,5 +1,7 @@
 """CSV and TSV files as sources. The first row has the names of the columns; values stay strings.
 
+Columns without a name, which spreadsheets export beside a table, are left out.
+
 Rows may contain line breaks, so that a file is converted to JSON lines. A line is an object, or a list of two numbers
 for a row with too many values: the number of columns, and the number of values.
 """
@@ -62,7 +64,7 @@ def parse_row(line: bytes) -> Mapping[str, Any]:
 
 def _to_lines(chunks: Chunks, path: Path, delimiter: str) -> Chunks:
     csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; the default of 128 KiB is less than a long text
-    rows = csv.reader(_lines(decoded(chunks, path)), delimiter=delimiter, strict=True)
+    rows = csv.reader(_lines(decoded(chunks, path), path), delimiter=delimiter, strict=True)
     header: list[str] = []
     num_rows = 0
     try:
@@ -73,19 +75,34 @@ def _to_lines(chunks: Chunks, path: Path, delimiter: str) -> Chunks:
                 num_rows += 1
                 yield _line(header, row)
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: {error}") from error
+        raise DataError(f"{path}, line {rows.line_num}: {_reason(error)}") from error
     if not num_rows:
         raise DataError(f"{path} has no row after the names of its columns")
 
 
+def _reason(error: csv.Error) -> str:
+    if "new-line character" in str(error):  # its text gives advice about the code
+        return (
+            "a carriage return without a line feed, expected lines that end with a line feed: convert the file, for "
+            r"example with `tr '\r' '\n'`"
+        )
+    return str(error)
+
+
 def _checked_header(row: list[str], path: Path) -> list[str]:
-    """Return the names of the columns, which every line repeats. Raises DataError if two are equal or one is long."""
+    """Return the names of the columns, which every line repeats; "" for a column without a name.
+
+    Raises DataError if two names are equal, one is long or no column has one.
+    """
+    row = [name if name.strip() else "" for name in row]
+    if not any(row):
+        raise DataError(f"{path}: its first row, which names the columns, has no name")
     if (longest := max(map(len, row))) > MAX_NAME_CHARS:
         raise DataError(
             f"{path}: its first row, which names the columns, has a name of {longest} characters, expected at most "
             f"{MAX_NAME_CHARS}"
         )
-    name, count = Counter(row).most_common(1)[0]
+    name, count = Counter(filter(None, row)).most_common(1)[0]
     if count > 1:
         raise DataError(f"{path}: its first row, which names the columns, has {name[:40]!r} more than once")
     return row
@@ -93,18 +110,26 @@ def _checked_header(row: list[str], path: Path) -> list[str]:
 
 def _line(header: list[str], row: list[str]) -> bytes:
     is_long = len(row) > len(header)  # columns that a short row lacks are missing
-    values: object = [len(header), len(row)] if is_long else dict(zip(header, row, strict=False))
+    named = {name: value for name, value in zip(header, row, strict=False) if name}
+    values: object = [len(header), len(row)] if is_long else named
     return json.dumps(values, ensure_ascii=False).encode() + b"\n"
 
 
-def _lines(chunks: Iterator[str]) -> Iterator[str]:
-    """Split a stream of text at line feeds, which stay at the ends."""
+def _lines(chunks: Iterator[str], path: Path) -> Iterator[str]:
+    """Split a stream of text at line feeds, which stay at the ends. Raises DataError for a line that is too long."""
     rest: list[str] = []
+    number, rest_chars = 1, 0
     for chunk in chunks:
         *complete, last = chunk.split("\n")
         for line in complete:
             yield "".join([*rest, line, "\n"])
-            rest = []
+            number, rest, rest_chars = number + 1, [], 0
         rest.append(last)
+        rest_chars += len(last)
+        if rest_chars > MAX_LINE_BYTES:
+            raise DataError(
+                f"{path}, line {number} is longer than {MAX_LINE_BYTES >> 20} MiB: end every row with a line feed, or "
+                "store a text of this length in a text file"
+            )
     if any(rest):
         yield "".join(rest)

@@ -20,7 +20,7 @@ from trainer.sources.cached_folder import CachedFolder
 from trainer.sources.compression import decompressed_chunks, split_suffix
 from trainer.sources.stable_file import StableFile
 
-FORMAT = 1  # version of the converted copies
+FORMAT = 2  # of the converted copies; increase it if a decompression or a conversion gives another content
 COPY, ORIGIN = "content", "origin.json"
 HEAD_BYTES = 1 << 16
 

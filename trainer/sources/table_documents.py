@@ -70,7 +70,11 @@ class TableDocuments:
         if not document.content:
             return EmptyRecord()
         if self.format.is_whole and (num_bytes := len(document.content)) > MAX_WHOLE_BYTES:
-            return self._invalid(record, f"it has {num_bytes:,} bytes, expected at most {MAX_WHOLE_BYTES:,}")
+            return self._invalid(
+                record,
+                f"the {'chat' if self.format.is_chat else 'prompt with its completion'} has {num_bytes:,} bytes, "
+                f"expected at most {MAX_WHOLE_BYTES:,}: shorten or remove it",
+            )
         # A chat, and a text with a prompt, is one window, so that it must stay in one chunk.
         chunks = [document.content] if self.format.is_whole else split_chunks(io.BytesIO(document.content).read)
         labels = document.domain, document.teacher

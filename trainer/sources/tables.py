@@ -9,13 +9,14 @@ import errno
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.errors import DataError
 from trainer.paths import cache_dir
+from trainer.sources.arrow_files import map_arrow
 from trainer.sources.base import Documents, Table, TableRecord
 from trainer.sources.config import SourceConfig
 from trainer.sources.data_file import DataFile, open_data_file
@@ -30,7 +31,7 @@ log = logging.getLogger("tutelage.data")
 NEWLINE = "\n"
 NUM_EXAMINED_ROWS = 100
 UNREADABLE = (ValueError, OverflowError)
-"""Errors for values that Python has not: strings that are not UTF-8, times beyond the year 9999."""
+"""Errors raised for values that Python cannot represent: strings that are not UTF-8, times after the year 9999."""
 
 
 class ParquetSource:
@@ -42,10 +43,6 @@ class ParquetSource:
         return TableDocuments(ParquetTable(open_data_file(path)), config)
 
 
-CONTINUATION = b"\xff\xff\xff\xff"  # in front of every message of a stream
-END_OF_STREAM = CONTINUATION + bytes(4)
-
-
 class ArrowSource:
     """Arrow files: the stream format, which `datasets` writes, or the file format."""
 
@@ -54,7 +51,7 @@ class ArrowSource:
     def open(self, path: Path, config: SourceConfig) -> Documents:
         file, datasets = open_data_file(path), _import_datasets()
         try:
-            table = _map_arrow(file.content.path)
+            table = map_arrow(file.content.path)
             table.validate(full=True)  # offsets of a damaged file may lie outside of it
             dataset = datasets.Dataset(datasets.table.InMemoryTable(table))
         except Exception as error:  # a damaged file or schema: `datasets` and Arrow raise errors of any kind
@@ -115,12 +112,12 @@ class ParquetTable:
     def example(self, column: str) -> object:
         try:
             batches = self._parquet.iter_batches(NUM_EXAMINED_ROWS, columns=[column])
-            rows = next(batches).column(0).to_pylist()
+            rows = next(batches).column(0)
         except StopIteration:  # no row
             return None
         except Exception as error:
             raise DataError(f"cannot read {self.where}: {_first_line(error)}") from error
-        return next((value for value in rows if value is not None), None)
+        return _first_value(row.as_py for row in rows)
 
     def select(self, columns: Sequence[str]) -> Table:
         datasets = _import_datasets()
@@ -163,11 +160,8 @@ class DatasetTable:
         return (self._dataset._fingerprint, len(self._dataset), *stamps)
 
     def example(self, column: str) -> object:
-        try:
-            rows = self._dataset.select_columns([column])[:NUM_EXAMINED_ROWS][column]
-        except UNREADABLE:  # counted when the rows are indexed
-            return None
-        return next((value for value in rows if value is not None), None)
+        rows = self._dataset.select_columns([column])
+        return _first_value(partial(_value, rows, i, column) for i in range(min(NUM_EXAMINED_ROWS, len(rows))))
 
     def select(self, columns: Sequence[str]) -> Table:
         return DatasetTable(self.name, self.where, self._dataset.select_columns(list(columns)), self._file)
@@ -203,6 +197,22 @@ class DatasetTable:
             self._file.original.check()
 
 
+def _first_value(loads: Iterable[Callable[[], object]]) -> object:
+    """Return the first value that is not null. Values that cannot be read are counted when the rows are indexed."""
+    for load in loads:
+        try:
+            value = load()
+        except UNREADABLE:
+            continue
+        if value is not None:
+            return value
+    return None
+
+
+def _value(rows: "Dataset", row: int, column: str) -> object:
+    return rows[row][column]
+
+
 def without_absent_keys(value: Any, feature: Any) -> Any:
     """Remove the null fields of structs at every depth. Nulls inside of JSON values are kept.
 
@@ -216,24 +226,6 @@ def without_absent_keys(value: Any, feature: Any) -> Any:
     if isinstance(value, list) and (inner := getattr(feature, "feature", None)) is not None:
         return [without_absent_keys(item, inner) for item in value]
     return value
-
-
-def _map_arrow(path: Path) -> Any:
-    """Map an Arrow file into memory as a table. Raises ValueError for a stream that does not end with its end mark."""
-    import pyarrow
-
-    source = pyarrow.memory_map(str(path))
-    try:
-        table = pyarrow.ipc.open_stream(source).read_all()
-    except pyarrow.ArrowInvalid:
-        source.seek(0)
-        return pyarrow.ipc.open_file(source).read_all()
-    source.seek(0)
-    has_marks = source.read(len(CONTINUATION)) == CONTINUATION  # not in a stream of Arrow 0.14 or earlier
-    source.seek(max(source.size() - len(END_OF_STREAM), 0))
-    if has_marks and source.read() != END_OF_STREAM:  # a stream that is cut between two batches can be read
-        raise ValueError("the stream does not end with its end mark: the file is cut, or other data follow")
-    return table
 
 
 def _datasets_cache() -> Path:

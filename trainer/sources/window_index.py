@@ -27,7 +27,7 @@ from trainer.sources.record_formats.base import InvalidRecordError
 from trainer.sources.window_indexer import DOCUMENT, WINDOW, IndexSummary, WindowIndexer, check_invalid
 from trainer.sources.windows import CHUNK_BYTES
 
-FORMAT = 4  # version of the stored files, of the way that texts are cut, and of the normal form of chats
+FORMAT = 5  # version of the stored files, of the way that texts are cut, and of the normal form of chats
 _Stored = tuple[IndexSummary, NDArray[np.void], NDArray[np.void]]
 
 

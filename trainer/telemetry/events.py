@@ -68,7 +68,7 @@ class StartEvent(Event):
     """Versions of Python and of the main packages."""
     supervision: str = ""
     """Parts of a chat that are supervised. Absent in runs without chats."""
-    remarks: list[str] = Field(default=[])
+    remarks: list[str]
     """Remarks and warnings about the data, and about the chats for the student and for each teacher."""
 
 

@@ -17,54 +17,56 @@ from trainer.tokenization import SampleTokenizer, is_skipped
 MAX_RENDERED = 32  # chats, evenly spaced, in which a turn must end
 
 
-def check_chats(corpus: Corpus, models: Mapping[str, SampleTokenizer], data: DataConfig) -> list[str]:
+def check_chats(corpus: Corpus, tokenizers: Mapping[str, SampleTokenizer], data: DataConfig) -> list[str]:
     """Check all chats for some models, and return remarks and warnings as sentences.
 
-    models  tokenizers by the name of the model in the sentences: "student" or "teacher NAME"
+    tokenizers  tokenizers by the name of the model in the sentences: "student" or "teacher NAME"
     Raises DataError for special tokens in the texts of chats that are neither skipped nor encoded as ordinary text, and
     ChatError for a chat that cannot be rendered.
     """
-    with_template = {name: model for name, model in models.items() if model.template is not None}
-    spelled = _find_spelled(corpus, with_template)
+    with_template = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer.template is not None}
+    counts = _count_special_tokens(corpus, with_template)
     remarks: list[str] = []
-    for name, model in with_template.items():
-        remarks += _describe_spelled(spelled[name], data, name)
-        remarks += _check_end_of_turn(corpus, model, data, name)
+    for name, tokenizer in with_template.items():
+        remarks += _describe_special_tokens(counts[name], data, name)
+        remarks += _check_end_of_turn(corpus, tokenizer, data, name)
     return remarks
 
 
 @dataclass
-class _Spelled:
-    """Chats that contain special tokens of a model.
+class _SpecialTokenCount:
+    """Number of chats that contain special tokens of a model.
 
-    total  number of all chats
-    count  number of chats that contain a special token
-    first  the first of them and its special token
+    num_chats       number of all chats
+    num_with_token  number of chats that contain a special token
+    first           the first of them and its special token
     """
 
-    total: int = 0
-    count: int = 0
+    num_chats: int = 0
+    num_with_token: int = 0
     first: str = ""
 
 
-def _find_spelled(corpus: Corpus, models: Mapping[str, SampleTokenizer]) -> dict[str, _Spelled]:
+def _count_special_tokens(corpus: Corpus, tokenizers: Mapping[str, SampleTokenizer]) -> dict[str, _SpecialTokenCount]:
     """Count the chats that contain special tokens of each model. Every chat is read once for all models."""
-    found = {name: _Spelled() for name in models}
-    templates = [(found[name], model.template) for name, model in models.items() if model.template is not None]
+    counts = {name: _SpecialTokenCount() for name in tokenizers}
+    templates = [(counts[name], each.template) for name, each in tokenizers.items() if each.template is not None]
     for sample in _chats(corpus) if templates else ():
-        for spelled, template in templates:
-            spelled.total += 1
+        for count, template in templates:
+            count.num_chats += 1
             if token := template.spelled_token(sample.messages, sample.tools):
-                spelled.count += 1
-                spelled.first = spelled.first or f"{sample.name}: {token}"
-    return found
+                count.num_with_token += 1
+                count.first = count.first or f"{sample.name}: {token}"
+    return counts
 
 
-def _describe_spelled(spelled: _Spelled, data: DataConfig, model: str) -> list[str]:
+def _describe_special_tokens(count: _SpecialTokenCount, data: DataConfig, model: str) -> list[str]:
     """Return a remark about the chats that contain special tokens. Raises DataError if the run does not allow them."""
-    if not spelled.count:
+    if not count.num_with_token:
         return []
-    found = f"{spelled.count} of {spelled.total} chats contain special tokens of {model}, first in {spelled.first}"
+    found = (
+        f"{count.num_with_token} of {count.num_chats} chats contain special tokens of {model}, first in {count.first}"
+    )
     choice = data.supervision.special_tokens_in_content
     if choice == "text":
         return [f"{found}; they are encoded as ordinary text"]

@@ -99,8 +99,11 @@ CHAT_COLUMNS = ("tools", "loss_mask", *MEDIA_COLUMNS)
 """Columns that every format of chats reads where they exist."""
 
 
-def chat(messages: object, values: Values, config: SourceConfig) -> ChatContent:
-    """Return the chat of a record: its messages, and the columns of CHAT_COLUMNS."""
+def chat(messages: object, values: Values, config: SourceConfig, num_prompt: int = 0) -> ChatContent:
+    """Return the chat of a record: its messages, and the columns of CHAT_COLUMNS.
+
+    num_prompt  number of leading messages that are not supervised
+    """
     options = ChatOptions(config.message_roles, config.other_parts == "drop")
     media = next((column for column in MEDIA_COLUMNS if values.get(column)), None)
     if media and not options.drops_other_parts:
@@ -108,7 +111,7 @@ def chat(messages: object, values: Values, config: SourceConfig) -> ChatContent:
             f'it has {media}; text is used only: remove the record, or set other_parts = "drop" in its source to use '
             "the text alone"
         )
-    return ChatContent(*normalize_chat(messages, values.get("tools"), values.get("loss_mask"), options))
+    return ChatContent(*normalize_chat(messages, values.get("tools"), values.get("loss_mask"), options, num_prompt))
 
 
 def turn(role: str, content: str) -> Message:
