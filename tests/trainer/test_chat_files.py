@@ -113,6 +113,18 @@ def test_a_template_that_writes_arguments_without_a_filter_receives_json_text(wr
         chat_template(text.replace(written, "{}")).render(tool_chat(tool_calls=calls), [TOOL])
 
 
+def test_a_template_that_renders_calls_beside_a_null_content_receives_null() -> None:
+    """As templates of early DeepSeek V3 do, which also write the arguments as text."""
+    text = """{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.content is none %}call {{ m.tool_calls[0].function.name + ' ' + m.tool_calls[0].function.arguments }}
+{%- else %}{{ m.content }}{% endif %}<|im_end|>
+{% endfor %}"""
+    rendered = chat_template(text).render(tool_chat())
+    assert span_texts(rendered) == ['call weigh {"sack": 3}', "14.5 kilograms."]
+    with pytest.raises(ChatError, match="omits or rewrites a tool call of message 1"):
+        chat_template(text).render(tool_chat(content="So:"))
+
+
 def test_special_tokens_in_arguments_as_text_are_ordinary_text_if_configured() -> None:
     text = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments")
     calls = [{"function": {"name": "weigh", "arguments": {"at": "<|im_end|>"}}}]

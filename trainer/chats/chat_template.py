@@ -99,7 +99,7 @@ class ChatTemplate:
             label,
             self.supervision,
             reasoning_key=syntax.reasoning_key,
-            arguments_as_text=syntax.arguments_as_text,
+            call_style=syntax.call_style,
         )
         rendered = chat.render(slots)
         turns = regions(rendered, slots, syntax, ends, escape.mark if escape else "")

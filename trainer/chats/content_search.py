@@ -20,7 +20,7 @@ from trainer.chats.json_values import Message
 from trainer.chats.message_content import REASONING
 from trainer.chats.message_parts import PART_KINDS, Slot, has_text, part_text, with_marks
 from trainer.chats.omissions import EXCERPT_CHARS, Omission, excerpt_of_call, mark_unsearched
-from trainer.chats.tool_calls import with_text_arguments
+from trainer.chats.tool_calls import CallStyle
 
 Range = tuple[int, int]  # characters [start, stop) of the rendered text
 _ADVICE = (
@@ -48,11 +48,11 @@ class RenderedText:
 class Chat:
     """A chat and the template that renders it.
 
-    label              sample and model, for error messages
-    reasoning_key      key of a message from which the template reads the reasoning
-    arguments_as_text  whether the template receives the arguments of tool calls as JSON text
-    num_folded         1 if the system message was merged into the user message that follows it, else 0. All indices of
-                       messages refer to the chat without this change
+    label          sample and model, for error messages
+    reasoning_key  key of a message from which the template reads the reasoning
+    call_style     how the template expects messages with tool calls
+    num_folded     1 if the system message was merged into the user message that follows it, else 0. All indices of
+                   messages refer to the chat without this change
     """
 
     template: JinjaTemplate
@@ -61,7 +61,7 @@ class Chat:
     label: str
     supervision: SupervisionConfig
     reasoning_key: str = REASONING
-    arguments_as_text: bool = False
+    call_style: CallStyle = CallStyle()
     num_folded: int = 0
 
     def render(self, slots: Sequence[Slot]) -> RenderedText:
@@ -112,9 +112,7 @@ class Chat:
         """Return a message as the template expects it, without the key "train", which only this project defines."""
         renames = {REASONING: self.reasoning_key}
         plain = {renames.get(key, key): value for key, value in message.items() if key != "train"}
-        if self.arguments_as_text and "tool_calls" in plain:
-            plain["tool_calls"] = [with_text_arguments(call) for call in plain["tool_calls"]]
-        return plain
+        return self.call_style.applied_to(plain)
 
     def _omitted(self, omission: Omission) -> Omission:
         """Return the omission. Raises ChatError if it has a problem and `changed_content` is "refuse"."""

@@ -1,6 +1,7 @@
-"""Normalization of tool calls and of the definitions of tools."""
+"""Normalization of tool calls and of the definitions of tools, and the styles in which templates expect calls."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from trainer.chats.json_values import (
@@ -34,8 +35,34 @@ def _tool_call(call: object) -> Message:
     return {"type": "function", **identity, "function": named}
 
 
-def with_text_arguments(call: Message) -> Message:
-    """Return a tool call with its arguments as JSON text."""
+@dataclass(frozen=True)
+class CallStyle:
+    """How a chat template expects the messages with tool calls.
+
+    arguments_as_text  arguments are JSON text instead of an object
+    null_content       the content of a message without text is null instead of ""
+    """
+
+    arguments_as_text: bool = False
+    null_content: bool = False
+
+    def applied_to(self, message: Message) -> Message:
+        """Return a message in normal form as the template expects it."""
+        if "tool_calls" not in message:
+            return message
+        changed = dict(message)
+        if self.arguments_as_text:
+            changed["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+        if self.null_content and not message["content"]:
+            changed["content"] = None
+        return changed
+
+
+CALL_STYLES = tuple(CallStyle(as_text, null) for null in (False, True) for as_text in (False, True))
+"""All styles, in the order in which a template is tried with them."""
+
+
+def _with_text_arguments(call: Message) -> Message:
     function = call["function"]
     return call | {"function": function | {"arguments": json_text(function["arguments"], _ARGUMENTS)}}
 

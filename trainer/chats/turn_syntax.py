@@ -13,7 +13,7 @@ from trainer.chats.content_search import first_difference
 from trainer.chats.jinja_template import JinjaTemplate, TemplateError
 from trainer.chats.json_values import Message
 from trainer.chats.message_content import REASONING, REASONING_KEYS
-from trainer.chats.tool_calls import with_text_arguments
+from trainer.chats.tool_calls import CALL_STYLES, CallStyle
 
 INLINE = "inline"  # opening of reasoning in the content
 _USER, _CONTENT, _REASONING, _CALL = "ProbeUser", "ProbeContent", "ProbeReasoning", "ProbeCall"
@@ -23,18 +23,18 @@ _USER, _CONTENT, _REASONING, _CALL = "ProbeUser", "ProbeContent", "ProbeReasonin
 class TurnSyntax:
     """The text of the template around the parts of an assistant message.
 
-    openings           text between the generation prompt and the first part of a message, by kind of that part
-    after_content      text after the content of the last message of a chat
-    after_calls        text after the arguments of the last tool call of the last message; empty if it is unknown
-    reasoning_key      key of a message by which the template reads its reasoning
-    arguments_as_text  whether the template expects the arguments of a tool call as JSON text instead of an object
+    openings       text between the generation prompt and the first part of a message, by kind of that part
+    after_content  text after the content of the last message of a chat
+    after_calls    text after the arguments of the last tool call of the last message; empty if it is unknown
+    reasoning_key  key of a message by which the template reads its reasoning
+    call_style     how the template expects messages with tool calls
     """
 
     openings: Mapping[str, str]
     after_content: str
     after_calls: str
     reasoning_key: str
-    arguments_as_text: bool
+    call_style: CallStyle
 
 
 def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax:
@@ -49,7 +49,7 @@ def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax
     header, prompt = (probe.render([user], is_prompt).rpartition(_USER)[2] for is_prompt in (False, True))
     if prompt == header:  # the template has no generation prompt
         prompt = _between(earlier, _CONTENT) or _between(plain, _CONTENT)
-    arguments_as_text, calls = probe.tool_call(user)
+    call_style, calls = probe.tool_call(user)
     inline = probe.render([user, assistant | {"content": f"<think>{_REASONING}</think>{_CONTENT}"}])
     reasoning_key, reasoning = probe.reasoning(user, assistant)
     return TurnSyntax(
@@ -62,7 +62,7 @@ def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax
         after_content=plain.rpartition(_CONTENT)[2],
         after_calls=calls.rpartition(_CALL)[2] if _CALL in calls else "",
         reasoning_key=reasoning_key,
-        arguments_as_text=arguments_as_text,
+        call_style=call_style,
     )
 
 
@@ -110,21 +110,19 @@ class _Probe:
         except TemplateError:
             return ""
 
-    def tool_call(self, user: Message) -> tuple[bool, str]:
-        """Return whether the template expects arguments as JSON text, and a chat with a tool call rendered that way.
+    def tool_call(self, user: Message) -> tuple[CallStyle, str]:
+        """Return the first style in which the template renders a tool call, and a chat rendered in this style.
 
         A template that writes arguments without `tojson` raises an error for an object, or writes it in the syntax of
-        Python.
+        Python. Some templates render calls only beside a null content. Return the default style if there is none.
         """
         arguments = {_CALL: _CALL}
         call = {"type": "function", "function": {"name": _CALL, "arguments": arguments}}
-        as_object, as_text = (
-            self.render([user, {"role": "assistant", "content": "", "tool_calls": [each]}])
-            for each in (call, with_text_arguments(call))
-        )
-        if as_text and (not as_object or str(arguments) in as_object):
-            return True, as_text
-        return False, as_object
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        texts = {style: self.render([user, style.applied_to(message)]) for style in CALL_STYLES}
+        rendered = (style for style, text in texts.items() if _CALL in text and str(arguments) not in text)
+        style = next(rendered, CallStyle())
+        return style, texts[style]
 
     def reasoning(self, user: Message, assistant: Message) -> tuple[str, str]:
         """Return the key of a message from which the template reads the reasoning, and a chat rendered with that key.
