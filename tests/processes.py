@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+KILL_TIMEOUT_S = 30.0  # after SIGKILL
+
 
 @contextmanager
 def started(command: list[str], log: Path | None = None) -> Iterator[psutil.Popen]:
@@ -16,8 +18,14 @@ def started(command: list[str], log: Path | None = None) -> Iterator[psutil.Pope
     try:
         yield process
     finally:
-        with suppress(psutil.NoSuchProcess):
-            for child in process.children(recursive=True):
-                child.kill()
-            process.kill()
-        process.wait()
+        for each in (*_descendants(process), process):
+            with suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+                each.kill()
+        process.wait(KILL_TIMEOUT_S)
+
+
+def _descendants(process: psutil.Popen) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []

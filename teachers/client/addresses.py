@@ -6,8 +6,10 @@ per line; blank lines and lines that start with # are ignored. Two spellings of 
 """
 
 import asyncio
+import logging
 import re
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -16,9 +18,12 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from teachers.protocol.errors import TeacherError, Unavailable
 
+log = logging.getLogger("tutelage.pool")
 DNS = "dns+"
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
+AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?/*([^/?#]*)", re.IGNORECASE)  # also of an address without a scheme
+RESOLVE_EVERY_S = 10.0  # interval at which files and DNS names with replicas are read again
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,20 @@ async def resolve_urls(address: TeacherAddress) -> list[str]:
     return list(urls)
 
 
+async def follow_urls(address: TeacherAddress) -> AsyncIterator[list[str]]:
+    """Yield the result of resolve_urls every RESOLVE_EVERY_S. An error is logged, and nothing is yielded for it."""
+    while True:
+        await asyncio.sleep(RESOLVE_EVERY_S)
+        try:
+            urls = await resolve_urls(address)
+        except TeacherError as error:
+            log.warning("%s; the replicas remain unchanged", error)
+        except Exception:  # otherwise no replica would be added or removed any more
+            log.exception("the addresses of teacher %s cannot be resolved", address.name)
+        else:
+            yield urls
+
+
 def canonical_url(name: str, url: str) -> str:
     """Return the canonical form of an address, which is the same for all spellings of the address.
 
@@ -94,30 +113,39 @@ def canonical_url(name: str, url: str) -> str:
     if separator and scheme not in DEFAULT_PORTS and not dns:
         return url
     if dns and scheme != "http":  # not https: a certificate is for the name, not for its addresses
-        raise TeacherError(f"teacher {name}: expected dns+http://HOST:PORT, received {url!r}")
+        raise TeacherError(f"teacher {name}: expected dns+http://HOST:PORT, received {_shown(url)}")
     try:
         parts = urlsplit(url[len(dns) :])
         authority = _authority(parts)
     except ValueError as error:
-        raise TeacherError(f"teacher {name}: {url!r} is not an address: {error}") from error
+        raise TeacherError(f"teacher {name}: {_shown(url)} is not an address: {error}") from error
     path = re.sub("/v1$", "", parts.path.rstrip("/")).rstrip("/")
     return f"{dns}{scheme}://{authority}{path}"
 
 
 def _reject_secrets(name: str, url: str) -> None:
-    """Raise TeacherError if an address contains a password or a query. The message repeats neither of them."""
-    if "@" in unquote(url):
-        host = unquote(url).rpartition("@")[2]
+    """Raise TeacherError if an address has a user, a password, a query or a fragment. The message repeats none of them.
+
+    An @ in the path is valid. In the authority (host and port) it ends the user and the password.
+    """
+    found = AUTHORITY.match(url)
+    authority = unquote(found[1]) if found else ""
+    if "@" in authority:
+        host = re.split("[/?#]", authority.rpartition("@")[2])[0]
         raise TeacherError(
             f"teacher {name}: the address …@{host} contains a user or password: remove it, and name the bearer key "
             "with key_file or key_env"
         )
     if "?" in url or "#" in url:
-        base = re.split("[?#]", url)[0]
         raise TeacherError(
-            f"teacher {name}: the address {base} is followed by a query or fragment: remove it, and name the bearer "
-            "key with key_file or key_env"
+            f"teacher {name}: the address {_shown(url)} is followed by a query or fragment: remove it, and name the "
+            "bearer key with key_file or key_env"
         )
+
+
+def _shown(url: str) -> str:
+    """Return an address for a message, without query and fragment; "…" if it has an @, which may end a password."""
+    return "…" if "@" in unquote(url) else repr(re.split("[?#]", url)[0])
 
 
 def _authority(parts: SplitResult) -> str:

@@ -9,29 +9,28 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
-from dataclasses import dataclass
-from typing import Literal
 
-from teachers.client.addresses import TeacherAddress, resolve_urls
+from teachers.client.addresses import TeacherAddress, follow_urls, resolve_urls
 from teachers.client.background_tasks import BackgroundTasks
+from teachers.client.events import TeacherEvent
 from teachers.client.limits import backoff_s
-from teachers.client.replica import LASTING, MIN_TRIAL_S, ClientFactory, Replica, may_recover
+from teachers.client.replica import MIN_TRIAL_S, ClientFactory, Replica, may_recover
 from teachers.client.start_wait import REPORT_PAUSE_S, StartWait
-from teachers.protocol.errors import FingerprintMismatch, Overloaded, TeacherError, TeacherLost, Unavailable
+from teachers.protocol.errors import (
+    FingerprintMismatch,
+    InvalidRows,
+    Overloaded,
+    TeacherError,
+    TeacherLost,
+    Unauthorized,
+    Unavailable,
+    VersionMismatch,
+)
 from teachers.protocol.messages import TeacherCard
 
 log = logging.getLogger("tutelage.pool")
-LAST_ATTEMPT = 0.95  # of the time until the teacher is lost: a Retry-After counts up to this time
-RESOLVE_EVERY_S = 10.0  # interval at which files and DNS names with replicas are read again
-
-
-@dataclass(frozen=True)
-class TeacherEvent:
-    """The loss of a teacher during a run, or its return."""
-
-    kind: Literal["teacher_lost", "teacher_joined"]
-    teacher: str
-    detail: str
+PERMANENT_FAULTS = (InvalidRows, VersionMismatch, Unauthorized)  # a restarted server would respond in the same way
+MAX_PAUSE_SHARE = 0.95  # of the time until the teacher is lost; the rest is for an attempt after a longer Retry-After
 
 
 class ReplicaHealth:
@@ -94,6 +93,8 @@ class ReplicaHealth:
         except TeacherError as error:
             return [error]
         for replica, result in zip(self.replicas, results, strict=True):
+            if isinstance(result, Overloaded):
+                self.pause(replica, result)
             if isinstance(result, TeacherError):
                 self.quarantine(replica, result)
         return []
@@ -148,14 +149,16 @@ class ReplicaHealth:
         self._unavailable_since = None
 
     def pause(self, replica: Replica, error: Overloaded) -> None:
-        """Send no request to an overloaded replica during its Retry-After, limited by LAST_ATTEMPT."""
+        """Send no request to an overloaded replica during the time that it asked for, limited by MAX_PAUSE_SHARE."""
         self._record_failure(error)
         loop = asyncio.get_running_loop()
-        limit_s = LAST_ATTEMPT * (self._address.unavailable_timeout_s if self._lost else self._remaining_s() or 0.0)
-        pause_s = min(error.retry_after_s or backoff_s(1), max(limit_s, backoff_s(1)))
+        remaining_s = self._address.unavailable_timeout_s if self._lost else self._remaining_s() or 0.0
+        pause_s = min(error.retry_after_s or backoff_s(1), max(MAX_PAUSE_SHARE * remaining_s, backoff_s(1)))
         if pause_s >= REPORT_PAUSE_S and loop.time() >= replica.paused_until:
             asked_s = error.retry_after_s
-            log.warning("%s; no request is sent to it for %.0f s (Retry-After: %.0f s)", error, pause_s, asked_s)
+            log.warning(
+                "%s; no request is sent to it for %.0f s (the server asked for %.0f s)", error, pause_s, asked_s
+            )
         replica.paused_until = max(replica.paused_until, loop.time() + pause_s)
         loop.call_later(pause_s, self.notify)
 
@@ -195,7 +198,14 @@ class ReplicaHealth:
         replica.healthy = True
 
     async def _recover(self, replica: Replica) -> None:
-        """Send trial requests until one succeeds, or until the address does not contain the replica any more."""
+        """Send trial requests until one succeeds. Close the replica if the address does not contain it any more."""
+        try:
+            await self._send_trials(replica)
+        finally:
+            if self._replicas.get(replica.url) is not replica:
+                await replica.drain()
+
+    async def _send_trials(self, replica: Replica) -> None:
         while self._replicas.get(replica.url) is replica:
             paused_s = replica.paused_until - asyncio.get_running_loop().time()
             await asyncio.sleep(max(backoff_s(replica.failures), paused_s))
@@ -212,7 +222,6 @@ class ReplicaHealth:
                 self._restore(replica)
                 return
             replica.failures += 1
-        await replica.drain()
 
     def _restore(self, replica: Replica) -> None:
         log.warning("teacher %s at %s is healthy again", self._address.name, replica.url)
@@ -239,16 +248,7 @@ class ReplicaHealth:
 
     async def _follow_address(self) -> None:
         """Add new replicas and remove those that the address does not contain any more."""
-        while True:
-            await asyncio.sleep(RESOLVE_EVERY_S)
-            try:
-                urls = await resolve_urls(self._address)
-            except TeacherError as error:
-                log.warning("%s; the replicas remain unchanged", error)
-                continue
-            except Exception:  # without this task no replica would be added or removed any more
-                log.exception("the addresses of teacher %s cannot be resolved", self._address.name)
-                continue
+        async for urls in follow_urls(self._address):
             for url in [url for url in self._replicas if url not in urls]:
                 log.warning("teacher %s at %s was removed", self._address.name, url)
                 removed = self._replicas.pop(url)
@@ -282,8 +282,9 @@ class ReplicaHealth:
         """
         if isinstance(error, Overloaded):
             self.pause(replica, error)
-        self._record_failure(error)
-        only_replica_invalid = len(self._replicas) == 1 and isinstance(error, LASTING)
+        else:
+            self._record_failure(error)
+        only_replica_invalid = len(self._replicas) == 1 and isinstance(error, PERMANENT_FAULTS)
         if not self.healthy and (self._address.on_unavailable == "stop" or only_replica_invalid):
             self._lose(error)
 

@@ -22,6 +22,7 @@ from teachers.client.connection_errors import connection_error, speaks_tls, tls_
 from teachers.client.rate_limits import exhausted_s, retry_after_s
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import (
+    NotDeployed,
     NotFound,
     Overloaded,
     ProtocolError,
@@ -202,7 +203,7 @@ async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
             raise Unauthorized(f"{'the server rejects the key' if has_key else 'the server requires a key'} ({detail})")
         case 404 if RAY_NOT_FOUND.fullmatch(data) and response.headers.get("content-type", "").startswith("text/plain"):
             routes = response.request.url.copy_with(raw_path=b"/-/routes")
-            raise Unavailable(
+            raise NotDeployed(
                 f"Ray Serve has no application at {response.request.url.path} (HTTP 404): it is not deployed yet, or "
                 f"the path is wrong; {routes} lists the applications"
             )

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from teachers.backlog import Backlog
 from teachers.client.addresses import TeacherAddress
-from teachers.client.health import ReplicaHealth, TeacherEvent
+from teachers.client.events import TeacherEvent
+from teachers.client.health import ReplicaHealth
 from teachers.client.limits import HedgePolicy
 from teachers.client.rate_limits import TokenRateLimiter
 from teachers.client.replica import ClientFactory, Replica

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from teachers.client.addresses import TeacherAddress
 from teachers.client.dialects.base import ReplicaAddress, ReplicaClient
 from teachers.client.dialects.detect import connect_replica
-from teachers.client.health import TeacherEvent
+from teachers.client.events import TeacherEvent
 from teachers.client.load_balancer import LoadBalancer, LoadBalancerStats
 from teachers.client.replica import ClientFactory
 from teachers.protocol.messages import ScoreRequest, TeacherCard

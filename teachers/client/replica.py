@@ -7,11 +7,9 @@ from teachers.client.dialects.base import ReplicaClient
 from teachers.client.limits import ConcurrencyLimiter
 from teachers.protocol.errors import (
     FingerprintMismatch,
-    InvalidRows,
     ProtocolError,
     TeacherError,
     TlsError,
-    Unauthorized,
     Unavailable,
     VersionMismatch,
 )
@@ -107,7 +105,6 @@ class Replica:
             await self._client.aclose()
 
 
-LASTING = (InvalidRows, VersionMismatch, Unauthorized)  # a restarted server would respond in the same way
 NEEDS_CHANGE = (FingerprintMismatch, VersionMismatch, TlsError)  # only the user can correct them
 
 

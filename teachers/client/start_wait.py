@@ -59,7 +59,7 @@ class StartWait:
         if now < self._report_at:
             return
         details = f", {self.waited_s:.0f} s so far" if self._reported else ""
-        details += f", next attempt in {pause_s:.0f} s (Retry-After)" if pause_s >= REPORT_PAUSE_S else ""
+        details += f", next attempt in {pause_s:.0f} s (the server asked for it)" if pause_s >= REPORT_PAUSE_S else ""
         log.warning("%s; waiting for the teacher up to %g s (start_timeout_s)%s", error, self._timeout_s, details)
         self._report_at = now + self._report_s
         self._report_s = min(2 * self._report_s, MAX_REPORT_S)

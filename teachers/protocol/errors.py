@@ -3,6 +3,7 @@
 TeacherError                     names the teacher and what to do
 ├── Unavailable                  no response now; the same request may be sent again
 │   ├── Overloaded               429 or 503; carries the server's Retry-After
+│   ├── NotDeployed              404 of a Ray Serve proxy without an application at the path
 │   ├── EngineDead               the model's process or device failed for good
 │   ├── TeacherLost              no replica is left, and the run continues without this teacher
 │   ├── TlsError                 no secure connection: certificate, ca_file, or http:// instead of https://
@@ -32,6 +33,10 @@ class Overloaded(Unavailable):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class NotDeployed(Unavailable):
+    """A Ray Serve proxy has no application at the path: it is not deployed yet, or the path is wrong."""
 
 
 class EngineDead(Unavailable):

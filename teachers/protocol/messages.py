@@ -105,7 +105,10 @@ class TeacherCard(ResponseMessage):
 
     @property
     def protocol_cost(self) -> str | None:
-        """Kind of the server and the cost of its protocol compared with this one, as a sentence; None for this one."""
+        """What the responses of a stock server cost compared with the native protocol, for the user.
+
+        None for a teacher with the native protocol.
+        """
         return None
 
     def difference(self, received: "TeacherCard") -> str | None:

@@ -44,7 +44,7 @@ class FairShares:
         self._taken[client] += amount
 
     def release(self, client: str, amount: int) -> None:
-        """Count an amount of the capacity as free that a client has taken."""
+        """Subtract a released amount from the capacity that a client has taken."""
         self._taken[client] -= amount
         if not self._taken[client]:
             del self._taken[client]

@@ -72,12 +72,32 @@ def test_a_malformed_address_is_rejected_with_the_expected_form(url: str, messag
         "http://h/?key=hunter2",
         "http://h#hunter2",
         "http://u%3Ahunter2%40h",
+        "http://u:hunter2@h/?key=hunter2",
+        "http://h/?key=a@hunter2",
+        "http://h#a%40hunter2",
+        "http://u%40h%3Fkey=hunter2",
+        "http://u:hunter2?@h",
+        "http:/u:hunter2@h",
+        "u:hunter2@h",
+        "dns+http://u:hunter2@h",
+        "serve://u:hunter2@h",
     ],
 )
 def test_a_secret_in_an_address_is_rejected_and_not_repeated(url: str) -> None:
     with pytest.raises(TeacherError, match="teacher t: the address .* key_file or key_env") as error:
         canonical_url("t", url)
     assert "hunter2" not in str(error.value)
+
+
+def test_a_malformed_address_is_not_repeated_if_it_may_contain_a_password() -> None:
+    with pytest.raises(TeacherError, match="teacher t: … is not an address") as error:
+        canonical_url("t", "http://u:hunter/2@h")  # a password with an unencoded slash
+    assert "hunter" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://h/models%40v1", "http://h/models@v1"])
+def test_an_at_sign_in_the_path_is_no_password(url: str) -> None:
+    assert canonical_url("t", url) == url
 
 
 def test_equal_addresses_are_one_replica(tmp_path: Path) -> None:

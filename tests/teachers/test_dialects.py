@@ -3,10 +3,14 @@
 import asyncio
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from teachers.client import dialects
 from teachers.client.dialects.base import ReplicaAddress
@@ -15,9 +19,12 @@ from teachers.client.dialects.native import NativeClient, NativeDialect
 from teachers.client.dialects.openai_echo import OpenAIEchoDialect
 from teachers.client.dialects.ray_handle import RayHandleDialect
 from teachers.client.dialects.vllm_openai import VllmOpenAIDialect
-from teachers.protocol.errors import TeacherError, Unauthorized, Unavailable
+from teachers.protocol.errors import NotDeployed, TeacherError, Unauthorized, Unavailable
+from teachers.server.app import build_app
+from teachers.server.service import Service
+from tests.fake_echo import EchoBehaviour, FakeEchoServer
 from tests.fake_vllm import FakeVllmServer
-from tests.serve import FormulaEngine, free_port, responding, serving
+from tests.serve import FormulaEngine, free_port, responding, serving, serving_app
 
 
 def detect(url: str, **address: Any) -> object:
@@ -37,6 +44,43 @@ def test_the_dialect_of_the_run_file_is_the_only_one_tried(tiny_byte_level: Path
         assert isinstance(detect(url, dialect="openai_echo"), OpenAIEchoDialect)
         with pytest.raises(TeacherError, match="does not use the dialect sglang: correct or remove teachers.t.dialect"):
             detect(url, dialect="sglang")
+
+
+@contextmanager
+def ray_proxy(routes: FastAPI, num_refused: int = 0) -> Iterator[str]:
+    """Serve an application below /v1 like a Ray Serve proxy that deploys it after `num_refused` requests."""
+    proxy, received = FastAPI(), list[str]()
+
+    @proxy.middleware("http")
+    async def route(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        path = request.url.path
+        received.append(path)
+        if len(received) > num_refused and path.startswith("/v1/"):
+            return await call_next(request)
+        return PlainTextResponse(f"Path '{path}' not found. Ping http://.../-/routes for available routes.", 404)
+
+    proxy.mount("/", routes)
+    with serving_app(proxy) as url:
+        yield url
+
+
+def test_a_ray_proxy_with_an_application_for_one_dialect_is_accepted(tiny_byte_level: Path) -> None:
+    engine = FormulaEngine(tiny_byte_level)
+    with ray_proxy(FakeEchoServer(engine, EchoBehaviour()).app()) as url:
+        assert isinstance(detect(url), OpenAIEchoDialect)
+        with pytest.raises(NotDeployed, match=r"no application at /model_info"):
+            detect(url, dialect="sglang")
+
+
+def test_an_application_that_ray_deploys_during_the_detection_has_its_best_dialect(tiny_byte_level: Path) -> None:
+    app = build_app(Service(FormulaEngine(tiny_byte_level)))
+
+    @app.get("/v1/models")  # of a vLLM server with the plugin, which has both dialects
+    async def models() -> dict[str, list[dict[str, str]]]:
+        return {"data": [{"id": "m"}]}
+
+    with ray_proxy(app, num_refused=1) as url:
+        assert isinstance(detect(url), NativeDialect)
 
 
 def test_a_tokenizer_for_a_server_that_provides_one_is_rejected(tiny_byte_level: Path) -> None:

@@ -15,7 +15,8 @@ import pytest
 from teachers.client.addresses import TeacherAddress
 from teachers.client.dialects.base import ReplicaClient
 from teachers.client.dialects.native import NativeClient
-from teachers.client.health import ReplicaHealth, TeacherEvent
+from teachers.client.events import TeacherEvent
+from teachers.client.health import ReplicaHealth
 from teachers.client.pool import TeacherPool
 from teachers.protocol.errors import FingerprintMismatch, InvalidRows, TeacherLost, Unavailable
 from teachers.protocol.rows import Rows
@@ -171,7 +172,7 @@ def test_an_invalid_response_is_logged_with_its_sample(
 def test_replicas_in_a_file_are_added_and_removed_during_the_run(
     replicas: list[FaultyTeacher], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teachers.client.health.RESOLVE_EVERY_S", 0.1)
+    monkeypatch.setattr("teachers.client.addresses.RESOLVE_EVERY_S", 0.1)
     listing = tmp_path / "replicas"
     listing.write_text(f"# the first\n{replicas[0].url}\n", encoding="utf-8")
 

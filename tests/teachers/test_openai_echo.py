@@ -1,12 +1,15 @@
 """An OpenAI-compatible endpoint as a teacher: token strings are placed by bytes, and ambiguous positions are masked."""
 
+import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 
 import teachers.protocol.errors as errors
 from teachers.client.dialects.openai_echo import OpenAIEchoClient
@@ -17,7 +20,7 @@ from teachers.protocol.rows import LEAST_LOGPROB, Rows
 from tests.fake_echo import GENERATED, EchoBehaviour, FakeEchoServer
 from tests.rows import random_rows
 from tests.serve import FormulaEngine
-from tests.stock_servers import call, tokenizer_folder
+from tests.stock_servers import call, card_of, tokenizer_folder
 
 TEXT = "The harbour office opened at six, and the keeper was there: naïve 東京.\n"
 
@@ -203,11 +206,11 @@ def test_several_models_need_a_name(folder: Path) -> None:
     assert server.requests[-1]["model"] == "b"
 
 
-def test_a_model_that_disappears_from_the_list_has_the_length_of_its_config(folder: Path) -> None:
+def test_a_model_that_disappears_from_the_list_has_the_length_of_the_error_message(folder: Path) -> None:
     server = FakeEchoServer(FormulaEngine(folder), EchoBehaviour("escaped", shifts=False, context=200))
 
     async def run(client: OpenAIEchoClient) -> TeacherCard:
-        await client._server()
+        await client._server(time.monotonic() + 10)
         server.behaviour.models = [{"id": "another", "max_model_len": 9}]
         return await client.card()
 
@@ -222,3 +225,64 @@ def test_a_length_that_is_no_length_is_an_error_before_a_prompt_is_made_of_it(fo
     with FakeEchoServer(FormulaEngine(folder), EchoBehaviour("escaped", shifts=False)).serving() as url:
         with pytest.raises(errors.TeacherError, match=r"with max_position_embeddings from 1 to 4,194,304"):
             call(OpenAIEchoClient, url, lambda c: c.card(), folder)
+
+
+def test_a_server_that_accepts_twice_the_length_of_the_config_has_this_length(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_bytes()) | {"max_position_embeddings": 40_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    server = FakeEchoServer(FormulaEngine(folder), EchoBehaviour("escaped", shifts=False, context=100_000))
+    assert card_of(server, folder).max_tokens == 79_999
+
+
+@pytest.mark.parametrize("model", [None, "smol"])
+def test_the_list_of_models_states_the_length(folder: Path, model: str | None) -> None:
+    models = [{"id": "other", "max_model_len": 9}, {"id": "smol", "max_model_len": 150}]
+    behaviour = EchoBehaviour("escaped", shifts=False, models=models if model else models[1:])
+    with FakeEchoServer(FormulaEngine(folder), behaviour).serving() as url:
+        assert call(OpenAIEchoClient, url, lambda c: c.card(), folder, model=model).max_tokens == 149
+
+
+def test_a_gateway_without_a_list_of_models_needs_the_name_of_the_model(folder: Path) -> None:
+    class Gateway(FakeEchoServer):
+        def app(self) -> FastAPI:
+            app = super().app()
+            app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") != "/v1/models"]
+            return app
+
+    with Gateway(FormulaEngine(folder), EchoBehaviour("escaped", shifts=False)).serving() as url:
+        assert call(OpenAIEchoClient, url, lambda c: c.card(), folder, model="smol").max_tokens == 399
+        with pytest.raises(errors.NotFound, match="teacher t at .*/v1/models"):
+            call(OpenAIEchoClient, url, lambda c: c.card(), folder)
+
+
+def test_a_server_that_is_restarted_with_another_setting_is_noticed(folder: Path) -> None:
+    server = FakeEchoServer(FormulaEngine(folder), EchoBehaviour("escaped", max_top_k=8, shifts=False))
+
+    async def run(client: OpenAIEchoClient) -> None:
+        card = await client.card()
+        num_requests = len(server.requests)
+        await client.check(card, 10)
+        assert len(server.requests) == num_requests + 1, "the first check uses the examination for the card"
+        server.behaviour.max_top_k = 5
+        with pytest.raises(errors.FingerprintMismatch, match="expected max_top_k 8, received 5: "):
+            await client.check(card, 10)
+        server.behaviour.max_top_k = 8
+        await client.check(card, 10)
+
+    with server.serving() as url:
+        call(OpenAIEchoClient, url, run, folder)
+
+
+def test_the_examination_by_a_check_ends_in_time(folder: Path) -> None:
+    class Slow(FakeEchoServer):
+        async def score(self, body: dict[str, Any]) -> Any:
+            await asyncio.sleep(0.2)
+            return await super().score(body)
+
+    server = Slow(FormulaEngine(folder), EchoBehaviour("escaped", max_top_k=2, shifts=False))
+    card = card_of(server, folder)
+    with server.serving() as url:
+        began = time.monotonic()
+        with pytest.raises(errors.Unavailable, match="no complete response within"):
+            call(OpenAIEchoClient, url, lambda c: c.check(card, 0.5), folder)
+    assert time.monotonic() - began < 2

@@ -128,17 +128,35 @@ def test_no_request_is_sent_before_retry_after_and_the_wait_is_logged_once(
     assert len(times) == 4
     assert times[2] - times[0] >= 1.2
     assert caplog.messages == [
-        f"teacher t at {url}: HTTP 429; no request is sent to it for 1 s (Retry-After: 1 s)",
+        f"teacher t at {url}: HTTP 429; no request is sent to it for 1 s (the server asked for 1 s)",
     ]
 
 
 def test_a_retry_after_beyond_the_timeout_is_followed_by_an_attempt_before_the_teacher_is_lost(
     tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "LAST_ATTEMPT", 0.5)
+    monkeypatch.setattr(health, "MAX_PAUSE_SHARE", 0.5)
     with rate_limited(FormulaEngine(tiny_byte_level), num_refused=2, retry_after_s=3600) as (url, times):
         asyncio.run(score_two(TeacherAddress("t", (url,), unavailable_timeout_s=2.0)))
     assert times[2] - times[0] >= 0.95
+
+
+def test_a_second_replica_that_is_overloaded_at_the_start_is_asked_after_its_retry_after(tiny_byte_level: Path) -> None:
+    app, times = FastAPI(), list[float]()
+
+    @app.get("/{path:path}")
+    async def refuse(path: str) -> Response:
+        times.append(time.monotonic())
+        return Response(status_code=429, headers={"retry-after": "2"})
+
+    async def run(*urls: str) -> None:
+        async with TeacherPool([TeacherAddress("t", urls)]) as pool:
+            await pool.connect("t")
+            await asyncio.sleep(1.5)
+
+    with serving(FormulaEngine(tiny_byte_level)) as url, serving_app(app) as overloaded:
+        asyncio.run(run(url, overloaded))
+    assert len(times) == 1
 
 
 def test_a_lost_teacher_is_not_asked_before_retry_after(tiny_byte_level: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 
 import teachers.protocol.errors as errors
 from teachers.client.dialects.sglang import SglangClient
@@ -85,6 +86,43 @@ def test_a_probability_of_zero_is_accepted(folder: Path, has_flat: bool) -> None
     assert rows.actual[0] == LEAST_LOGPROB
     assert rows.ids[0, -1] == 5
     assert rows.logprobs[0, -1] == LEAST_LOGPROB
+
+
+@pytest.mark.parametrize("has_flat", [True, False])
+@pytest.mark.parametrize("value", [-1000.0, -9999.0, -1e30])
+def test_a_very_low_logprob_is_a_probability_of_zero(folder: Path, has_flat: bool, value: float) -> None:
+    server = FakeSglangServer(FormulaEngine(folder), has_flat)
+    card = card_of(server, folder)
+    request = ScoreRequest(sequences=[[5, 6, 7]], starts=[1], top_k=6)
+
+    def exclude(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        meta = results[0]["meta_info"]
+        tokens(meta)[1][0] = value
+        if has_flat:
+            array = np.frombuffer(base64.b64decode(meta["input_top_logprobs_val_flat_b64"]), "<f4").reshape(2, 6).copy()
+            array[0, 4] = value
+            meta["input_top_logprobs_val_flat_b64"] = base64.b64encode(array.tobytes()).decode()
+        else:
+            tops(meta)[1][4][0] = value
+        return results
+
+    server.alter = exclude
+    with server.serving() as url:
+        rows = call(SglangClient, url, lambda c: c.score(request, card, 10), folder)[0]
+    assert rows.actual[0] == LEAST_LOGPROB
+    assert rows.logprobs[0, 5] == LEAST_LOGPROB, "moved behind the others"
+    assert rows.logprobs[0, 4] > LEAST_LOGPROB
+
+
+def test_the_list_of_models_is_requested_by_its_own_name_only(folder: Path) -> None:
+    class WithoutModels(FakeSglangServer):
+        def app(self) -> FastAPI:
+            app = super().app()
+            app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") != "/v1/models"]
+            return app
+
+    with pytest.raises(errors.NotFound, match="teacher t at .*: /v1/models: HTTP 404"):
+        card_of(WithoutModels(FormulaEngine(folder)), folder)
 
 
 def test_the_last_id_of_the_vocabulary_is_written_as_zero(folder: Path) -> None:

@@ -154,7 +154,7 @@ def test_retry_after_is_followed_at_the_start_too(
     with serving_app(app) as url, pytest.raises(Unavailable, match="HTTP 429 .waited 1.5 s"):
         asyncio.run(connect(TeacherAddress("t", (url,), start_timeout_s=1.5)))
     assert paths == ["v1/teacher"] * 3  # at 0, 1 and 1.5 s
-    assert caplog.messages[0].endswith("(start_timeout_s), next attempt in 1 s (Retry-After)")
+    assert caplog.messages[0].endswith("(start_timeout_s), next attempt in 1 s (the server asked for it)")
 
 
 RAY_NOT_FOUND = "Path '{}' not found. Ping http://.../-/routes for available routes."  # of Ray 2.58

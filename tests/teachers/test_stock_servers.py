@@ -1,19 +1,23 @@
 """Properties that all stock servers share: their cards, the checks of replicas, and their detection."""
 
 import asyncio
+import json
 import logging
+import threading
 from collections.abc import Callable
 from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 import teachers.protocol.errors as errors
+from alignment.tokenizers.folder import tokenizer_files
 from teachers.client.dialects.base import ReplicaAddress
 from teachers.client.dialects.detect import connect_replica
 from teachers.client.dialects.native import NativeClient
-from teachers.client.dialects.probed_card import PROBE_TEXT, PROBE_TOLERANCE
+from teachers.client.dialects.probed_card import PROBE_TEXT, PROBE_TOLERANCE, ProbedCard
 from teachers.protocol.messages import PROBE, ScoreRequest
 from teachers.protocol.rows import Rows
 from tests.fake_sglang import FakeSglangServer
@@ -101,6 +105,52 @@ def test_a_missing_tokenizer_names_the_key_to_set(server: FakeStockServer, path:
         card_of(server, path)
 
 
+def write_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("role", ["bos", "eos"])
+def test_an_id_of_config_json_that_is_no_integer_is_an_error_of_the_teacher(
+    server: FakeStockServer, folder: Path, role: str
+) -> None:
+    write_config(folder, **{f"{role}_token_id": "x"})
+    with pytest.raises(errors.TeacherError, match=f"teacher t at .*expected an id as {role}_token_id, received 'x'"):
+        card_of(server, folder)
+
+
+@pytest.mark.parametrize("size", ["x", 0, -1, 5.0, True])
+def test_a_size_of_the_vocabulary_that_is_no_positive_integer_is_an_error_of_the_teacher(
+    server: FakeStockServer, folder: Path, size: object
+) -> None:
+    write_config(folder, vocab_size=size)
+    with pytest.raises(errors.TeacherError, match="teacher t at .*expected a positive integer as vocab_size, received"):
+        card_of(server, folder)
+
+
+def test_an_unknown_field_of_a_card_is_an_error(server: FakeStockServer, folder: Path) -> None:
+    fields = card_of(server, folder).model_dump() | {"revison": "misspelled"}
+    with pytest.raises(ValidationError, match="revison"):
+        ProbedCard.model_validate(fields)
+
+
+def test_the_tokenizer_is_not_loaded_in_the_event_loop(
+    server: FakeStockServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set[threading.Thread]()
+
+    def files(path: Path) -> dict[str, bytes]:
+        threads.add(threading.current_thread())
+        return tokenizer_files(path)
+
+    monkeypatch.setattr("teachers.client.dialects.tokenizer_folder.tokenizer_files", files)
+    card = card_of(server, folder)
+    with server.serving() as url:
+        call(server.client_type, url, lambda c: c.tokenizer_files(card), folder)
+    assert threads
+    assert threading.main_thread() not in threads
+
+
 def test_a_changed_tokenizer_file_is_rejected(server: FakeStockServer, folder: Path) -> None:
     card = card_of(server, folder)
     with server.serving() as url:
@@ -173,6 +223,34 @@ def test_the_servers_own_model_directory_is_used_if_it_is_local(name: str, folde
         files = call(server.client_type, url, lambda c: c.tokenizer_files(card))
     assert files["tokenizer.json"] == (folder / "tokenizer.json").read_bytes()
     assert set(files) == {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("name", ["vllm_openai", "sglang"])
+@pytest.mark.parametrize("stated", ["~nosuchuser1/x", "x" * 280])
+def test_a_directory_that_the_server_states_and_that_cannot_exist_is_no_tokenizer(
+    name: str, stated: str, folder: Path
+) -> None:
+    engine = FormulaEngine(folder)
+    server: FakeStockServer = FakeVllmServer(engine, root=stated)
+    if name == "sglang":
+        server = FakeSglangServer(engine)
+        server.model_info["model_path"] = stated
+    with pytest.raises(errors.TeacherError, match=r"teacher t at .*set teachers\.t\.tokenizer"):
+        card_of(server, None)
+
+
+def test_the_reason_why_a_server_does_not_use_the_dialect_of_the_run_file_is_reported(folder: Path) -> None:
+    server = FakeSglangServer(FormulaEngine(folder))
+    server.model_info["model_path"] = "a\x1b[31m"
+
+    def detected(url: str, dialect: str | None) -> object:
+        return asyncio.run(connect_replica(ReplicaAddress("t", url, tokenizer=folder, dialect=dialect)))
+
+    with server.serving() as url:
+        with pytest.raises(errors.TeacherError, match="the address is not that of a teacher"):
+            detected(url, None)
+        with pytest.raises(errors.ProtocolError, match=r"teacher t at .*/model_info: .*printable characters"):
+            detected(url, "sglang")
 
 
 def test_the_probe_is_not_only_plain_prose() -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from teachers.client.health import TeacherEvent as HealthEvent
+from teachers.client.events import TeacherEvent as HealthEvent
 from teachers.client.load_balancer import LoadBalancerStats
 from tests.trainer.made_runs import write_run
 from tests.trainer.runs import run_config, served_models, write_corpus

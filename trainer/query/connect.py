@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from alignment import TokenizerError, Vocabulary
 from teachers.client.addresses import TeacherAddress
-from teachers.client.health import TeacherEvent
+from teachers.client.events import TeacherEvent
 from teachers.client.pool import TeacherPool
 from teachers.keys import key_from_environment, key_from_file
 from teachers.protocol.errors import ProtocolError, Rejected, TeacherError

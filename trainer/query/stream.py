@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from teachers.client.health import TeacherEvent
+from teachers.client.events import TeacherEvent
 from teachers.protocol.messages import TeacherCard
 from trainer.config import RunConfig
 from trainer.fusion.run_fuser import Fuser

@@ -1,22 +1,32 @@
 """Detect the dialect of a replica."""
 
 import pkgutil
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from teachers.client.dialects import DIALECTS
 from teachers.client.dialects.base import Dialect, ReplicaAddress, ReplicaClient
-from teachers.protocol.errors import TeacherError
+from teachers.protocol.errors import NotDeployed, TeacherError
 
 
 async def detect_dialect(address: ReplicaAddress) -> Dialect:
     """Return the dialect that the address names, else the first one in DIALECTS that accepts the replica.
 
-    Raises TeacherError if none does, and Unavailable if the server does not respond.
+    Raises TeacherError if none does, and Unavailable if the server does not respond. A Ray Serve proxy may have an
+    application for the routes of one dialect only: NotDeployed is raised if no dialect accepts the replica.
     """
+    not_deployed: NotDeployed | None = None
+    undecided: list[Dialect] = []
     for name in [address.dialect] if address.dialect else DIALECTS:
         dialect: Dialect = pkgutil.resolve_name(DIALECTS[name])()
-        if await dialect.accepts(address):
-            return dialect
+        try:
+            if await dialect.accepts(address):
+                return await _first_accepting(undecided, address) or dialect
+        except NotDeployed as error:
+            not_deployed = not_deployed or error
+            undecided.append(dialect)
+    if not_deployed is not None:
+        raise not_deployed
     if address.dialect:
         raise TeacherError(
             f"teacher {address.teacher} at {address.url}: the server does not use the dialect {address.dialect}: "
@@ -26,6 +36,15 @@ async def detect_dialect(address: ReplicaAddress) -> Dialect:
         f"teacher {address.teacher} at {address.url}: the address is not that of a teacher (known dialects: "
         f"{', '.join(DIALECTS)}); {_advice(address.url)}"
     )
+
+
+async def _first_accepting(dialects: list[Dialect], address: ReplicaAddress) -> Dialect | None:
+    """Ask dialects again that found no application: it may have been deployed meanwhile. Return the first to accept."""
+    for dialect in dialects:
+        with suppress(NotDeployed):
+            if await dialect.accepts(address):
+                return dialect
+    return None
 
 
 def _advice(url: str) -> str:

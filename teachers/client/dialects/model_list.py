@@ -23,12 +23,17 @@ class Model(msgspec.Struct):
     parent: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (self.id, self.root or ""):
-            if clean(name, MAX_NAME_CHARS) != name:
-                raise ValueError(f"expected a name of at most {MAX_NAME_CHARS} printable characters")
+        check_name(self.id)
+        check_name(self.root or "")
 
 
 class ModelList(msgspec.Struct):
     """Response of /v1/models."""
 
     data: list[Model]
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless a name or a directory has at most MAX_NAME_CHARS, all of them printable."""
+    if clean(name, MAX_NAME_CHARS) != name:
+        raise ValueError(f"expected a name of at most {MAX_NAME_CHARS} printable characters")

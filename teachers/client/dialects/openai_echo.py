@@ -12,13 +12,15 @@ determine the candidates are masked (echo_completions.py), so that this dialect 
 | prompts | ids if the server takes them, else a text, which the server must split into the same tokens |
 | BOS | whether the server counts one token more than it was sent (`usage`); if it takes ids, see teachers/bos.py |
 | shift | whether the lists of a text predict the next tokens rather than their own |
-| fingerprint | the fields above. Weights cannot be hashed, so `check` compares the scores of a text |
+| fingerprint | name, largest K, prompts, BOS, shift, tokenizer. Weights cannot be hashed, so `check` compares the |
+| | scores of a text, after it has examined the server again |
 
 The client cannot check the weights beyond the scores of one text, tokens with the same strings as those of the request,
 and the log-probabilities of masked positions.
 """
 
 import asyncio
+import time
 from dataclasses import asdict, dataclass
 
 from teachers.client.dialects.base import ReplicaAddress
@@ -32,7 +34,7 @@ from teachers.client.dialects.echo_completions import (
 )
 from teachers.client.dialects.echo_probe import context_in, find_reader, text_of
 from teachers.client.dialects.probed_card import PROBE_TEXT, ProbedCard, Properties, ServerKind
-from teachers.client.dialects.stock_server import TIMEOUT_S, StockServerClient, StockServerDialect
+from teachers.client.dialects.stock_server import TIMEOUT_S, StockServerClient, StockServerDialect, remaining_s
 from teachers.client.dialects.token_strings import read_tokens
 from teachers.client.dialects.tokenizer_folder import TokenizerFolder
 from teachers.protocol.errors import (
@@ -49,7 +51,9 @@ from teachers.protocol.messages import ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows
 from teachers.protocol.untrusted_text import clean
 
+CARD_TIMEOUT_S = 600.0  # of all requests that examine a server and build its card
 MAX_CONTEXT = 1 << 22  # a prompt of twice as many tokens is sent to find the limit of the server
+MAX_LONG_RESPONSE_BYTES = 1 << 28  # of the response to this prompt; 100 bytes per token are usual
 TOP_KS = (64, 50, 32, 20, 16, 10, 8, 5, 4, 3, 2, 1)
 SHORT_TEXT = "The lighthouse"  # of few tokens, to try values of K
 
@@ -89,61 +93,74 @@ class OpenAIEchoClient(StockServerClient):
     def __init__(self, address: ReplicaAddress) -> None:
         super().__init__(address)
         self._examined: _Server | None = None
+        self._is_compared = False  # whether the result of the last examination was compared with a card
         self._lock = asyncio.Lock()
 
     async def identify(self, timeout_s: float) -> None:
         await self._models(timeout_s)
 
     async def _score(self, request: ScoreRequest, card: TeacherCard, timeout_s: float) -> list[Rows]:
-        server = await self._server()
+        deadline = time.monotonic() + timeout_s
+        server = await self._server(deadline)
         pairs = zip(request.sequences, request.starts, strict=True)
         single = [ScoreRequest(sequences=[s], starts=[start], top_k=request.top_k) for s, start in pairs]
-        return [await self._score_one(server, each, card, timeout_s) for each in single]
+        return [await self._score_one(server, each, card, deadline) for each in single]
 
     async def _properties(self, timeout_s: float) -> Properties:
-        return (await self._server()).properties
+        """Examine the server, unless it was examined after the last comparison: it may have been restarted."""
+        deadline = time.monotonic() + timeout_s
+        async with self._lock:
+            if self._examined is None or self._is_compared:
+                self._examined = await self._examine(deadline)
+            self._is_compared = True
+            return self._examined.properties
 
     async def _draft_card(self) -> ProbedCard:
-        server = await self._server()
+        deadline = time.monotonic() + CARD_TIMEOUT_S
+        server = await self._server(deadline)
         folder, form = server.folder, server.reader.format
-        declares_bos = bool(folder.declared_bos(folder.bos_id))
+        with self._http.named_errors():
+            declares_bos = bool(folder.declared_bos(folder.bos_id))
+            vocab_size = folder.vocab_size or max(server.reader.strings.tokens) + 1
         return self._new_card(
             server.properties,
             folder,
             model=server.model,
             engine="OpenAI-compatible endpoint",
-            vocab_size=folder.config.get("vocab_size") or max(server.reader.strings.tokens) + 1,
+            vocab_size=vocab_size,
             expects_bos=form.adds_bos or (form.takes_ids and declares_bos),
-            max_tokens=await self._max_tokens(server),
+            max_tokens=await self._max_tokens(server, deadline),
             max_top_k=server.max_top_k,
         )
 
     # --- examination of the server ---
 
-    async def _server(self) -> _Server:
+    async def _server(self, deadline: float) -> _Server:
         """Return the properties of the server. The first call sends the requests."""
         async with self._lock:
             if self._examined is None:
-                self._examined = await self._examine()
-        return self._examined
+                self._examined = await self._examine(deadline)
+            return self._examined
 
-    async def _examine(self) -> _Server:
-        model = await self._model()
+    async def _examine(self, deadline: float) -> _Server:
+        """Find the properties of the server by requests, which end at `deadline`, a time of time.monotonic()."""
+        model = await self._model(deadline)
+        folder = await self._folder()
         with self._http.named_errors():
-            folder = self._folder()
             tokens = await asyncio.to_thread(read_tokens, folder.files["tokenizer.json"])
-            short, ids = folder.encode(SHORT_TEXT), folder.encode(PROBE_TEXT)
-        takes_ids = await self._takes_ids(model, short)
-        max_top_k = await self._max_top_k(model, short if takes_ids else SHORT_TEXT)
-        lists, num_tokens = await self._complete(model, ids if takes_ids else PROBE_TEXT, max_top_k, len(ids))
+        short, ids = folder.encode(SHORT_TEXT), list(folder.probe_ids)
+        takes_ids = await self._takes_ids(model, short, deadline)
+        max_top_k = await self._max_top_k(model, short if takes_ids else SHORT_TEXT, deadline)
+        prompt = ids if takes_ids else PROBE_TEXT
+        lists, num_tokens = await self._complete(model, prompt, max_top_k, len(ids), _request_s(deadline))
         with self._http.named_errors():
             reader = find_reader(lists, num_tokens, takes_ids, (ids, folder.bos_id, tokens))
         return _Server(model, folder, reader, max_top_k)
 
-    async def _model(self) -> str:
+    async def _model(self, deadline: float) -> str:
         if self._address.model is not None:
             return self._address.model
-        names = [model.id for model in await self._models()]
+        names = [model.id for model in await self._models(_request_s(deadline))]
         with self._http.named_errors():
             if len(names) != 1:
                 listed = clean(", ".join(names[:10]), 500)
@@ -152,25 +169,30 @@ class OpenAIEchoClient(StockServerClient):
                 )
             return names[0]
 
-    async def _takes_ids(self, model: str, ids: list[int]) -> bool:
+    async def _takes_ids(self, model: str, ids: list[int], deadline: float) -> bool:
         """Return whether the prompt may be a list of ids. llama-cpp-python responds with 500 to one."""
-        await self._complete(model, SHORT_TEXT, 1, len(ids))  # so that an error about ids is not one of the server
+        # A text first, so that an error about ids is not one of the server.
+        await self._complete(model, SHORT_TEXT, 1, len(ids), _request_s(deadline))
         try:
-            lists, _ = await self._complete(model, ids, 1, len(ids))
+            lists, _ = await self._complete(model, ids, 1, len(ids), _request_s(deadline))
         except (Unauthorized, NotFound, Overloaded):
             raise
         except (Rejected, ProtocolError, Unavailable):
             return False
         return len(lists.tokens) - len(ids) in (0, 1, 2)
 
-    async def _max_top_k(self, model: str, prompt: str | list[int]) -> int:
+    async def _max_top_k(self, model: str, prompt: str | list[int], deadline: float) -> int:
         """Return the largest accepted K of TOP_KS, or the number of candidates if the server returns fewer for it."""
         for top_k in TOP_KS:
             try:
-                lists, _ = await self._complete(model, prompt, top_k, 8)
+                lists, _ = await self._complete(model, prompt, top_k, 8, _request_s(deadline))
             except (Unauthorized, NotFound, Overloaded):
                 raise
-            except (Rejected, Unavailable):
+            except Rejected:
+                continue
+            except Unavailable:  # some servers respond with 500 to a large K
+                if top_k == 1:
+                    raise
                 continue
             received = max((len(entry) for entry in lists.top_logprobs or () if entry), default=0)
             if received:
@@ -178,13 +200,10 @@ class OpenAIEchoClient(StockServerClient):
         with self._http.named_errors():
             raise TeacherError("the server returns no log-probabilities of the prompt (`echo` with `logprobs`)")
 
-    async def _max_tokens(self, server: _Server) -> int:
+    async def _max_tokens(self, server: _Server, deadline: float) -> int:
         """Return the longest sequence: one token less than the context, because one is generated."""
-        if self._address.model is None:
-            models = [model for model in await self._models() if model.id == server.model]  # the list may have changed
-            stated = models[0].max_model_len or models[0].context_length if models else None
-            if stated is not None:
-                return stated - 1
+        if (stated := await self._stated_context(server.model, deadline)) is not None:
+            return stated - 1
         with self._http.named_errors():
             expected = server.folder.config.get("max_position_embeddings")
             if type(expected) is not int or not 0 < expected <= MAX_CONTEXT:
@@ -193,15 +212,25 @@ class OpenAIEchoClient(StockServerClient):
                     f"{server.folder.path}, with max_position_embeddings from 1 to {MAX_CONTEXT:,}"
                 )
         repeated = server.folder.encode(" a")[:1] if server.reader.format.takes_ids else " a"
+        body = echo_request(server.model, repeated * (2 * expected), 1)
+        limit_bytes = min(response_limit_bytes(2 * expected, 1), MAX_LONG_RESPONSE_BYTES)
         try:
-            await self._complete(server.model, repeated * (2 * expected), 1, 8)
+            await self._post("/v1/completions", body, _request_s(deadline), limit_bytes)
         except Rejected as error:
             return (context_in(str(error)) or expected) - 1
         return 2 * expected - 1
 
+    async def _stated_context(self, name: str, deadline: float) -> int | None:
+        """Return the context of a model in the list of models; None if the list does not state it."""
+        try:
+            models = await self._models(_request_s(deadline))
+        except NotFound:  # a gateway may serve /v1/completions only
+            return None
+        return next((model.max_model_len or model.context_length for model in models if model.id == name), None)
+
     # --- requests ---
 
-    async def _score_one(self, server: _Server, request: ScoreRequest, card: TeacherCard, timeout_s: float) -> Rows:
+    async def _score_one(self, server: _Server, request: ScoreRequest, card: TeacherCard, deadline: float) -> Rows:
         reader, sequence = server.reader, request.sequences[0]
         with self._http.named_errors():
             if reader.format.adds_bos and sequence[0] != reader.bos_id:
@@ -210,7 +239,7 @@ class OpenAIEchoClient(StockServerClient):
         prompt = sent if reader.format.takes_ids else text_of(sent, reader.strings, server.folder)
         if prompt is None:
             return masked_rows(request)
-        lists, _ = await self._complete(server.model, prompt, request.top_k, len(sequence), timeout_s)
+        lists, _ = await self._complete(server.model, prompt, request.top_k, len(sequence), remaining_s(deadline))
         with self._http.named_errors():
             try:
                 return reader.rows(lists, request, card)
@@ -220,12 +249,17 @@ class OpenAIEchoClient(StockServerClient):
                 raise
 
     async def _complete(
-        self, model: str, prompt: str | list[int], top_k: int, num_tokens: int, timeout_s: float = TIMEOUT_S
+        self, model: str, prompt: str | list[int], top_k: int, num_tokens: int, timeout_s: float
     ) -> tuple[Logprobs, int | None]:
         body, limit_bytes = echo_request(model, prompt, top_k), response_limit_bytes(num_tokens, top_k)
         data = await self._post("/v1/completions", body, timeout_s, limit_bytes)
         with self._http.named_errors():
             return read_completion(data)
+
+
+def _request_s(deadline: float) -> float:
+    """Return the time limit of one request of an examination."""
+    return min(TIMEOUT_S, remaining_s(deadline))
 
 
 class OpenAIEchoDialect(StockServerDialect):

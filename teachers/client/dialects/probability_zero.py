@@ -17,7 +17,7 @@ FLOOR = -1000.0  # no log-probability of a model is that low: e^−1000 is 0 in 
 _INFINITY = re.compile(rb'("logprobs?"\s*:\s*)-Infinity\b')
 
 
-def finite_logprobs(values: Sequence[float | None]) -> NDArray[np.float64]:
+def finite_logprobs(values: Sequence[float | None] | NDArray[np.float32]) -> NDArray[np.float64]:
     """Return log-probabilities in nats [N], with LEAST_LOGPROB for null and for values up to FLOOR."""
     logprobs = np.array(values, dtype=np.float64)  # None becomes NaN
     logprobs[~(logprobs > FLOOR)] = LEAST_LOGPROB

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import ConfigDict
 
 from teachers.protocol.errors import FingerprintMismatch
 from teachers.protocol.messages import PROBE, TeacherCard
@@ -20,7 +21,8 @@ PROBE_TEXT = PROBE + "\n\tdef f(x): return x ** 2  # 1,234.5 € – naïve 東�
 # texts: 0.000. vLLM and transformers: 0.042. All weights changed by 0.1, 0.3, 1 and 3 %: 0.016, 0.047, 0.16, 0.48.
 PROBE_TOLERANCE = 0.1
 
-Properties = Mapping[str, str | int | bool | None]
+Property = str | int | bool | None
+Properties = Mapping[str, Property]
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class ServerKind:
 class ProbedCard(TeacherCard):
     """The card of a stock server. Replicas are compared by `check` of their client, not by equality of cards."""
 
+    model_config = ConfigDict(extra="forbid")  # it is built by the client, not parsed from a response
+
     kind: ServerKind
     """Kind of the server."""
-    properties: dict[str, str | int | bool | None]
+    properties: dict[str, Property]
     """Properties of the served model that the server states or that requests show, by name."""
     root: str | None = None
     """Source of the server's model: a directory or a name."""

@@ -15,11 +15,11 @@ Written for SGLang 0.5.23, whose source was read (sglang_generate.py has the for
 | | compares the scores of a text |
 """
 
-import asyncio
 from typing import TypeVar
 
 import msgspec
 
+from teachers.client.dialects.model_list import check_name
 from teachers.client.dialects.probed_card import PROBE_TEXT, ProbedCard, Properties, ServerKind
 from teachers.client.dialects.sglang_generate import generate_request, read_results, response_limit_bytes
 from teachers.client.dialects.stock_server import TIMEOUT_S, StockServerClient, StockServerDialect
@@ -38,6 +38,9 @@ class _ModelInfo(msgspec.Struct):
     model_path: str
     is_generation: bool
     weight_version: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.model_path)
 
 
 class _ServerInfo(msgspec.Struct):
@@ -65,7 +68,7 @@ class SglangClient(StockServerClient):
     )
 
     async def identify(self, timeout_s: float) -> None:
-        await self._get("/model_info", _ModelInfo, timeout_s)  # /health waits for the scheduler
+        await self._info("model_info", _ModelInfo, timeout_s)  # /health waits for the scheduler
 
     async def _score(self, request: ScoreRequest, card: TeacherCard, timeout_s: float) -> list[Rows]:
         data = await self._post("/generate", generate_request(request), timeout_s, response_limit_bytes(request))
@@ -74,27 +77,26 @@ class SglangClient(StockServerClient):
 
     async def _properties(self, timeout_s: float) -> Properties:
         model, _, max_tokens = await self._request_info(timeout_s)
-        return _properties(model, max_tokens)
+        return _properties_of(model, max_tokens)
 
     async def _request_info(self, timeout_s: float) -> tuple[_ModelInfo, _ServerInfo, int]:
         """Request the properties of the model and of the server, and the longest sequence in tokens."""
-        model = await self._get("/model_info", _ModelInfo, timeout_s)
-        server = await self._get("/server_info", _ServerInfo, timeout_s)
+        model = await self._info("model_info", _ModelInfo, timeout_s)
+        server = await self._info("server_info", _ServerInfo, timeout_s)
         return model, server, await self._max_tokens(server, timeout_s)
 
     async def _draft_card(self) -> ProbedCard:
         model, server, max_tokens = await self._request_info(TIMEOUT_S)
+        folder = await self._folder(model.model_path)
         with self._http.named_errors():
-            folder = self._folder(model.model_path)
-            vocab_size = folder.config.get("vocab_size")
+            vocab_size = folder.vocab_size
             if vocab_size is None:
                 raise TeacherError(
                     f"an SGLang server does not state the size of its vocabulary: put the model's config.json into "
                     f"{folder.path}"
                 )
-            expected = await asyncio.to_thread(folder.encode, PROBE_TEXT)
         card = self._new_card(
-            _properties(model, max_tokens),
+            _properties_of(model, max_tokens),
             folder,
             model=model.model_path,
             root=model.model_path,
@@ -108,7 +110,7 @@ class SglangClient(StockServerClient):
         received = await self._tokenize(PROBE_TEXT)
         adds_bos = card.bos_id is not None and received[:1] == [card.bos_id]
         with self._http.named_errors():
-            check_ids(expected, received[adds_bos:], f"{folder.path}/tokenizer.json")
+            check_ids(card.probe_ids, received[adds_bos:], f"{folder.path}/tokenizer.json")
         return card.model_copy(update={"expects_bos": await self._expects_bos(card, folder, adds_bos)})
 
     async def _max_tokens(self, server: _ServerInfo, timeout_s: float) -> int:
@@ -133,15 +135,15 @@ class SglangClient(StockServerClient):
         result = self._decode(data, "/generate", _TextResult)
         return [token for _, token, _ in result.meta_info.input_token_logprobs]
 
-    async def _get(self, path: str, kind: type[T], timeout_s: float = TIMEOUT_S) -> T:
-        """Return the JSON response of a GET request. If the route /NAME is absent, /get_NAME is requested."""
+    async def _info(self, name: str, kind: type[T], timeout_s: float) -> T:
+        """Return the JSON response of the route /NAME, or of /get_NAME if the server does not have it."""
         try:
-            return await super()._get(path, kind, timeout_s)
+            return await self._get(f"/{name}", kind, timeout_s)
         except NotFound:
-            return await super()._get(path.replace("/", "/get_", 1), kind, timeout_s)
+            return await self._get(f"/get_{name}", kind, timeout_s)
 
 
-def _properties(model: _ModelInfo, max_tokens: int) -> Properties:
+def _properties_of(model: _ModelInfo, max_tokens: int) -> Properties:
     return {"model_path": model.model_path, "weight_version": model.weight_version, "max_tokens": max_tokens}
 
 

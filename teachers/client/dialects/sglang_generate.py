@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from teachers.client.dialects.probability_zero import finite_logprobs, zeros_last
 from teachers.client.dialects.top_k_rows import RowPosition, tail_of
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import ProtocolError, RequestMismatch
@@ -99,8 +100,9 @@ def _rows(meta: _MetaInfo, index: int, request: ScoreRequest, card: TeacherCard)
     ids, logprobs = _flat_candidates(meta, shape, index) or _nested_candidates(meta, shape, index)
     if (not_a_number := np.isnan(logprobs).any(axis=1)).any():
         raise first.error(int(np.argmax(not_a_number)), "a log-probability that is not a number")
-    logprobs, actual = clip_logprobs(logprobs), clip_logprobs(actual)
-    tail = tail_of(logprobs.astype(np.float64), card.vocab_size, first, REMEDY)
+    values, ids = zeros_last(finite_logprobs(logprobs.ravel()).reshape(shape), ids)
+    tail = tail_of(values, card.vocab_size, first, REMEDY)
+    logprobs, actual = (clip_logprobs(each.astype(np.float32)) for each in (values, finite_logprobs(actual)))
     return check_rows(Rows(start, ids, logprobs, actual, tail), request, index, card)
 
 

@@ -5,6 +5,7 @@ and reads the tokenizer from a local directory (tokenizer_folder.py). A new kind
 StockServerClient with the requests of that server, and a subclass of StockServerDialect that names it.
 """
 
+import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ import msgspec
 from teachers.bos import bos_probes, prefers_bos
 from teachers.client.dialects.base import ReplicaAddress
 from teachers.client.dialects.model_list import Model, ModelList
-from teachers.client.dialects.probed_card import PROBE_TEXT, ProbedCard, Properties, ServerKind, fingerprint
+from teachers.client.dialects.probed_card import ProbedCard, Properties, ServerKind, fingerprint
 from teachers.client.dialects.tokenizer_folder import TokenizerFolder, open_tokenizer_folder
 from teachers.client.http import Transport
 from teachers.protocol.decoding import decoding
@@ -26,7 +27,7 @@ from teachers.protocol.messages import PROBE, ScoreRequest, TeacherCard
 from teachers.protocol.rows import Rows
 
 log = logging.getLogger("tutelage.client")
-TIMEOUT_S = 120.0  # of one request while the card is built; a server may score on a CPU
+TIMEOUT_S = 120.0  # of one request of `accepts` and `card`; a server may score on a CPU
 MAX_JSON_BYTES = 4 << 20  # of a response without scores; a server may list thousands of models
 
 T = TypeVar("T")
@@ -43,7 +44,11 @@ class StockServerDialect:
         client = self.client_type(address)
         try:
             await client.identify(TIMEOUT_S)
-        except (NotFound, ProtocolError):  # a server of another kind may respond to every path
+        except NotFound:
+            return False
+        except ProtocolError:  # a server of another kind may respond to every path
+            if address.dialect is not None:
+                raise
             return False
         finally:
             await client.aclose()
@@ -109,12 +114,12 @@ class StockServerClient(ABC):
             card.check_scores(logprobs)
 
     async def tokenizer_files(self, card: TeacherCard) -> dict[str, bytes]:
+        folder = await self._folder(card.root if isinstance(card, ProbedCard) else None)
         with self._http.named_errors():
-            folder = self._folder(card.root if isinstance(card, ProbedCard) else None)
-            if (received := folder.sha256("tokenizer.json")) != card.tokenizer_sha256:
+            if (received := folder.tokenizer_sha256) != card.tokenizer_sha256:
                 raise FingerprintMismatch(
                     f"expected {folder.path}/tokenizer.json with sha256 {card.tokenizer_sha256[:12]}, "
-                    f"received {received}"
+                    f"received {received[:12]}"
                 )
             return folder.files
 
@@ -145,31 +150,35 @@ class StockServerClient(ABC):
     # --- for subclasses ---
 
     def _new_card(self, properties: Properties, folder: TokenizerFolder, **fields: Any) -> ProbedCard:
-        """Build a card from the tokenizer directory and further fields. Raises ProtocolError for an invalid field."""
-        tokenizer_sha256 = folder.sha256("tokenizer.json") or ""
-        common = {
-            "kind": self.kind,
-            "properties": dict(properties),
-            "fingerprint": fingerprint(properties, tokenizer_sha256),
-            "dtype": "unknown",
-            "tokenizer_sha256": tokenizer_sha256,
-            "bos_id": folder.bos_id,
-            "eos_id": folder.special_id("eos"),
-            "expects_bos": False,
-            "chat_template_sha256": folder.sha256("chat_template.jinja"),
-            "probe_ids": tuple(folder.encode(PROBE_TEXT)),
-        }
-        with self._http.named_errors(), decoding(f"card (from responses of the server and from {folder.path})"):
-            return ProbedCard.model_validate(common | fields)
+        """Build a card from the tokenizer directory and further fields.
+
+        Raises TeacherError for an invalid config.json, and ProtocolError for an invalid or unknown field.
+        """
+        with self._http.named_errors():
+            common = {
+                "kind": self.kind,
+                "properties": dict(properties),
+                "fingerprint": fingerprint(properties, folder.tokenizer_sha256),
+                "dtype": "unknown",
+                "tokenizer_sha256": folder.tokenizer_sha256,
+                "bos_id": folder.bos_id,
+                "eos_id": folder.special_id("eos"),
+                "expects_bos": False,
+                "chat_template_sha256": folder.sha256("chat_template.jinja"),
+                "probe_ids": folder.probe_ids,
+            }
+            with decoding(f"card (from responses of the server and from {folder.path})"):
+                return ProbedCard.model_validate(common | fields)
 
     async def _expects_bos(self, card: ProbedCard, folder: TokenizerFolder, adds_bos: bool) -> bool:
         """Return whether BOS is expected: declared by the tokenizer, else added by the server, else measured."""
-        bos, declared = card.bos_id, folder.declared_bos(card.bos_id)
-        if declared is not None or bos is None:
-            return bool(declared)
-        if adds_bos:
-            return True
-        probes = bos_probes(bos, folder.encode(PROBE))
+        with self._http.named_errors():
+            bos, declared = card.bos_id, folder.declared_bos(card.bos_id)
+            if declared is not None or bos is None:
+                return bool(declared)
+            if adds_bos:
+                return True
+            probes = bos_probes(bos, folder.encode(PROBE))
         sequences, starts = [ids for ids, _ in probes], [start for _, start in probes]
         request = ScoreRequest(sequences=sequences, starts=starts, top_k=1)
         return prefers_bos(*await self.score(request, card, TIMEOUT_S))
@@ -180,10 +189,16 @@ class StockServerClient(ABC):
         request = ScoreRequest(sequences=[sequence], starts=[1], top_k=min(top_k, card.max_top_k))
         return tuple((await self.score(request, card, timeout_s))[0].actual.tolist())
 
-    def _folder(self, root: str | None = None) -> TokenizerFolder:
-        """Return the tokenizer directory of the run file, else `root`. Raises TeacherError if it has no tokenizer."""
-        path = self._address.tokenizer or (Path(root) if root else None)
-        return open_tokenizer_folder(path and path.expanduser(), self._address.teacher, self.kind.name)
+    async def _folder(self, root: str | None = None) -> TokenizerFolder:
+        """Load the tokenizer directory of the run file, else `root`, which the server states.
+
+        Raises TeacherError if it has no tokenizer, or an invalid one.
+        """
+        named = self._address.tokenizer
+        with self._http.named_errors():
+            path = named.expanduser() if named is not None else Path(root) if root else None
+            folder = open_tokenizer_folder(path, self._address.teacher, self.kind.name)
+            return await asyncio.to_thread(folder.load)
 
     async def _models(self, timeout_s: float = TIMEOUT_S) -> list[Model]:
         """Return the list of models."""

@@ -29,6 +29,21 @@ class TokenizerFolder:
         except TokenizerError as error:
             raise TeacherError(str(error)) from error
 
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """Hash of tokenizer.json."""
+        return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
+
+    @cached_property
+    def probe_ids(self) -> tuple[int, ...]:
+        """PROBE_TEXT in tokens of the tokenizer, without special tokens."""
+        return tuple(self.encode(PROBE_TEXT))
+
+    def load(self) -> "TokenizerFolder":
+        """Load the tokenizer, and return this folder. Takes seconds: call it in a thread. Raises TeacherError."""
+        _ = self.tokenizer_sha256, self.bos_id, self.probe_ids  # cached
+        return self
+
     def sha256(self, name: str) -> str | None:
         """Return the hash of one file, None if it does not exist."""
         return hashlib.sha256(self.files[name]).hexdigest() if name in self.files else None
@@ -48,7 +63,7 @@ class TokenizerFolder:
     def special_id(self, role: str) -> int | None:
         """Return the id of "bos" or "eos" in config.json; the tokenizer's id if config.json has none.
 
-        Raises TeacherError if config.json has something else.
+        Raises TeacherError if the value in config.json is no integer.
         """
         if f"{role}_token_id" in self.config:
             value = self.config[f"{role}_token_id"]
@@ -64,6 +79,19 @@ class TokenizerFolder:
         return first
 
     @property
+    def vocab_size(self) -> int | None:
+        """Size of the vocabulary in config.json; None if it states none.
+
+        Raises TeacherError for anything but a positive int.
+        """
+        size = self.config.get("vocab_size")
+        if size is not None and (type(size) is not int or size < 1):
+            raise TeacherError(
+                f"{self.path}/config.json: expected a positive integer as vocab_size, received {str(size)[:40]!r}"
+            )
+        return size
+
+    @cached_property
     def bos_id(self) -> int | None:
         """Id of BOS: see teachers.bos.bos_id_of."""
         return bos_id_of(self.files["tokenizer.json"], self._tokenizer_config_bytes, self.special_id("bos"))
@@ -98,13 +126,20 @@ def open_tokenizer_folder(path: Path | None, teacher: str, server: str) -> Token
 
     server  kind of server with an article, for the message
     """
-    if path is None or not has_tokenizer(path):
+    if path is None or not _has_tokenizer(path):
         found = "the run file names none" if path is None else f"{path} has none"
         raise TeacherError(
             f"{server} provides no tokenizer, and {found}: set teachers.{teacher}.tokenizer to a directory with the "
             "tokenizer that the server uses"
         )
     return TokenizerFolder(path)
+
+
+def _has_tokenizer(path: Path) -> bool:
+    try:
+        return has_tokenizer(path)
+    except OSError:  # a server may state a name that is too long for the file system
+        return False
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:

@@ -12,7 +12,6 @@
 | fingerprint | name, root, length, tokenizer. Weights cannot be hashed, so `check` compares the scores of a text |
 """
 
-import asyncio
 import time
 from typing import Any
 
@@ -71,25 +70,24 @@ class VllmOpenAIClient(StockServerClient):
             return read_completion(data, request, card)
 
     async def _properties(self, timeout_s: float) -> Properties:
-        return _properties(await self._model(timeout_s))
+        return _properties_of(await self._model(timeout_s))
 
     async def _draft_card(self) -> ProbedCard:
         model = await self._model(TIMEOUT_S)
-        with self._http.named_errors():
-            folder = self._folder(model.root)
-            expected = await asyncio.to_thread(folder.encode, PROBE_TEXT)
+        assert model.max_model_len is not None, "checked by _model"
+        folder = await self._folder(model.root)
         ids = await self._tokenize(model.id, PROBE_TEXT)
         with self._http.named_errors():
-            check_ids(expected, ids, f"{folder.path}/tokenizer.json")
-        vocab_size = folder.config.get("vocab_size") or await self._vocab_size(model)
+            check_ids(folder.probe_ids, ids, f"{folder.path}/tokenizer.json")
+            vocab_size = folder.vocab_size or await self._vocab_size(model)
         card = self._new_card(
-            _properties(model),
+            _properties_of(model),
             folder,
             model=model.id,
             root=model.root,
             engine=f"vllm {(await self._get('/version', _Version)).version}",
             vocab_size=vocab_size,
-            max_tokens=(model.max_model_len or 0) - 1,  # one token is generated
+            max_tokens=model.max_model_len - 1,  # one token is generated
             max_top_k=await self._max_top_k(model, vocab_size),
         )
         adds_bos = (await self._tokenize(model.id, PROBE_TEXT, special_tokens=True))[:1] == [card.bos_id]
@@ -143,7 +141,7 @@ class VllmOpenAIClient(StockServerClient):
         return self._decode(await self._post("/tokenize", body, timeout_s), "/tokenize", _Tokens).tokens
 
 
-def _properties(model: Model) -> Properties:
+def _properties_of(model: Model) -> Properties:
     return {"model": model.id, "root": model.root, "max_model_len": model.max_model_len}
 
 
