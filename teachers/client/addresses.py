@@ -22,6 +22,7 @@ log = logging.getLogger("tutelage.pool")
 DNS = "dns+"
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
+HIDDEN = "…"
 AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?/*([^/?#]*)", re.IGNORECASE)  # also of an address without a scheme
 RESOLVE_EVERY_S = 10.0  # interval at which files and DNS names with replicas are read again
 
@@ -118,7 +119,11 @@ def canonical_url(name: str, url: str) -> str:
         parts = urlsplit(url[len(dns) :])
         authority = _authority(parts)
     except ValueError as error:
-        raise TeacherError(f"teacher {name}: {_shown(url)} is not an address: {error}") from error
+        advice = "; if it contains a user or password, name the bearer key with key_file or key_env instead"
+        shown = _shown(url)
+        raise TeacherError(
+            f"teacher {name}: {shown} is not an address: {error}{advice if shown == HIDDEN else ''}"
+        ) from error
     path = re.sub("/v1$", "", parts.path.rstrip("/")).rstrip("/")
     return f"{dns}{scheme}://{authority}{path}"
 
@@ -144,8 +149,8 @@ def _reject_secrets(name: str, url: str) -> None:
 
 
 def _shown(url: str) -> str:
-    """Return an address for a message, without query and fragment; "…" if it has an @, which may end a password."""
-    return "…" if "@" in unquote(url) else repr(re.split("[?#]", url)[0])
+    """Return an address for a message, without query and fragment; HIDDEN if it has an @, which may end a password."""
+    return HIDDEN if "@" in unquote(url) else repr(re.split("[?#]", url)[0])
 
 
 def _authority(parts: SplitResult) -> str:
