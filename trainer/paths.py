@@ -55,8 +55,15 @@ def _is_model(folder: Path) -> bool:
     return any(exists(folder / name) for name in ("config.json", "adapter_config.json")) or any(folder.glob("*.gguf"))
 
 
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name}: this user has no home folder; write the whole path") from error
+
+
 def _resolve(name: str, cache_folder: str, description: str, accepts: Callable[[Path], bool]) -> Path:
-    for path in (Path(name).expanduser(), cache_dir() / cache_folder / name):
+    for path in (_expanded(name), cache_dir() / cache_folder / name):
         if exists(path) and accepts(path):
             return path
     hint = "" if "/" in name else "; `tutelage demo --prepare` creates the models and data of the demo"

@@ -244,6 +244,8 @@ def test_a_model_is_found_by_path_or_under_the_cache(tmp_path: Path, monkeypatch
     (folder / "config.json").write_text("{}", encoding="utf-8")
     assert resolve_model_dir("m") == folder
     assert resolve_model_dir(str(folder)) == folder
+    with pytest.raises(ConfigError, match=r"^~nosuchuser/m: this user has no home folder; write the whole path$"):
+        resolve_model_dir("~nosuchuser/m")
 
 
 def test_the_reference_of_the_run_file_is_up_to_date() -> None:
