@@ -1,10 +1,12 @@
 """Teacher servers on loopback, in threads, and an engine without a model."""
 
 import asyncio
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,9 @@ from teachers.server.limits import Limits
 from teachers.server.process import TeacherServer
 from teachers.server.service import Service
 from tests.rows import random_rows
+
+FIRST_PORT, PORTS_PER_WORKER, NUM_WORKERS = 20_000, 3_000, 4
+_port_numbers = count(os.getpid())
 
 
 class FormulaEngine:
@@ -157,7 +162,14 @@ async def until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
 
 
 def free_port() -> int:
-    """Return a port on which nothing listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a port on which nothing listens, another one at every call.
+
+    It is below the ports that the system assigns, and in a range of this worker of pytest-xdist, so that nothing else
+    takes it before the test does.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = FIRST_PORT + worker % NUM_WORKERS * PORTS_PER_WORKER + next(_port_numbers) % PORTS_PER_WORKER
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
