@@ -3,14 +3,10 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
 
 from teachers.client import dialects
 from teachers.client.dialects.base import ReplicaAddress
@@ -24,7 +20,8 @@ from teachers.server.app import build_app
 from teachers.server.service import Service
 from tests.fake_echo import EchoBehaviour, FakeEchoServer
 from tests.fake_vllm import FakeVllmServer
-from tests.serve import FormulaEngine, free_port, responding, serving, serving_app
+from tests.ray_proxy import ray_proxy
+from tests.serve import FormulaEngine, free_port, responding, serving
 
 
 def detect(url: str, **address: Any) -> object:
@@ -46,27 +43,9 @@ def test_the_dialect_of_the_run_file_is_the_only_one_tried(tiny_byte_level: Path
             detect(url, dialect="sglang")
 
 
-@contextmanager
-def ray_proxy(routes: FastAPI, num_refused: int = 0) -> Iterator[str]:
-    """Serve an application below /v1 like a Ray Serve proxy that deploys it after `num_refused` requests."""
-    proxy, received = FastAPI(), list[str]()
-
-    @proxy.middleware("http")
-    async def route(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        path = request.url.path
-        received.append(path)
-        if len(received) > num_refused and path.startswith("/v1/"):
-            return await call_next(request)
-        return PlainTextResponse(f"Path '{path}' not found. Ping http://.../-/routes for available routes.", 404)
-
-    proxy.mount("/", routes)
-    with serving_app(proxy) as url:
-        yield url
-
-
 def test_a_ray_proxy_with_an_application_for_one_dialect_is_accepted(tiny_byte_level: Path) -> None:
     engine = FormulaEngine(tiny_byte_level)
-    with ray_proxy(FakeEchoServer(engine, EchoBehaviour()).app()) as url:
+    with ray_proxy(FakeEchoServer(engine, EchoBehaviour()).app(), "/", "/v1/") as url:
         assert isinstance(detect(url), OpenAIEchoDialect)
         with pytest.raises(NotDeployed, match=r"no application at /model_info"):
             detect(url, dialect="sglang")
@@ -79,7 +58,7 @@ def test_an_application_that_ray_deploys_during_the_detection_has_its_best_diale
     async def models() -> dict[str, list[dict[str, str]]]:
         return {"data": [{"id": "m"}]}
 
-    with ray_proxy(app, num_refused=1) as url:
+    with ray_proxy(app, "/", "/v1/", num_refused=1) as url:
         assert isinstance(detect(url), NativeDialect)
 
 

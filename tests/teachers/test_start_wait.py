@@ -3,14 +3,13 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import PlainTextResponse
+from fastapi import FastAPI, Response
 
 from teachers.client import start_wait
 from teachers.client.addresses import TeacherAddress
@@ -26,6 +25,7 @@ from teachers.protocol.errors import (
 from teachers.server.app import build_app
 from teachers.server.limits import Limits
 from teachers.server.service import Service
+from tests.ray_proxy import NOT_FOUND, ray_proxy
 from tests.serve import FormulaEngine, free_port, responding, serving, serving_app
 from tests.teachers.test_app import respond_with_card
 
@@ -157,37 +157,21 @@ def test_retry_after_is_followed_at_the_start_too(
     assert caplog.messages[0].endswith("(start_timeout_s), next attempt in 1 s (the server asked for it)")
 
 
-RAY_NOT_FOUND = "Path '{}' not found. Ping http://.../-/routes for available routes."  # of Ray 2.58
-
-
 def not_found(body: str, media_type: str = "text/plain") -> bytes:
     """Return a response with status 404."""
     head = f"HTTP/1.1 404 Not Found\r\ncontent-type: {media_type}\r\ncontent-length: {len(body)}\r\n\r\n"
     return (head + body).encode()
 
 
-@contextmanager
-def ray_proxy(engine: FormulaEngine, num_refused: int) -> Iterator[str]:
-    """Serve an engine below /gemma like a Ray Serve proxy that deploys it after `num_refused` requests."""
-    app, received = FastAPI(), []
-
-    @app.middleware("http")
-    async def route(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        path = request.url.path
-        received.append(path)
-        if len(received) > num_refused and path.startswith("/gemma"):
-            return await call_next(request)
-        return PlainTextResponse(RAY_NOT_FOUND.format(path), 404)
-
-    app.mount("/gemma", build_app(Service(engine, Limits())))
-    with serving_app(app) as url:
-        yield url
+def gemma_on_ray(engine: FormulaEngine, num_refused: int) -> AbstractContextManager[str]:
+    """Serve an engine below /gemma behind a proxy of Ray Serve."""
+    return ray_proxy(build_app(Service(engine, Limits())), "/gemma", "/gemma", num_refused)
 
 
 def test_an_application_that_ray_serve_deploys_later_is_waited_for(
     tiny_byte_level: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with ray_proxy(FormulaEngine(tiny_byte_level), num_refused=3) as url:
+    with gemma_on_ray(FormulaEngine(tiny_byte_level), num_refused=3) as url:
         asyncio.run(connect(TeacherAddress("t", (f"{url}/gemma",), start_timeout_s=LIMIT_S)))
     assert caplog.messages[0] == (
         f"teacher t at {url}/gemma: Ray Serve has no application at /gemma/v1/teacher (HTTP 404): it is not deployed "
@@ -197,7 +181,7 @@ def test_an_application_that_ray_serve_deploys_later_is_waited_for(
 
 
 def test_a_path_that_ray_serve_never_has_is_reported_when_the_time_is_over(tiny_byte_level: Path) -> None:
-    with ray_proxy(FormulaEngine(tiny_byte_level), num_refused=0) as url:
+    with gemma_on_ray(FormulaEngine(tiny_byte_level), num_refused=0) as url:
         address = TeacherAddress("t", (f"{url}/wrong",), start_timeout_s=0.5)
         with pytest.raises(Unavailable, match=r"no application at /wrong/v1/teacher .HTTP 404.*waited 0.5 s"):
             asyncio.run(connect(address))
@@ -205,7 +189,7 @@ def test_a_path_that_ray_serve_never_has_is_reported_when_the_time_is_over(tiny_
 
 
 def test_a_route_that_an_application_of_ray_serve_lacks_ends_the_start_at_once(tiny_byte_level: Path) -> None:
-    with ray_proxy(FormulaEngine(tiny_byte_level), num_refused=0) as url:
+    with gemma_on_ray(FormulaEngine(tiny_byte_level), num_refused=0) as url:
         address = TeacherAddress("t", (f"{url}/gemma/wrong",), start_timeout_s=LIMIT_S)
         ends_at_once(TeacherError, "it has no teacher below /gemma/wrong", address)
 
@@ -234,7 +218,7 @@ def ends_at_once(error: type[TeacherError], message: str, *addresses: TeacherAdd
         (b"HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n", Unauthorized, "the server requires a key"),
         (b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n", TeacherError, "the address is not that of a teacher"),
         (not_found("Path '/v1/teacher' not found."), TeacherError, "the address is not that of a teacher"),
-        (not_found(RAY_NOT_FOUND, "text/html"), TeacherError, "the address is not that of a teacher"),
+        (not_found(NOT_FOUND, "text/html"), TeacherError, "the address is not that of a teacher"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n<html>", ProtocolError, "malformed card"),
         (respond_with_card(protocol="1"), VersionMismatch, "expected protocol 3, received 1"),
     ],
