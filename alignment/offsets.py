@@ -21,7 +21,7 @@ class AlignmentError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Positions of tokens in a text, for tokens whose bytes differ from the text because a normalizer changed it.
+    """Positions of tokens in a text, for tokenizers whose normalizer changes the text before it is split into tokens.
 
     starts     [T] int64 byte offset at which each token begins; bytes between the end of one token and the start of the
                next belong to no token. INSIDE if the token begins inside a character
@@ -66,7 +66,7 @@ class Tokens:
 
     @cached_property
     def known_ends(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Indices and byte offsets of the tokens that end between two characters."""
+        """Indices and end offsets (bytes) of the tokens that do not end inside a character."""
         known = np.flatnonzero(self.ends >= 0)
         return known, self.ends[known]
 

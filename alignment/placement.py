@@ -121,7 +121,7 @@ def _resolve_inside_characters(
 def _placement_from_offsets(
     data: bytes, begins: NDArray[np.int64], ends: NDArray[np.int64], pieces: Sequence[bytes]
 ) -> Placement:
-    """Build a placement from character offsets, and find the leading spaces that the tokenizer added."""
+    """Build a placement from the byte offsets of tokens. Leading spaces that the tokenizer added are detected."""
     starts, own, written = begins.copy(), np.zeros(len(ends), dtype=bool), np.zeros(len(ends), dtype=bool)
     previous_end = 0
     for i, (begin, end, piece) in enumerate(zip(begins.tolist(), ends.tolist(), pieces, strict=True)):

@@ -33,7 +33,7 @@ FILES = (JSON, CONFIG, TEMPLATE, *OTHER_FILES, *VOCABULARIES)
 MODEL_KEYS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
 """Keys of config.json by which transformers chooses the class of the tokenizer."""
 WARNING = ".warning"
-"""Name in the cache file of a warning about the conversion, which is logged."""
+"""Key under which the cache file stores the warning of a conversion. The warning is logged and is no tokenizer file."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PACKAGES = ("transformers", "tokenizers", "sentencepiece", "protobuf", "tiktoken", "mistral-common")
 log = logging.getLogger("tutelage.tokenizers")

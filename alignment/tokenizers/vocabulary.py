@@ -270,7 +270,7 @@ class Vocabulary:
 
 
 def _load_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """Load a tokenizer that encodes the texts of special tokens as ordinary text: "<eos>" as five characters."""
+    """Load tokenizer.json without recognition of special tokens: the text "<eos>" is five ordinary characters."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     tokenizer.no_truncation()
     tokenizer.no_padding()

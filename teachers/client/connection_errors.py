@@ -53,7 +53,7 @@ def tls_context(label: str, base: ssl.SSLContext, ca_file: Path | None) -> ssl.S
 
 
 def connection_error(error: BaseException, ca_file: Path | None) -> Unavailable:
-    """Return the error for a failed connection: TlsError if TLS failed, else Unavailable. Both state the cause."""
+    """Convert an error of httpx to TlsError if TLS failed, otherwise to Unavailable. The message states the cause."""
     for cause in _causes(error):
         match cause:
             case ssl.SSLCertVerificationError():

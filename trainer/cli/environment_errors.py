@@ -1,4 +1,4 @@
-"""Errors of the environment that any library can raise, as one sentence: no memory, no thread, no permission."""
+"""Error messages for a lack of memory, threads or permissions, which any library can report by an exception."""
 
 import errno
 import re

@@ -109,10 +109,11 @@ def _chunk_bounds(length: int, size: int, continues: Sequence[NDArray[np.bool_]]
 
 
 def labels_from(tokens: Sequence[np.ndarray], targets: Sequence[Target | None]) -> Labels:
-    """Concatenate the labels of several samples. A sample whose target is None has no soft targets.
+    """Build the labels of a batch: the labels of its samples, concatenated.
 
-    tokens[i] are the gold ids of sample i, targets[i] its sparse soft targets of the same length. Raises ValueError if
-    the lengths differ.
+    tokens   gold ids of each sample
+    targets  soft targets of each sample, of the same length; None for a sample without soft targets
+    Raises ValueError if the lengths differ.
     """
     filled = [Target.empty(len(t)) if target is None else target for t, target in zip(tokens, targets, strict=True)]
     for own, target in zip(tokens, filled, strict=True):

@@ -63,7 +63,7 @@ class SourceStatistics(Record):
     first_invalid: list[str]
     """Descriptions of the first lines or rows that cannot be parsed."""
     empty: int
-    """Lines or rows with an empty text or an empty chat, which are not used."""
+    """Number of lines or rows that are skipped because their text or chat is empty."""
     repeated: list[str]
     """Files that are not read again because they are listed before by another name, with both names."""
 

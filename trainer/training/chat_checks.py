@@ -95,7 +95,7 @@ def _check_end_of_turn(corpus: Corpus, tokenizer: SampleTokenizer, data: DataCon
 
 
 def _rendered(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig) -> Iterator[RenderedChat]:
-    """Render up to MAX_RENDERED chats, evenly spaced in the corpus. Chats that are skipped are left out."""
+    """Yield renderings of at most MAX_RENDERED chats, evenly spaced in the corpus, without chats that the run skips."""
     chats: Sequence[int] = [*corpus.train.chat_indices()]
     for i in chats[:: -(-len(chats) // MAX_RENDERED) or 1]:
         try:

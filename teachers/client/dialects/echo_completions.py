@@ -70,7 +70,7 @@ class Completion(msgspec.Struct):
 
 @dataclass(frozen=True)
 class EchoFormat:
-    """Format of the requests and responses of a server, found with PROBE_TEXT.
+    """Properties of the requests and responses of one server. The client determines them by requests with PROBE_TEXT.
 
     takes_ids   the prompt may be a list of ids; otherwise it is a text
     adds_bos    the server puts BOS in front of every prompt
@@ -124,7 +124,10 @@ class EchoReader:
         return None
 
     def _row(self, found: "_PositionEntry | None", sequence: list[int], position: int, top_k: int) -> "_Row | None":
-        """Return the row of one position; None if its entry does not determine K candidates and the actual token."""
+        """Return the row of one position.
+
+        Return None if the strings of its entry do not identify K candidates and the actual token.
+        """
         candidates = None if found is None else _top_candidates(found, top_k, self.strings)
         if found is None or candidates is None:
             return None
@@ -168,10 +171,11 @@ class _Row:
 
 
 def _top_candidates(found: _PositionEntry, top_k: int, strings: TokenStrings) -> dict[str, float] | None:
-    """Return the K candidates of an entry, without the token that the server added; None if they are ambiguous.
+    """Return the K most likely candidates of an entry, or None if they cannot be determined.
 
-    With K + 1 strings, the last one was added. With K strings, either no token was added, or two candidates have the
-    same string and a token was added. The second case needs a string that several tokens have.
+    A server adds the actual token to the entry if it is not among the K candidates. An entry of K + 1 strings ends with
+    this added token. An entry of K strings that ends with the actual token is ambiguous if one of its strings belongs
+    to several tokens: two candidates may share a string, and the actual token may have been added.
     """
     entry = {string: FLOOR if logprob is None else logprob for string, logprob in found.entry.items()}
     last = next(reversed(entry), None)
@@ -187,7 +191,7 @@ def _top_candidates(found: _PositionEntry, top_k: int, strings: TokenStrings) ->
 
 
 def _to_rows(parsed: Sequence[_Row | None], request: ScoreRequest, card: TeacherCard) -> Rows:
-    """Build Rows, in which None is a masked position. Raises InvalidRows, as every dialect does, for the others."""
+    """Build Rows from one row per position. None becomes a masked position. Raises InvalidRows for invalid data."""
     top_k, start = request.top_k, request.starts[0]
     rows = [row or _Row(*masked_row(top_k)) for row in parsed]
     ids = np.array([row.ids for row in rows], dtype=np.uint32).reshape(-1, top_k)

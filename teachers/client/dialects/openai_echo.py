@@ -136,7 +136,7 @@ class OpenAIEchoClient(StockServerClient):
     # --- examination of the server ---
 
     async def _server(self, deadline: float) -> _Server:
-        """Return the properties of the server. The first call sends the requests."""
+        """Return the properties of the server. The first call determines them by requests; later calls reuse them."""
         async with self._lock:
             if self._examined is None:
                 self._examined = await self._examine(deadline)

@@ -49,7 +49,7 @@ class ProbedCard(TeacherCard):
     properties: dict[str, Property]
     """Properties of the served model that the server states or that requests show, by name."""
     root: str | None = None
-    """Source of the server's model: a directory or a name."""
+    """Directory or name from which the server loaded the model; None if the server does not state it."""
     probe_ids: tuple[int, ...]
     """PROBE_TEXT in tokens of the server's tokenizer, without special tokens."""
     probe_logprobs: tuple[float, ...] = ()
@@ -73,7 +73,7 @@ class ProbedCard(TeacherCard):
                 )
 
     def check_scores(self, received: Sequence[float]) -> None:
-        """Compare log-probabilities with probe_logprobs. A masked position (NaN) is not compared.
+        """Compare received log-probabilities of PROBE_TEXT with probe_logprobs. Masked positions (NaN) are skipped.
 
         Raises FingerprintMismatch if they differ by over PROBE_TOLERANCE on average, or if every position is masked.
         """

@@ -133,7 +133,7 @@ class StockServerClient(ABC):
 
     @abstractmethod
     async def identify(self, timeout_s: float) -> None:
-        """Request the routes that this kind of server has. Raises NotFound or ProtocolError for another kind."""
+        """Check that the server is of this kind by a request. Raises NotFound or ProtocolError if it is not."""
 
     @abstractmethod
     async def _score(self, request: ScoreRequest, card: TeacherCard, timeout_s: float) -> list[Rows]:
@@ -145,7 +145,7 @@ class StockServerClient(ABC):
 
     @abstractmethod
     async def _draft_card(self) -> ProbedCard:
-        """Build the card without probe_logprobs."""
+        """Build the card with all fields except probe_logprobs, which `card` adds."""
 
     # --- for subclasses ---
 

@@ -21,7 +21,12 @@ SPACE = "▁"  # as SentencePiece writes a space
 
 @dataclass(frozen=True)
 class Token:
-    """A token: its id, its string in tokenizer.json, and its bytes; None for a special token."""
+    """A token of a vocabulary.
+
+    id     id of the token
+    piece  string of the token in tokenizer.json
+    data   bytes of text that the token stands for; None for a special token
+    """
 
     id: int
     piece: str
@@ -50,7 +55,11 @@ RENDERINGS: Mapping[str, Callable[[Token], str]] = {
 
 @dataclass(frozen=True)
 class StringMatch:
-    """The id that a string stands for, and whether it is the only id with this string."""
+    """The token that a string of a response identifies.
+
+    id       id of the token
+    is_only  no other token has this string
+    """
 
     id: int
     is_only: bool
