@@ -21,6 +21,7 @@ RENDEZVOUS_REPORT_S = 10.0
 CONNECT_S = 5.0
 _GLOO = re.compile(r"gloo/\S*:\d+\] (.*?)(\. |\.?$)", re.MULTILINE)  # messages of its plain RuntimeErrors
 _last_warning = float("-inf")
+_kept_errors: list[Exception] = []  # their tracebacks hold the tensors of failed collectives, see peer_errors
 
 
 def reported_wait(rank: int, timeout_s: float, what: str) -> AbstractContextManager[None]:
@@ -63,7 +64,11 @@ def _warn(message: str, *arguments: object) -> None:
 
 @contextmanager
 def peer_errors(rank: int, size: int) -> Iterator[None]:
-    """Raise PeerError instead of an error of torch or gloo that says that another process did not respond."""
+    """Raise PeerError instead of an error of torch or gloo that says that another process did not respond.
+
+    The tensors of the failed collective are kept. Otherwise a thread of gloo could release the last reference to one
+    while the interpreter ends, which needs the GIL and aborts the process.
+    """
     try:
         yield
     except PeerError:
@@ -72,6 +77,7 @@ def peer_errors(rank: int, size: int) -> Iterator[None]:
         reason = _peer_reason(error)
         if reason is None:
             raise
+        _kept_errors.append(error)
         raise PeerError(
             f"process {rank} of {size} has lost the connection to another process of the run ({reason}): the message "
             "of the process that ended first names the cause"
