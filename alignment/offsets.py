@@ -89,6 +89,15 @@ class Tokens:
             placement=self.placement and self.placement.with_end_token(self.num_bytes),
         )
 
+    def continued(self, text: bytes, ids: Sequence[int], num_bytes: Sequence[int]) -> "Tokens":
+        """Return the tokens of a longer text, whose last tokens a model has sampled.
+
+        text            the longer text; this text is its beginning
+        ids, num_bytes  the sampled tokens and the number of bytes of each
+        """
+        ends = self.num_bytes + np.cumsum(num_bytes, dtype=np.int64)
+        return join_tokens(text, [self, Tokens(text, np.array(ids, dtype=np.int64), ends)])
+
     @property
     def bytes_per_token(self) -> NDArray[np.int64]:
         """[T] bytes of text per token. All bytes of a character count for its last token; a closing EOS has 0."""

@@ -10,6 +10,7 @@ from trainer.evaluation.config import EvalConfig
 from trainer.fusion.config import FusionConfig
 from trainer.losses.config import LossConfig
 from trainer.query.config import MAX_TEACHERS, TeacherConfig
+from trainer.rollouts.config import RolloutConfig
 from trainer.sources.config import DataConfig
 from trainer.student.config import StudentConfig
 from trainer.telemetry.config import TrackingConfig
@@ -26,6 +27,7 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    rollout: RolloutConfig | None = None
     eval: EvalConfig = EvalConfig()
     output: OutputConfig
     tracking: TrackingConfig = TrackingConfig()
@@ -41,6 +43,7 @@ class RunConfig(Section):
         self._check_teachers()
         self._check_loss()
         self._check_evaluation()
+        self._check_rollout()
         return self
 
     def _check_student(self) -> None:
@@ -86,3 +89,22 @@ class RunConfig(Section):
             raise ValueError(f"{key}: there is no held-out text to measure on; set eval.held_out_documents")
         if self.eval.early_stopping_patience and self.eval.every_steps is None:
             raise ValueError("eval.early_stopping_patience counts evaluations during the run; set eval.every_steps")
+
+    def _check_rollout(self) -> None:
+        rollout = self.rollout
+        if rollout is None:
+            return
+        if not self.teachers:
+            raise ValueError("rollout: the student learns nothing from its own text without teachers; add [[teachers]]")
+        if rollout.final_share is not None and rollout.schedule == "constant":
+            raise ValueError("rollout.final_share: set rollout.schedule to linear or cosine")
+        if (rollout.prompt_tokens or 0) >= self.data.window_tokens:
+            raise ValueError(
+                "rollout.prompt_tokens: expected less than data.window_tokens, to leave room for a rollout"
+            )
+        for teacher in self.teachers:
+            if not (teacher.is_fused and teacher.supports_chats):
+                raise ValueError(
+                    f"teachers: teacher {teacher.name} has signal {teacher.signal!r}, which does not support rollouts; "
+                    "set it to byte_chain"
+                )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,31 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """The tokens that the student sampled as the continuation of a prompt.
+
+    ids          sampled tokens. Their bytes end at a whole character. EOS or an end of turn is the last token if it
+                 was sampled
+    num_bytes    bytes of text of each token; 0 for EOS or an end of turn
+    logprobs     log-probabilities of the sampled tokens in nats, at temperature 1
+    entropies    entropies of the distributions from which they were sampled, in nats, at temperature 1
+    num_cut      sampled tokens behind the last whole character, which are not used
+    finish       why sampling ended: an end token (`eos`), a stop string (`stop`), or a limit on the tokens (`length`)
+    version      number of steps that the weights had been trained for
+    fingerprint  fingerprint of the tokenizer. Models with the same tokenizer receive these tokens
+    """
+
+    ids: tuple[int, ...]
+    num_bytes: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]
+    num_cut: int
+    finish: Literal["eos", "stop", "length"]
+    version: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Sample:
     """One window of text, or one chat.
 
@@ -22,11 +47,11 @@ class Sample:
     text          text of a window; empty for a chat
     prompt_bytes  number of leading UTF-8 bytes of the text that are a masked prompt
     closes        the window ends its document: EOS follows the text
-    written_by    version of the student's weights that generated the text; None for text from a source
     messages      messages of a chat; empty for a window of text
     tools         tool definitions of a chat, as its template receives them
     domain        value of the source's domain column, for fusion by "adaptive"; empty without a column
     teacher       value of the source's teacher column, for fusion by "router"; None without a column
+    rollout       tokens that the student sampled: the text after the prompt; None for text from a source
     """
 
     index: int
@@ -34,15 +59,20 @@ class Sample:
     text: str = ""
     prompt_bytes: int = 0
     closes: bool = False
-    written_by: int | None = None
     messages: tuple[Message, ...] = ()
     tools: tuple[Message, ...] = ()
     domain: str = ""
     teacher: str | None = None
+    rollout: Rollout | None = None
 
     @property
     def is_chat(self) -> bool:
         return bool(self.messages)
+
+    @property
+    def written_by(self) -> int | None:
+        """Version of the student's weights that sampled the text; None for text from a source."""
+        return None if self.rollout is None else self.rollout.version
 
 
 @dataclass(frozen=True, eq=False)

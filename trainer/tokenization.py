@@ -14,7 +14,7 @@ from trainer.chats.jinja_template import ChatError
 from trainer.chats.rendered_chat import supervised_mask
 from trainer.chats.special_tokens import SpecialTokenError
 from trainer.errors import ConfigError, DataError
-from trainer.records import Sample, TokenizedSample
+from trainer.records import Rollout, Sample, TokenizedSample
 from trainer.sources.config import DataConfig
 
 T = TypeVar("T")
@@ -40,14 +40,26 @@ class SampleTokenizer:
     template: ChatTemplate | None = None
 
     def tokenize(self, sample: Sample) -> TokenizedSample:
-        """Tokenize a text or a chat. Raises ChatError for a chat that the model's template cannot render."""
+        """Tokenize a text or a chat. Raises ChatError for a chat that the model's template cannot render.
+
+        The tokens that the student sampled stay as they are, for every model with the student's tokenizer.
+        """
         if sample.is_chat:
             return self._tokenize_chat(sample)
-        tokens = self.vocabulary.encode(sample.text, close=sample.closes)
+        if sample.rollout is not None and sample.rollout.fingerprint == self.vocabulary.fingerprint:
+            tokens = self._sampled_tokens(sample, sample.rollout)
+        else:
+            tokens = self.vocabulary.encode(sample.text, close=sample.closes)
         num_bytes_T = tokens.bytes_per_token
         # A token that begins within the prompt is not supervised, even if it ends after it.
         supervised_T = np.cumsum(num_bytes_T) - num_bytes_T >= sample.prompt_bytes
         return TokenizedSample(tokens, supervised_T, np.where(supervised_T, num_bytes_T, 0))
+
+    def _sampled_tokens(self, sample: Sample, rollout: Rollout) -> Tokens:
+        data, length = sample.text.encode(), len(rollout.ids) - sample.closes
+        prompt = self.vocabulary.encode(data[: sample.prompt_bytes].decode())
+        tokens = prompt.continued(data, rollout.ids[:length], rollout.num_bytes[:length])
+        return tokens.with_end_token(self.vocabulary.roles["eos"]) if sample.closes else tokens
 
     def _tokenize_chat(self, sample: Sample) -> TokenizedSample:
         if self.template is None:
@@ -114,7 +126,8 @@ def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | Non
     """Tokenize a sample with `attempt`. If it is too long and data.too_long is "shorten", use a prefix that fits.
 
     A text is cut after about `limit` tokens, at the end of a character and after its prompt. A chat is cut after a
-    supervised assistant message. Bisection finds the last message with which the chat fits.
+    supervised assistant message. Bisection finds the last message with which the chat fits. A rollout is always
+    shortened, because its length in the tokens of a teacher is not known before it is sampled.
 
     attempt  tokenizes a sample for all models, and returns the excess if it is too long
     Raises DataError for a text, and ChatError for a chat and for a text with a prompt, if data.too_long is "refuse" or
@@ -134,7 +147,7 @@ def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | Non
             too_long, excess = middle, shorter_excess
     if fitting >= 0:
         return result
-    while not sample.is_chat and data.too_long == "shorten":
+    while not sample.is_chat and (data.too_long == "shorten" or sample.rollout is not None):
         shortened = shorten_text(sample, excess.tokenized.tokens, excess.limit)
         if shortened is None:
             break
@@ -183,12 +196,30 @@ def shorten_text(sample: Sample, tokens: Tokens, limit: int) -> Sample | None:
     cuts = [
         int(end)
         for end in tokens.ends[: max(limit, 0)]
-        if sample.prompt_bytes < end < len(data) and _is_character_end(data, int(end))
+        if sample.prompt_bytes < end < len(data) and is_character_end(data, int(end))
     ]
-    return replace(sample, text=data[: cuts[-1]].decode(), closes=False) if cuts else None
+    if not cuts:
+        return None
+    if sample.rollout is not None:
+        return _shorten_rollout(sample, sample.rollout, cuts[-1])
+    return replace(sample, text=data[: cuts[-1]].decode(), closes=False)
 
 
-def _is_character_end(data: bytes, end: int) -> bool:
+def _shorten_rollout(sample: Sample, rollout: Rollout, limit: int) -> Sample | None:
+    """Return a sample with the sampled tokens that end at or before the byte `limit`, or None if there are none."""
+    data = sample.text.encode()
+    ends = np.cumsum(rollout.num_bytes) + sample.prompt_bytes
+    lengths = [i + 1 for i, end in enumerate(ends) if end <= limit and is_character_end(data, int(end))]
+    if not lengths:
+        return None
+    kept, stop = lengths[-1], int(ends[lengths[-1] - 1])
+    columns = {name: getattr(rollout, name)[:kept] for name in ("ids", "num_bytes", "logprobs", "entropies")}
+    shortened = replace(rollout, finish="length", **columns)
+    return replace(sample, text=data[:stop].decode(), closes=False, rollout=shortened)
+
+
+def is_character_end(data: bytes, end: int) -> bool:
+    """Return whether no UTF-8 character of a text contains bytes on both sides of the offset `end`."""
     return end == len(data) or data[end] & 0xC0 != 0x80
 
 

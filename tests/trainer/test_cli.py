@@ -29,7 +29,7 @@ def run_file(folder: Path, config: RunConfig) -> Path:
     raw = config.model_dump(mode="json")
     teachers, sources = raw.pop("teachers"), raw["data"].pop("sources")
     supervision = raw["data"].pop("supervision")
-    text = [line for name, section in raw.items() for line in lines(name, section)]
+    text = [line for name, section in raw.items() if section is not None for line in lines(name, section)]
     text += lines("data.supervision", supervision)
     text += [line for source in sources for line in lines("data.sources", source, "[[{}]]")]
     text += [line for teacher in teachers for line in lines("teachers", teacher, "[[{}]]")]

@@ -167,7 +167,7 @@ def test_a_run_writes_the_keys_of_the_events_in_their_order(
         for folder in ("out", "plain")
     )
     assert all(list(step)[2:] == PLAIN_STEP for step in plain)
-    names = StepEvent.model_fields.keys() - {"router_loss"}  # of mixtures of experts
+    names = StepEvent.model_fields.keys() - {"router_loss", "rollouts"}  # of mixtures of experts and of on-policy runs
     assert all(step.keys() == {"event", "time", *names} for step in steps)
     assert list(steps[0]["teachers"]["t0"])[:3] == ["weight", "missing", "unavailable"]
     assert "loss" not in steps[0]["teachers"]["t0"]

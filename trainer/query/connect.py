@@ -57,6 +57,7 @@ async def connect_teachers(
     student: SampleTokenizer,
     data: DataConfig,
     *,
+    closes_texts: bool = False,
     on_event: Callable[[TeacherEvent], None] = lambda _: None,
 ) -> AsyncIterator[TeacherConnection]:
     """Connect to all teachers concurrently, check each, and load or build its signal.
@@ -64,13 +65,17 @@ async def connect_teachers(
     Waits up to start_timeout_s of each teacher until it responds; an error that only the user can correct is raised at
     once.
 
-    student   the student's tokenizer of samples; teachers need a chat template if it has one
-    on_event  called when a teacher is lost or joins again
+    student       the student's tokenizer of samples; teachers need a chat template if it has one
+    closes_texts  whether EOS may follow a text, as after a rollout; data.close_documents implies it
+    on_event      called when a teacher is lost or joins again
     Raises TeacherError, TokenizerError or ChatError naming the teacher.
     """
     async with TeacherPool([teacher_address(config) for config in configs], on_event) as pool:
         has_chats = student.template is not None
         teachers = await gather(connect_teacher(pool, config, data, has_chats) for config in configs)
+        for teacher in teachers:
+            if closes_texts and "eos" not in teacher.tokenizer.vocabulary.roles:
+                raise _no_eos(teacher.config.name, "rollouts")
         signals = [await asyncio.to_thread(_signal, teacher, student.vocabulary) for teacher in teachers]
         try:
             yield TeacherConnection(pool, tuple(teachers), tuple(signals))
@@ -95,14 +100,17 @@ async def connect_teacher(
         )
     vocabulary = checked_vocabulary(config, card, files)
     if data.close_documents and "eos" not in vocabulary.roles:
-        raise TokenizerError(
-            f"teacher {config.name}: its tokenizer has no EOS for the ends of documents (data.close_documents); "
-            "set eos in the roles of this teacher"
-        )
+        raise _no_eos(config.name, "documents (data.close_documents)")
     template = None
     if has_chats:
         template = load_chat_template(files, vocabulary, config.roles, config.chat_template, data.supervision)
     return ConnectedTeacher(config, card, SampleTokenizer(vocabulary, card.prefix, template))
+
+
+def _no_eos(teacher: str, texts: str) -> TokenizerError:
+    return TokenizerError(
+        f"teacher {teacher}: its tokenizer has no EOS for the ends of {texts}; set eos in the roles of this teacher"
+    )
 
 
 def check_chat_support(teachers: Sequence[TeacherConfig], corpus: Corpus) -> None:

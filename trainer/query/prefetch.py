@@ -87,6 +87,8 @@ class _ScoreCache:
 
     async def get(self, sample: Sample, score: Callable[[], Coroutine[Any, Any, Scored]]) -> Scored:
         """Return cached scores, or the result of a request in flight, or that of a new request."""
+        if sample.rollout is not None:  # no other rollout has its text
+            return await score()
         if sample.index in self._kept:
             return self._kept[sample.index]
         if sample.index in self._in_flight:

@@ -120,6 +120,10 @@ class SampleScorer:
         collector.respond(ResponseTime(name, requested_at, time.monotonic()))
         telemetry.masked += rows.num_masked
         first_row = rows.start - len(teacher.card.prefix)
+        if sample.rollout is not None:
+            nats, num_bytes = _supervised_text(rows, first_row, own)
+            telemetry.rollout_nats += nats
+            telemetry.rollout_bytes += num_bytes
         try:
             prepared, seconds = await in_thread(signal.prepare, rows, first_row, own, tokenizations.student)
         except AlignmentError as error:
@@ -133,6 +137,12 @@ class SampleScorer:
 def _copy(rows: Rows) -> np.ndarray:
     """Return the actual tokens' log-probabilities without keeping the response's buffer alive."""
     return rows.actual.copy()
+
+
+def _supervised_text(rows: Rows, first_row: int, own: TokenizedSample) -> tuple[float, int]:
+    """Return the log-likelihood in nats of the teacher's supervised, unmasked tokens, and their bytes."""
+    scored = own.supervised_T[first_row:] & ~np.isnan(rows.actual)
+    return float(rows.actual[scored].sum(dtype=float)), int(own.num_bytes_T[first_row:][scored].sum())
 
 
 def _first_position(teacher: ConnectedTeacher, tokenized: TokenizedSample) -> int:

@@ -23,6 +23,7 @@ from trainer.fusion.run_fuser import Fuser
 from trainer.query.background import in_daemon_thread
 from trainer.query.connect import TeacherConnection, connect_teachers, gather
 from trainer.query.prefetch import Prefetcher, PrefetchLimits, Reservation, Scored
+from trainer.query.rollout_counts import count_rollout
 from trainer.query.score import SampleScorer
 from trainer.records import Batch, DistillationExample, Sample, ScoredSample
 from trainer.telemetry.collector import Collector, merged
@@ -48,7 +49,7 @@ def prefetch_limits(config: RunConfig) -> PrefetchLimits:
         max_tokens=config.train.prefetch_tokens,
         max_bytes=config.train.prefetch_bytes,
         cache_bytes=config.train.target_cache_bytes if reused else 0,
-        window_tokens=config.data.window_tokens + config.data.close_documents,
+        window_tokens=config.data.window_tokens + (config.data.close_documents or config.rollout is not None),
         top_k=tuple(teacher.top_k for teacher in config.teachers),
     )
 
@@ -193,6 +194,7 @@ class ExampleStream:
                 config.teachers,
                 self._student,
                 data=config.data,
+                closes_texts=config.rollout is not None,
                 on_event=self._events.put,
             ) as connection:
                 self._connected, self._cards = time.monotonic(), connection.cards
@@ -221,11 +223,12 @@ class ExampleStream:
     async def _fuse(self, scored: Sequence[ScoredSample], telemetry: Collector) -> Batch:
         """Fuse a batch. Batches are fused in order, because the fusion may have state."""
         examples, seconds = await in_daemon_thread(self._fuser.fuse, scored, self._step, telemetry)
-        self._step += 1
         telemetry.record("fuse", seconds)
         first_position = 0 if self._student.prefix else 1
         for example in examples:
             _record_target(example, first_position, telemetry)
+            telemetry.rollouts.add(count_rollout(example, self._step, first_position))
+        self._step += 1
         return Batch(examples, self._fuser.state)
 
     def _put(

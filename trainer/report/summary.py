@@ -13,7 +13,7 @@ from trainer.report.history import Floats, History
 
 HELD_OUT_BPB = "held_out_bpb"
 START_TOLERANCE = 1e-3  # relative; another device or precision changes bits per byte in the third digit at most
-EXPECTED_DIFFERENCES = ("teachers", "fusion", "loss", "output", "tracking")
+EXPECTED_DIFFERENCES = ("teachers", "fusion", "loss", "rollout", "output", "tracking")
 """Sections of the run file in which a run and its baseline differ by design."""
 
 

@@ -1,5 +1,7 @@
 """Sharding of the student over several ranks with FSDP2. A layer is unsharded only while it computes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,25 @@ def shard(module: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, *, bf16: b
             # sum instead of average: the training step divides once by the global number of tokens
             child.set_gradient_divide_factor(1.0)
             child.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def all_unsharded(module: nn.Module) -> Iterator[None]:
+    """Keep the weights of all layers complete during the block, which runs within the forward pass of `module`.
+
+    Without sharding this does nothing. All ranks must enter the block together; within it they do not communicate, so
+    that they may run different numbers of forward passes.
+    """
+    layers = [child for child in module.modules() if isinstance(child, FSDPModule) and child is not module]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reshard()
+            layer.set_reshard_after_forward(True, recurse=False)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

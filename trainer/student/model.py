@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,13 @@ from alignment.offsets import Tokens
 from teachers.model_loading import load_model
 from trainer.losses.lm_head import LMHead
 from trainer.student.config import LoraConfig
+from trainer.student.fsdp import all_unsharded
 from trainer.student.hf_directory import write_hf_directory
 from trainer.student.lora import merge_adapters
 from trainer.student.packing import pack
 from trainer.student.router_loss import RouterLoss
+
+T = TypeVar("T")
 
 # shapes: B rows of L tokens, T selected positions, D hidden size
 
@@ -41,9 +44,10 @@ def lm_head_of(model: Any) -> LMHead:
 
 
 class StudentModule(nn.Module):
-    """The model and the function of its head and hidden states, in one module.
+    """The model in one module with every function that needs its weights.
 
-    FSDP gathers the weights of a module during its forward pass, so the head's weight is complete only in `forward`.
+    FSDP gathers the weights of a module during its forward pass, so the weights outside the layers, such as the head's,
+    are complete only in `forward`.
     """
 
     def __init__(self, model: Any, router_loss: RouterLoss | None = None) -> None:
@@ -51,26 +55,9 @@ class StudentModule(nn.Module):
         self.model = model
         self.router_loss = router_loss
 
-    def forward(
-        self,
-        ids_BL: Tensor,
-        positions_BL: Tensor,
-        states_T: Tensor,
-        function: HeadFunction,
-        is_token_BL: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Return the results of the function; with `is_token_BL`, also the unweighted loss of the router."""
-        has_router_loss = is_token_BL is not None and self.router_loss is not None
-        outputs = self.model.get_decoder()(
-            input_ids=ids_BL,
-            position_ids=positions_BL,
-            use_cache=False,
-            **({"output_router_logits": True} if has_router_loss else {}),
-        )
-        results = function(lm_head_of(self.model), outputs.last_hidden_state.flatten(0, 1)[states_T])
-        if is_token_BL is None or self.router_loss is None:
-            return results
-        return (*results, self.router_loss.compute(outputs.router_logits, is_token_BL))
+    def forward(self, function: Callable[[Any], T]) -> T:
+        """Return the result of a function of the model."""
+        return function(self.model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +125,38 @@ class Student:
         packed = pack(sequences, masks, share_rows=self.packing)
         arrays = (packed.ids_BL, packed.positions_BL, packed.states_T, packed.is_token_BL)
         ids_BL, positions_BL, states_T, is_token_BL = (torch.from_numpy(a).to(self.device) for a in arrays)
-        with self._autocast():
-            result: tuple[Tensor, ...] = self.module(
-                ids_BL, positions_BL, states_T, function, is_token_BL if router_loss else None
+        router = self.router_loss if router_loss else None
+
+        def run(model: Any) -> tuple[Tensor, ...]:
+            outputs = model.get_decoder()(
+                input_ids=ids_BL,
+                position_ids=positions_BL,
+                use_cache=False,
+                **({} if router is None else {"output_router_logits": True}),
             )
+            results = function(lm_head_of(model), outputs.last_hidden_state.flatten(0, 1)[states_T])
+            return results if router is None else (*results, router.compute(outputs.router_logits, is_token_BL))
+
+        with self._autocast():
+            result: tuple[Tensor, ...] = self.module(run)
+        return result
+
+    def infer(self, function: Callable[[Any], T]) -> T:
+        """Return `function` of the model in evaluation mode, without gradients and with all weights unsharded.
+
+        All ranks must call it together. The function must not communicate with other ranks.
+        """
+
+        def run(model: Any) -> T:
+            with all_unsharded(self.module):
+                return function(model)
+
+        self.module.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                result: T = self.module(run)
+        finally:
+            self.module.train()
         return result
 
     def parameters(self) -> list[nn.Parameter]:

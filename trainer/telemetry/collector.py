@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from alignment.report import AlignmentReport
+from trainer.telemetry.rollout_telemetry import RolloutTelemetry
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TeacherTelemetry:
     unaligned    supervised positions of chats without a target of this teacher, by reason
     unavailable  samples that were scored while the teacher was lost
     masked       tokens of the teacher whose scores are masked, because its server returns no ids
+    rollout_*    log-likelihood in nats of the sampled text, by the teacher's own tokens, and its bytes
     wait_s       seconds that the step waited for this teacher's last response
     pool         state of the teacher's replicas (teachers.client.load_balancer.LoadBalancerStats)
     """
@@ -44,6 +46,8 @@ class TeacherTelemetry:
     unaligned: Counter[str] = field(default_factory=Counter)
     unavailable: int = 0
     masked: int = 0
+    rollout_nats: float = 0.0
+    rollout_bytes: int = 0
     wait_s: float = 0.0
     pool: Mapping[str, float] = field(default_factory=dict)
 
@@ -55,15 +59,18 @@ class TeacherTelemetry:
         self.unaligned.update(other.unaligned)
         self.unavailable += other.unavailable
         self.masked += other.masked
+        self.rollout_nats += other.rollout_nats
+        self.rollout_bytes += other.rollout_bytes
         self.wait_s += other.wait_s
 
 
 @dataclass
 class Collector:
-    """One sample or one batch. Sums, except `queued_batches`, `queued_tokens` and `last_response`.
+    """One sample or one batch. Sums, except `sample_s`, `queued_batches`, `queued_tokens` and `last_response`.
 
     seconds        CPU seconds by stage: tokenize, align, fuse
     wait_s         seconds that the step waited for the batch
+    sample_s       seconds in which the training loop sampled rollouts before the step
     queued_*       batches and tokens that were ready when the step requested this one
     last_response  response that arrived last; None if nothing was requested
     examples       training examples; skipped chats do not count
@@ -74,11 +81,13 @@ class Collector:
     skipped        chats that could not be rendered for every model; skip_reason is the error of one of them
     folded_system  chats whose system message was moved into the first user message
     omitted_reasoning, changed_content  texts that the student's template does not render, or rewrites
+    rollouts       counts of the rollouts
     """
 
     teachers: dict[str, TeacherTelemetry] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     wait_s: float = 0.0
+    sample_s: float = 0.0
     queued_batches: int = 0
     queued_tokens: int = 0
     last_response: ResponseTime | None = None
@@ -94,6 +103,7 @@ class Collector:
     folded_system: int = 0
     omitted_reasoning: int = 0
     changed_content: int = 0
+    rollouts: RolloutTelemetry = field(default_factory=RolloutTelemetry)
 
     def teacher(self, name: str) -> TeacherTelemetry:
         """Return the telemetry of one teacher, created if it does not exist."""
@@ -117,6 +127,7 @@ class Collector:
         if other.last_response is not None:
             self.respond(other.last_response)
         self.skip_reason = self.skip_reason or other.skip_reason
+        self.rollouts.add(other.rollouts)
         for count in ("examples", "positions", "valid", "mass", "tail", "fallbacks"):
             setattr(self, count, getattr(self, count) + getattr(other, count))
         for count in ("shortened", "skipped", "folded_system", "omitted_reasoning", "changed_content"):

@@ -118,10 +118,51 @@ class TeacherStep(Record):
     """Load balancer of the teacher."""
     loss: float = 0.0
     """Loss of a teacher that is not fused, without its weight, in nats per token."""
+    rollout_bpb: float | None = None
+    """Bits per byte of the rollouts on the teacher's own tokens, end tokens included. It falls while the student learns
+    to write what the teacher considers likely. Absent without rollouts."""
     unaligned: dict[str, int] = Field(default={})
     """Supervised positions of chats without a distribution of this teacher, by reason: its template omits the part
     (`omitted`) or renders it differently (`different`), or a token reaches across a boundary (`boundary`). Absent
     without such positions."""
+
+
+class RolloutStep(Record):
+    """The student's rollouts in one step. Means are over sampled tokens, of all ranks."""
+
+    samples: int
+    """Rollouts."""
+    tokens: int
+    """Sampled tokens, end tokens included."""
+    num_bytes: int
+    """Bytes of sampled text."""
+    divergence: float
+    """Divergence of the student from the fused target, in nats per token."""
+    cross_entropy: float
+    """Negative log-likelihood of the sampled tokens by the weights before the step, in nats per token."""
+    own_bpb: float | None
+    """Bits per byte of the rollouts by the weights that sampled them; null without bytes."""
+    fused_bpb: float | None
+    """Bits per byte of the rollouts by the fused target, where it is valid; null without such bytes."""
+    entropy: float
+    """Entropy of the student where it sampled, in nats per token, at temperature 1."""
+    length: float
+    """Tokens per rollout."""
+    finished: float
+    """Fraction of the rollouts that ended with an end token or a stop string, instead of the limit on tokens."""
+    repetition: float
+    """Fraction of the tokens that end a run of four tokens which the same rollout contains earlier."""
+    cut: int
+    """Sampled tokens that are not used, because they are not whole characters."""
+    noncanonical: int
+    """Tokens without a target because the tokenizer writes their text with other tokens."""
+    age_steps: float
+    """Steps between the weights that sampled a token and the weights that are trained on it; at most
+    `rollout.max_staleness_steps`."""
+    max_age_steps: int
+    """Largest number of such steps."""
+    sample_s: float
+    """Seconds in which the training loop sampled rollouts before the step, of the rank that took longest."""
 
 
 class Agreement(Record):

@@ -13,6 +13,7 @@ from trainer.telemetry.event_records import (
     Agreement,
     ModelIdentity,
     Record,
+    RolloutStep,
     SourceStatistics,
     TeacherIdentity,
     TeacherStep,
@@ -137,6 +138,8 @@ class StepEvent(Event):
     teachers."""
     teachers: dict[str, TeacherStep] = Field(default={})
     """Each teacher, by name. Absent without teachers."""
+    rollouts: RolloutStep | None = None
+    """The student's rollouts. Absent without them."""
 
 
 class EvalEvent(Event):

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class CheckpointMetadata:
     identity      values that must not change when the run is resumed (training/identity.py)
     precision     bf16 or fp32, as resolved at the first start
     fusion_state  state of the fusion after the last step; None for a fusion without state
+    rollouts      rollouts that no step has used, of each process; empty without [rollout]
     """
 
     step: int
     identity: Identity
     precision: str
     fusion_state: dict[str, Any] | None = None
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,8 @@ def _read_state(path: Path) -> CheckpointMetadata:
         metadata = CheckpointMetadata(**json.loads(data))
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedError(f"{STATE_FILE} is not the state of a checkpoint") from error
-    expected = (int, dict, str, dict | None)
-    values = (metadata.step, metadata.identity, metadata.precision, metadata.fusion_state)
+    expected = (int, dict, str, dict | None, list)
+    values = (metadata.step, metadata.identity, metadata.precision, metadata.fusion_state, metadata.rollouts)
     is_typed = all(isinstance(value, kind) for value, kind in zip(values, expected, strict=True))
     if not is_typed or metadata.precision not in ("bf16", "fp32"):
         raise DamagedError(f"{STATE_FILE} is not the state of a checkpoint")

@@ -52,6 +52,7 @@ RESUME_RULES = (
     ResumeRule(REJECTED, "the trained parameters", ("student.train_layers", "student.lora")),
     ResumeRule(REJECTED, "the method of fusion; with `adaptive`, also the names of the teachers", ("fusion.method",)),
     ResumeRule(REJECTED, "the model of a teacher. Another model is allowed under another name"),
+    ResumeRule(REJECTED, "whether the run has a section `[rollout]`"),
     ResumeRule(REJECTED, "the held-out samples", ("eval.max_samples",)),
     ResumeRule(REJECTED, "fewer steps than the checkpoint has, by `train.steps` or `train.epochs`"),
     ResumeRule(
@@ -111,6 +112,7 @@ def run_identity(config: RunConfig, base_weights: str, tokenizer: str, corpus: C
         "data.sources.weight": [source.weight for source in config.data.sources],
         "samples": corpus.fingerprint[:16],
         "eval.max_samples": config.eval.max_samples,
+        **({"[rollout]": True} if config.rollout is not None else {}),
     }
 
 
@@ -132,10 +134,10 @@ def base_weights_sha256(folder: Path, ranks: Ranks) -> str:
 
 def check_identity(saved: Identity, current: Identity, checkpoint: Path) -> None:
     """Raise CheckpointError, naming the first difference, if a checkpoint belongs to another run."""
-    for key, value in current.items():
-        if saved.get(key) != value:
+    for key in {**current, **saved}:
+        if saved.get(key) != current.get(key):
             raise CheckpointError(
-                f"{checkpoint} was written with {key} = {saved.get(key)!r}, this run has {value!r}"
+                f"{checkpoint} was written with {key} = {saved.get(key)!r}, this run has {current.get(key)!r}"
                 f"{_HINTS.get(key, '')}: restore the previous one, or begin another run with another output.dir"
             )
 
@@ -152,9 +154,9 @@ def check_num_steps(done: int, num_steps: int) -> None:
 def process_settings(config: RunConfig, identity: Identity) -> dict[str, Any]:
     """Return the values that must be equal in all processes of a run, by name."""
     sections = config.model_dump(mode="json")
-    teachers = sections.pop("teachers")
+    teachers, rollout = sections.pop("teachers"), sections.pop("rollout")
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    return {"teachers": teachers, **settings, **identity}
+    return {"teachers": teachers, "rollout": rollout, **settings, **identity}
 
 
 def check_same_settings(settings_of_ranks: Sequence[Mapping[str, Any]]) -> None:

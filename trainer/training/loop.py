@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 
 from trainer.config import RunConfig
-from trainer.distributed import Ranks, process_group
+from trainer.distributed import process_group
 from trainer.query.stream import ExampleStream
-from trainer.records import Batch, Sample
-from trainer.sources.corpus import Corpus
-from trainer.sources.sample_order import batch_indices
+from trainer.records import Batch
 from trainer.telemetry.collector import Collector
 from trainer.telemetry.events import TEACHER_EVENTS, EndEvent
 from trainer.telemetry.jsonl import Listener, Metrics
@@ -48,10 +47,14 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
     config, ranks = run.config, run.ranks
     evaluator, done, fusion_state = run.evaluator, run.done, run.fuser.state
     end = min(run.num_steps, stop_at or run.num_steps)
-    samples = _batches(config, run.corpus, ranks, range(done, end))
+    batches = run.batches(range(done, end))
     skipped_chats = SkippedChats(config, run.corpus.order, done)
-    with ExampleStream(config, run.tokenizer, samples, fuser=run.fuser, first_step=done) as stream:
+    with (
+        ExampleStream(config, run.tokenizer, batches, fuser=run.fuser, first_step=done) as stream,
+        closing(batches),  # before the stream, whose thread may wait for a batch
+    ):
         items = iter(stream)
+        batches.advance(done)
         with on_stop(stream.stop):  # the first batch may wait for a teacher
             first = list(islice(items, 1))  # nothing is written before every teacher has been checked
         if stream.stopped:
@@ -64,6 +67,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
             while not evaluator.early_stopped and not ranks.any((item := next(logged, None)) is None):
                 assert item is not None
                 batch, telemetry = item
+                telemetry.sample_s = batches.sample_s
                 began = time.monotonic()
                 plan = plan_step(config, done, run.num_steps, ranks.size)
                 with ranks.reported_wait(f"step {done + 1}, which another process of this run may delay"):
@@ -75,9 +79,10 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
                 if done == end or _is_due(done, config.eval.every_steps):
                     evaluator.evaluate(metrics, done, fusion_state)
                 if _is_due(done, config.output.checkpoint_every_steps):
-                    run.save(metrics, done, fusion_state)
+                    run.save(metrics, done, fusion_state, batches.state(done))
                 run.finish_save(metrics)
-            run.save_last(metrics, done, fusion_state)
+                batches.advance(done)
+            run.save_last(metrics, done, fusion_state, batches.state(done))
             ended = done == run.num_steps or evaluator.early_stopped
             if ended:
                 skipped_chats.check_end(num_updates(run.optimizer))
@@ -85,17 +90,6 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
             metrics.write(EndEvent(step=done, model=str(model) if model else None, reason=evaluator.reason(done)))
     terminated = done < end and not evaluator.early_stopped
     return RunResult(done, tuple(evaluator.held_out), model, terminated)
-
-
-def _batches(config: RunConfig, corpus: Corpus, ranks: Ranks, steps: range) -> Iterator[list[Sample]]:
-    """Yield this process's shard of every batch.
-
-    Indices are sorted before they are sharded, so that in later epochs most samples are on the process that has cached
-    their scores.
-    """
-    for step in steps:
-        indices = sorted(batch_indices(corpus.order, config.train.batch_samples, step, config.train.epochs))
-        yield [corpus.train[i] for i in ranks.shard(indices)]
 
 
 def _log_teacher_events(items: Iterator[StreamItem], stream: ExampleStream, metrics: Metrics) -> Iterator[StreamItem]:

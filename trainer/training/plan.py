@@ -8,6 +8,7 @@ from trainer.fusion.teacher_weights import scheduled
 from trainer.losses.config import LossConfig
 from trainer.losses.divergences import divergence
 from trainer.losses.objective import Objective
+from trainer.rollouts.config import RolloutConfig
 from trainer.signals.auxiliary import AuxiliaryLoss, auxiliary_losses, fused_weight
 from trainer.sources.sample_order import DROPOUT
 from trainer.training.optimizer import learning_rate
@@ -19,6 +20,7 @@ class StepPlan:
 
     auxiliary  losses of teachers whose signal is not fused; empty if the distillation loss has weight 0
     seed       seed of dropout; every process appends its rank
+    rollout    objective on text that the student has sampled; None for a run without rollouts
     """
 
     lr: float
@@ -28,6 +30,7 @@ class StepPlan:
     teachers: tuple[str, ...]
     seed: tuple[int, ...] = (0,)
     auxiliary: tuple[AuxiliaryLoss, ...] = ()
+    rollout: Objective | None = None
 
 
 def plan_step(config: RunConfig, step: int, num_steps: int, num_ranks: int = 1) -> StepPlan:
@@ -48,6 +51,7 @@ def plan_step(config: RunConfig, step: int, num_steps: int, num_ranks: int = 1) 
         teachers=tuple(teacher.name for teacher in config.teachers),
         seed=(config.train.seed, DROPOUT, step),
         auxiliary=auxiliary_losses(config.teachers, teacher_weights_N) if objective.ce_weight < 1 else (),
+        rollout=rollout_objective(config.rollout, config.loss) if config.rollout else None,
     )
 
 
@@ -60,3 +64,8 @@ def objective_at(loss: LossConfig, progress: float, fused_weight: float = 1.0) -
     ce_weight = float(scheduled([begin, 1 - begin], [end, 1 - end], loss.schedule, progress)[0])
     function = divergence(loss.divergence, loss.alpha, loss.beta)
     return Objective(ce_weight, function, loss.temperature, loss.chunk_tokens, fused_weight, loss.span_temperature)
+
+
+def rollout_objective(rollout: RolloutConfig, loss: LossConfig) -> Objective:
+    """Return the objective on text that the student has sampled: the divergence alone, without cross-entropy."""
+    return Objective(0.0, divergence(rollout.divergence), loss.temperature, loss.chunk_tokens)

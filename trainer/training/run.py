@@ -16,6 +16,7 @@ from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluation.evaluator import Evaluator
 from trainer.fusion.run_fuser import Fuser
+from trainer.rollouts.batches import OnPolicyBatches, WaitingRollouts, waiting_rollouts
 from trainer.sources.corpus import Corpus, unclosed_texts
 from trainer.student.loading import load_student, resolve_precision, student_tokenizer
 from trainer.student.model import Student
@@ -23,6 +24,7 @@ from trainer.telemetry.events import CheckpointEvent, StartEvent
 from trainer.telemetry.jsonl import METRICS_FILE, Listener, Metrics
 from trainer.telemetry.tracking import open_trackers
 from trainer.tokenization import SampleTokenizer
+from trainer.training.batches import Batches, CorpusBatches
 from trainer.training.chat_checks import check_chats
 from trainer.training.checkpoint import Checkpoints, load_checkpoint
 from trainer.training.checkpoint_folder import CheckpointMetadata, newest_intact
@@ -72,12 +74,27 @@ class Run:
     done: int
     lock: RunLock
     remarks: tuple[str, ...] = ()
+    waiting_rollouts: WaitingRollouts = field(default_factory=dict)
     saved: list[int] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
         """Folder of the run."""
         return Path(self.config.output.dir).expanduser()
+
+    def batches(self, steps: range) -> Batches:
+        """Return the batches of some steps."""
+        if self.config.rollout is None:
+            return CorpusBatches(self.corpus, self.config.train, self.ranks, steps)
+        return OnPolicyBatches(
+            self.config,
+            self.corpus,
+            self.student,
+            self.ranks,
+            steps,
+            num_steps=self.num_steps,
+            waiting=self.waiting_rollouts,
+        )
 
     def check_teachers(self, cards: Mapping[str, TeacherCard]) -> None:
         """Raise ConfigError if a teacher is another model than before the run was resumed."""
@@ -125,10 +142,14 @@ class Run:
             facts["supervision"] = self.config.data.supervision.describe()
         return facts
 
-    def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
-        """Start to write a checkpoint, after the previous one is complete. Training continues while it is written."""
+    def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None, prepared: dict[str, Any]) -> None:
+        """Start to write a checkpoint, after the previous one is complete. Training continues while it is written.
+
+        prepared  the state of this process's batches
+        """
         self._report(metrics, self.checkpoints.finish())
-        metadata = CheckpointMetadata(step, self.identity, self.precision, fusion_state)
+        rollouts = self.ranks.all_gather(prepared) if self.config.rollout is not None else []
+        metadata = CheckpointMetadata(step, self.identity, self.precision, fusion_state, rollouts)
         self.checkpoints.save(self.student, self.optimizer, metadata)
         self.saved.append(step)
 
@@ -136,10 +157,12 @@ class Run:
         """Complete the checkpoint in progress if all processes have written their shards."""
         self._report(metrics, self.checkpoints.finish_if_written())
 
-    def save_last(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
+    def save_last(
+        self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None, prepared: dict[str, Any]
+    ) -> None:
         """Save a checkpoint of this step unless one exists, and wait until it is complete."""
         if step > self.done and step not in self.saved:
-            self.save(metrics, step, fusion_state)
+            self.save(metrics, step, fusion_state, prepared)
         self._report(metrics, self.checkpoints.finish())
 
     def _report(self, metrics: Metrics, written: int | None) -> None:
@@ -197,6 +220,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
         done=done,
         lock=lock,
         remarks=tuple(remarks),
+        waiting_rollouts=waiting_rollouts(metadata.rollouts) if metadata else {},
     )
 
 

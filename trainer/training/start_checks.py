@@ -73,9 +73,10 @@ def check_student(config: RunConfig) -> StudentFiles:
     folder = resolve_model_dir(config.student.model)
     limits = check_folder(folder, config.student)
     vocabulary = load_vocabulary(folder, limits.num_ids, config.student.roles)
-    longest = config.data.window_tokens + len(vocabulary.prefix) + config.data.close_documents
+    closes = config.data.close_documents or config.rollout is not None
+    longest = config.data.window_tokens + len(vocabulary.prefix) + closes
     if longest > limits.max_tokens:
-        parts = [part for part, used in (("BOS", vocabulary.prefix), ("EOS", config.data.close_documents)) if used]
+        parts = [part for part, used in (("BOS", vocabulary.prefix), ("EOS", closes)) if used]
         counted = f" ({longest} with {' and '.join(parts)})" if parts else ""
         raise ConfigError(
             f"data.window_tokens is {config.data.window_tokens}{counted}, the student takes {limits.max_tokens} tokens"
@@ -92,8 +93,25 @@ def check_data(config: RunConfig, vocabulary: Vocabulary) -> tuple[Corpus, int]:
     check_chat_support(config.teachers, corpus)
     if config.data.close_documents and all(source.is_chat for source in corpus.sources):
         raise ConfigError("data.close_documents: the chat template defines the end of a chat; remove the key")
+    _check_prompts(config, vocabulary, corpus)
     check_routes(corpus.train, config)
     return corpus, total_steps(config, corpus)
+
+
+def _check_prompts(config: RunConfig, vocabulary: Vocabulary, corpus: Corpus) -> None:
+    """Raise ConfigError if the student cannot write rollouts of a source, or cannot end them."""
+    if config.rollout is None:
+        return
+    if "eos" not in vocabulary.roles:
+        raise ConfigError("student.roles: rollouts end with EOS, which the student's tokenizer does not have; set eos")
+    for source in corpus.sources:
+        if source.is_chat:
+            raise ConfigError(f"rollout: source {source.name} has {source.format}; rollouts of chats are not supported")
+        if not source.has_prompt and config.rollout.prompt_tokens is None:
+            raise ConfigError(
+                f"rollout.prompt_tokens: source {source.name} has {source.format}, without prompts; set the number of "
+                "tokens at the start of a window that are its prompt"
+            )
 
 
 def total_steps(config: RunConfig, corpus: Corpus) -> int:

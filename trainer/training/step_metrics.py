@@ -4,11 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alignment.report import bits_per_byte
 from trainer.telemetry.collector import Collector, TeacherTelemetry
-from trainer.telemetry.event_records import PoolStep, TeacherStep
+from trainer.telemetry.event_records import PoolStep, RolloutStep, TeacherStep
 from trainer.telemetry.events import StepEvent
+from trainer.telemetry.rollout_telemetry import RolloutTelemetry
 from trainer.training.plan import StepPlan
-from trainer.training.step import StepResult
+from trainer.training.step import RolloutLoss, StepResult
 
 MIN_S = 1e-9  # a step without tokens may take no measurable time
 
@@ -50,7 +52,7 @@ def step_event(
         return StepEvent.model_validate(values)
     positions = sum(collector.positions for collector in collectors)
     valid = sum(collector.valid for collector in collectors)
-    targets = {
+    targets: dict[str, Any] = {
         "divergence": result.divergence if valid else None,
         "coverage": valid / positions if positions else None,
         "mass": sum(collector.mass for collector in collectors) / valid if valid else None,
@@ -58,7 +60,34 @@ def step_event(
         "fallbacks": sum(collector.fallbacks for collector in collectors),
         "teachers": {name: _teacher_step(name, collectors, slowest, result.auxiliary) for name in plan.teachers},
     }
+    if result.rollout is not None:
+        targets["rollouts"] = _rollout_step(collectors, result.rollout)
     return StepEvent.model_validate(values | targets)
+
+
+def _rollout_step(collectors: Sequence[Collector], loss: RolloutLoss) -> RolloutStep:
+    total = RolloutTelemetry()
+    for collector in collectors:
+        total.add(collector.rollouts)
+    num_tokens = max(total.tokens, 1)
+    return RolloutStep(
+        samples=total.samples,
+        tokens=total.tokens,
+        num_bytes=total.num_bytes,
+        divergence=loss.divergence,
+        cross_entropy=loss.cross_entropy,
+        own_bpb=_finite(bits_per_byte(-total.own_nats, total.num_bytes)),
+        fused_bpb=_finite(bits_per_byte(-total.fused_nats, total.fused_bytes)),
+        entropy=total.entropy / num_tokens,
+        length=total.tokens / max(total.samples, 1),
+        finished=total.finished / max(total.samples, 1),
+        repetition=total.repeated / num_tokens,
+        cut=total.cut,
+        noncanonical=total.noncanonical,
+        age_steps=total.age_steps / num_tokens,
+        max_age_steps=total.max_age_steps,
+        sample_s=max(collector.sample_s for collector in collectors),
+    )
 
 
 def _teacher_step(
@@ -72,6 +101,8 @@ def _teacher_step(
     pool = {key: value for key, value in of_ranks[0].pool.items() if key != "tokens_per_s"}
     examples = sum(collector.examples for collector in collectors)
     optional: dict[str, Any] = {"loss": auxiliary[name]} if name in auxiliary else {}
+    if total.rollout_bytes:
+        optional["rollout_bpb"] = bits_per_byte(total.rollout_nats, total.rollout_bytes)
     if total.unaligned:
         optional["unaligned"] = dict(total.unaligned)
     return TeacherStep(

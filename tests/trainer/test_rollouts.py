@@ -1,0 +1,108 @@
+"""Whole runs in which a tiny student learns from tiny teachers on its own rollouts."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.ranks import train_on_ranks
+from tests.trainer.runs import losses, run_config, served_models, write_corpus
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError
+from trainer.telemetry.jsonl import read_metrics
+from trainer.training.loop import train
+
+
+def rollout_config(model: Path, corpus: Path, out: Path, urls: list[str], **rollout: Any) -> RunConfig:
+    """Return a run of six steps of four samples, with rollouts of at most 16 tokens."""
+    settings = {"prompt_tokens": 8, "max_new_tokens": 16, "top_p": 0.9} | rollout
+    return run_config(model, corpus, out, urls, rollout=settings)
+
+
+def steps_of(out: Path) -> list[Any]:
+    return [event for event in read_metrics(out / "metrics.jsonl") if event["event"] == "step"]
+
+
+def test_a_student_learns_from_teachers_with_other_tokenizers_on_its_own_text(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        train(rollout_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls))
+    steps = steps_of(tmp_path / "out")
+    assert len(steps) == 6
+    for step in steps:
+        rollouts = step["rollouts"]
+        assert (step["cross_entropy"], rollouts["samples"], rollouts["tokens"]) == (None, 4, step["tokens"])
+        assert step["loss"] == pytest.approx(rollouts["divergence"])
+        assert rollouts["max_age_steps"] == rollouts["age_steps"] == 0
+        assert rollouts["length"] + rollouts["cut"] / 4 <= 16
+        assert math.isfinite(step["teachers"]["t1"]["rollout_bpb"])
+    # A teacher with the student's weights reads the text as the student wrote it; later the two differ.
+    assert steps[0]["teachers"]["t0"]["rollout_bpb"] == pytest.approx(steps[0]["rollouts"]["own_bpb"], rel=1e-4)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_weights_that_sampled_are_as_old_as_the_setting_permits(
+    tmp_path: Path, tiny_byte_level: Path, staleness: int
+) -> None:
+    with served_models(tiny_byte_level) as urls:
+        config = rollout_config(
+            tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, max_staleness_steps=staleness
+        )
+        train(config)
+    steps = steps_of(tmp_path / "out")
+    assert [step["rollouts"]["max_age_steps"] for step in steps] == [min(n, staleness) for n in range(6)]
+    for number, step in enumerate(steps):
+        rollouts = step["rollouts"]
+        own_nats = rollouts["own_bpb"] * math.log(2) * rollouts["num_bytes"]
+        same = rollouts["cross_entropy"] * rollouts["tokens"] == pytest.approx(own_nats, rel=1e-4)
+        assert same == (number == 0 or staleness == 0)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_resumed_run_has_the_rollouts_and_the_losses_of_an_uninterrupted_run(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, staleness: int
+) -> None:
+    corpus = write_corpus(tmp_path)
+    settings = {"max_staleness_steps": staleness, "share": 0.5, "samples_per_prompt": 2}
+    with served_models(tiny_sentencepiece) as urls:
+        uninterrupted, resumed = (
+            rollout_config(tiny_byte_level, corpus, tmp_path / name, urls, **settings)
+            for name in ("uninterrupted", "resumed")
+        )
+        train(uninterrupted)
+        train(resumed, stop_at=3)
+        train(resumed, resume=True)
+    one, two = losses(tmp_path / "uninterrupted"), losses(tmp_path / "resumed")
+    assert one.keys() == two.keys() == set(range(1, 7))
+    assert [two[n] for n in one] == pytest.approx(list(one.values()), abs=1e-6)
+    kinds = {step["rollouts"]["samples"] for step in steps_of(tmp_path / "resumed")}
+    assert kinds == {4}, "two of the four samples are replaced by two rollouts each"
+    assert all(step["cross_entropy"] is not None for step in steps_of(tmp_path / "resumed"))
+
+
+def test_a_run_with_rollouts_cannot_continue_without_them(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_byte_level) as urls:
+        train(rollout_config(tiny_byte_level, corpus, tmp_path / "on", urls), stop_at=1)
+        train(run_config(tiny_byte_level, corpus, tmp_path / "off", urls), stop_at=1)
+        with pytest.raises(CheckpointError, match=r"\[rollout\] = True, this run has None"):
+            train(run_config(tiny_byte_level, corpus, tmp_path / "on", urls), resume=True)
+        with pytest.raises(CheckpointError, match=r"\[rollout\] = None, this run has True"):
+            train(rollout_config(tiny_byte_level, corpus, tmp_path / "off", urls), resume=True)
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_sample_with_complete_weights(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_sentencepiece) as urls:
+        config = rollout_config(tiny_byte_level, corpus, tmp_path / "out", urls, share=0.75)
+        train_on_ranks(config, 2)
+    for step in steps_of(tmp_path / "out"):
+        rollouts = step["rollouts"]
+        assert rollouts["samples"] == 3
+        own_nats = rollouts["own_bpb"] * math.log(2) * rollouts["num_bytes"]
+        assert rollouts["cross_entropy"] * rollouts["tokens"] == pytest.approx(own_nats, rel=1e-4)

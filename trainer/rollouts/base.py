@@ -1,0 +1,60 @@
+"""What all engines of rollouts share: the prompt, the settings of sampling, and the tokens that were sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from trainer.student.model import Student
+
+Finish = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt for the student.
+
+    ids             tokens of the model's input, with BOS if the model expects it
+    max_new_tokens  maximum number of sampled tokens; at least 1
+    """
+
+    ids: tuple[int, ...]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of sampling.
+
+    end_ids     tokens that end a rollout
+    banned_ids  tokens that are never sampled: those without text, except `end_ids`
+    stop        byte strings that end a rollout
+    """
+
+    temperature: float
+    top_p: float
+    end_ids: frozenset[int]
+    banned_ids: tuple[int, ...]
+    stop: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The continuation of one prompt. The fields are those of trainer.records.Rollout."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    entropies: tuple[float, ...]
+    finish: Finish
+
+
+class RolloutEngine(Protocol):
+    """Samples continuations with the present weights of the student."""
+
+    def sample(
+        self, student: Student, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int]
+    ) -> list[SampledTokens]:
+        """Return the continuation of each prompt. All processes must call this together, also without prompts.
+
+        The same weights, prompts and seed give the same tokens.
+        """
+        ...

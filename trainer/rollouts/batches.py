@@ -1,0 +1,150 @@
+"""The batches of a run in which the student's rollouts replace some or all samples.
+
+The training loop calls `advance` before the first step and after every step. It samples the batches for which the
+present weights are recent enough, and queues them for the stream, which has the teachers score them. A batch of step s
+is sampled as soon as s − max_staleness_steps steps are done. Nothing is sampled earlier, so that nothing is too old.
+"""
+
+import queue
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pkgutil import resolve_name
+from typing import Any
+
+import numpy as np
+
+from trainer.config import RunConfig
+from trainer.distributed import Ranks
+from trainer.fusion.teacher_weights import scheduled
+from trainer.records import Rollout, Sample
+from trainer.rollouts import ENGINES
+from trainer.rollouts.base import RolloutEngine
+from trainer.rollouts.config import RolloutConfig
+from trainer.rollouts.prompts import PromptBuilder
+from trainer.sources.corpus import Corpus
+from trainer.sources.sample_order import ROLLOUT, SHARE, batch_indices
+from trainer.student.model import Student
+
+WaitingRollouts = dict[int, dict[int, list[Rollout]]]
+"""Rollouts that no step has used, by step and by position of their sample in the batch of all processes."""
+
+
+class OnPolicyBatches:
+    """Iterable over this process's shard of every batch, in order. `close` ends an iteration that waits.
+
+    steps    steps of this start of the run
+    waiting  rollouts that were sampled before the run was resumed
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        student: Student,
+        ranks: Ranks,
+        steps: range,
+        *,
+        num_steps: int,
+        waiting: WaitingRollouts,
+    ) -> None:
+        assert config.rollout is not None
+        self._config = config
+        self._rollout = config.rollout
+        self._corpus = corpus
+        self._student = student
+        self._ranks = ranks
+        self._steps = steps
+        self._num_steps = num_steps
+        self._next = steps.start
+        self._waiting = waiting
+        self._builder = PromptBuilder(student.vocabulary, config.rollout, config.data.window_tokens)
+        self._sampling = self._builder.sampling()
+        self._engine: RolloutEngine = resolve_name(ENGINES[config.rollout.engine])(config.rollout.generation_batch)
+        self._queue: queue.SimpleQueue[list[Sample] | None] = queue.SimpleQueue()
+        self.sample_s = 0.0  # seconds of the last call of `advance`
+
+    def advance(self, done: int) -> None:
+        """Sample and queue the batches that may begin after `done` steps. All processes must call this together."""
+        began = time.monotonic()
+        while self._next < min(done + self._rollout.max_staleness_steps + 1, self._num_steps):
+            batch = self._batch(self._next, done)
+            if self._next in self._steps:  # a later start of the run uses the others
+                self._queue.put(batch)
+            self._next += 1
+        if self._next >= self._steps.stop:
+            self._queue.put(None)
+        self.sample_s = time.monotonic() - began
+
+    def close(self) -> None:
+        """End the iteration."""
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        while (batch := self._queue.get()) is not None:
+            yield batch
+
+    def state(self, done: int) -> dict[str, Any]:
+        """Return the rollouts of this process that no step has used after `done` steps, as JSON values."""
+        self._waiting = {step: batch for step, batch in self._waiting.items() if step >= done}
+        return {
+            str(step): {str(position): [asdict(each) for each in rollouts] for position, rollouts in batch.items()}
+            for step, batch in self._waiting.items()
+        }
+
+    def _batch(self, step: int, version: int) -> list[Sample]:
+        """Return this process's shard of the batch of one step, with the rollouts of weights of `version` steps."""
+        train, size = self._config.train, self._config.train.batch_samples
+        indices = sorted(batch_indices(self._corpus.order, size, step, train.epochs))
+        chosen = replaced_positions(self._rollout, len(indices), train.seed, step, self._num_steps)
+        shard = self._ranks.shard(range(len(indices)))
+        samples = {position: self._corpus.train[indices[position]] for position in shard}
+        prompts = {i: self._builder.with_prompt(sample) for i, sample in samples.items() if i in chosen}
+        if chosen and step not in self._waiting:
+            self._waiting[step] = self._sample(prompts, step, version)
+        rollouts = self._waiting.get(step, {})
+        return [
+            each
+            for i, sample in samples.items()
+            # a prompt that is too long has no rollouts; its sample is refused or skipped like any that is too long
+            for each in ([self._builder.sample(prompts[i], one) for one in rollouts[i]] if i in rollouts else [sample])
+        ]
+
+    def _sample(self, prompts: Mapping[int, Sample], step: int, version: int) -> dict[int, list[Rollout]]:
+        """Return rollouts of the prompts by position, except for prompts that leave no room for a token."""
+        inputs = {i: prompt for i, sample in prompts.items() if (prompt := self._builder.prompt(sample)) is not None}
+        positions = [i for i in inputs for _ in range(self._rollout.samples_per_prompt)]
+        seed = (self._config.train.seed, ROLLOUT, step, self._ranks.rank)
+        sampled = self._engine.sample(self._student, [inputs[i] for i in positions], self._sampling, seed)
+        rollouts: dict[int, list[Rollout]] = {i: [] for i in inputs}
+        for i, tokens in zip(positions, sampled, strict=True):
+            rollouts[i].append(self._builder.rollout(tokens, version))
+        return rollouts
+
+
+def replaced_positions(config: RolloutConfig, size: int, seed: int, step: int, num_steps: int) -> frozenset[int]:
+    """Return the positions of a batch of `size` samples that rollouts replace; the same in all processes.
+
+    Their expected number is the scheduled share of the batch; it is rounded at random.
+    """
+    progress = min(step / max(num_steps - 1, 1), 1.0)
+    begin, end = config.share, config.end_share
+    share = float(scheduled([begin, 1 - begin], [end, 1 - end], config.schedule, progress)[0])
+    random = np.random.default_rng([seed, SHARE, step])
+    number = int(share * size + random.random())
+    return frozenset(random.permutation(size)[:number].tolist())
+
+
+def waiting_rollouts(states: Sequence[Mapping[str, Any]]) -> WaitingRollouts:
+    """Return the rollouts of the states of all processes. Raises TypeError, KeyError or ValueError for other values."""
+    waiting: WaitingRollouts = {}
+    for state in states:
+        for step, batch in state.items():
+            for position, rollouts in batch.items():
+                waiting.setdefault(int(step), {})[int(position)] = [_rollout(values) for values in rollouts]
+    return waiting
+
+
+def _rollout(values: Mapping[str, Any]) -> Rollout:
+    columns = {name: tuple(values[name]) for name in ("ids", "num_bytes", "logprobs", "entropies")}
+    return Rollout(**{**values, **columns})
