@@ -343,6 +343,36 @@ def test_top_k_keeps_the_most_likely_ids_and_adds_the_rest_to_the_tail(
     np.testing.assert_allclose(cut.tail, expected.tail, atol=1e-6)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 4, 7, 12])
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+@given(seeds=SEEDS)
+def test_the_cut_keeps_the_label_of_a_sample_that_asks_for_it_wherever_it_is_listed(
+    rule: FusionRule, top_k: int, seeds: list[int]
+) -> None:
+    sample = random_sample(seeds)
+    whole, plain = fuse_one(sample, rule).target, fuse_one(sample, replace(rule, top_k=top_k)).target
+    kept = fuse_one(replace(sample, keeps_label=True), replace(rule, top_k=top_k)).target
+    np.testing.assert_array_equal(kept.valid, plain.valid)
+    np.testing.assert_array_equal(np.diff(kept.offsets), np.diff(plain.offsets))
+    np.testing.assert_allclose(kept.mass + kept.tail, kept.valid, atol=1e-6)
+    for label, rows in zip(
+        sample.labels_T.tolist(), zip(*map(row_dicts, (whole, plain, kept)), strict=True), strict=True
+    ):
+        whole_row, plain_row, kept_row = rows
+        if label in plain_row or label not in whole_row:
+            assert kept_row == plain_row
+        else:
+            least = min(plain_row, key=lambda i: (plain_row[i], -i))
+            assert kept_row == {i: p for i, p in plain_row.items() if i != least} | {label: whole_row[label]}
+
+
+def row_dicts(target: Target) -> list[dict[int, float]]:
+    rows: list[dict[int, float]] = [{} for _ in range(len(target))]
+    for row, token, prob in zip(target.rows.tolist(), target.ids.tolist(), target.probs.tolist(), strict=True):
+        rows[row][token] = prob
+    return rows
+
+
 @given(ids=st.lists(st.integers(0, 299), min_size=1, max_size=200, unique=True), top_k=st.integers(1, 40))
 def test_top_k_keeps_the_lowest_ids_among_equal_probabilities(ids: list[int], top_k: int) -> None:
     row = {i: 0.004 if i % 3 else 0.002 for i in ids}

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from alignment import Target, TokenizerError, Vocabulary
+from alignment.target import target_from_entries
 from tests.serve import FormulaEngine, serving
 from tests.tiny import TEXT
 from tests.trainer.ranks import train_on_ranks
@@ -286,6 +287,29 @@ def test_a_role_of_the_run_file_overrides_the_tokenizer(tmp_path: Path, tiny_byt
         raw["student"]["roles"] = {"eos": "<|bos|>"}
         student = load_student(RunConfig.model_validate(raw).student)
     assert student.vocabulary.encode("six", close=True).ids[-1] == student.vocabulary.roles["bos"]
+
+
+@pytest.mark.parametrize("written_by", [None, 0, 3])
+def test_the_cut_keeps_the_tokens_of_text_that_the_student_wrote(
+    tmp_path: Path, tiny_byte_level: Path, written_by: int | None
+) -> None:
+    config = run_config(tiny_byte_level, write_columns(tmp_path), tmp_path / "out", ["http://x"], fusion={"top_k": 4})
+    vocabulary, sample = Vocabulary.load(tiny_byte_level), Sample(0, "s", "six sacks", written_by=written_by)
+    tokenized = SampleTokenizer(vocabulary, []).tokenize(sample)
+    num_t, num_ids = len(tokenized), len(vocabulary)
+    probs = np.append(np.repeat((1 - 1e-4) / (num_ids - 1), num_ids - 1), 1e-4)  # the label is the least probable token
+    ids = [np.append(np.delete(np.arange(num_ids), token), token) for token in tokenized.tokens.ids.tolist()]
+    target = target_from_entries(
+        np.repeat(np.arange(num_t), num_ids),
+        np.concatenate(ids).astype(np.int32),
+        np.tile(probs, num_t),
+        np.ones(num_t, dtype=bool),
+    )
+    scores = TeacherScores(tokenized, 0, np.zeros(num_t, dtype=np.float32), 1.0, target)
+    (example,) = Fuser(config, num_ids).fuse([ScoredSample(sample, tokenized, (scores,))])
+    assert example.target is not None
+    assert np.diff(example.target.offsets).tolist() == [4] * num_t
+    assert (example.target.prob_of(tokenized.tokens.ids) > 0).tolist() == [written_by is not None] * num_t
 
 
 def test_examples_without_teachers_keep_the_tokens(tiny_byte_level: Path, tmp_path: Path) -> None:

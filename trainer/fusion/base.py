@@ -42,7 +42,8 @@ class FusionRule:
     scope        unit over which min_ce, avg_ce and confidence compare the teachers: one token, one sample, or all
                  samples of the batch in which the same teachers take part. Other methods ignore it
     temperature  temperature of the softmax of avg_ce and confidence. Other methods ignore it
-    top_k        entries kept in a row, ties in favor of the lowest id; the rest joins the tail. None keeps all entries
+    top_k        entries kept in a row, ties in favor of the lowest id; the rest joins the tail. None keeps all entries.
+                 The label of a sample with `keeps_label` is one of them wherever it is listed
 
     Raises ValueError that names the value and the choices.
     """

@@ -22,7 +22,8 @@ class FusionConfig(Section):
     """Temperature of the softmax that turns bits per byte (avg_ce, adaptive) or entropy in nats (confidence) into
     weights."""
     top_k: Positive = 64
-    """Number of entries kept in a row of the fused target; the rest is added to the tail."""
+    """Number of entries kept in a row of the fused target; the rest is added to the tail. In text that the student
+    wrote, the token of the text is always kept if a teacher lists it."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How teacher weights move from `weight` to `final_weight` over the steps of the run."""
     half_life_bytes: Annotated[float, Field(gt=0)] = 1e6

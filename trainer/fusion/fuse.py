@@ -12,6 +12,7 @@ Shapes: N teachers, T positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from alignment.target import Target
 from trainer.fusion.base import AllGather, FusionMethod, FusionRule, fusion_method, single_process
 from trainer.fusion.comparison import log_probs
 from trainer.fusion.inputs import Bools, Floats, FusionInput, Ints, StackedSample, TeacherRows, validate_and_stack
-from trainer.fusion.mean_kernels import geometric_rows, mean_rows
+from trainer.fusion.mean_kernels import NO_ID, geometric_rows, mean_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +47,9 @@ def fuse(
 
     If the scores give weight 0 to every teacher that is valid at a position, the teacher weights alone are used there.
     The result is invalid where no teacher with weight above 0 is valid. A single teacher is returned unchanged except
-    for `top_k`. With scope batch, `all_gather` exchanges sums between the processes that fuse shards of the same batch;
-    every process must call `fuse`, even with an empty shard.
+    for `top_k`. A row has at most `top_k` entries, also where the cut keeps the label. With scope batch, `all_gather`
+    exchanges sums between the processes that fuse shards of the same batch; every process must call `fuse`, even with
+    an empty shard.
 
     Raises ValueError, with values, sample and teacher, for arrays that do not match and for rows that are no
     distribution over distinct ids below `vocab_size`.
@@ -77,9 +79,10 @@ def _fuse_sample(
     weights_NT = _weights(scores_NT, sample.teacher_weights_N.astype(np.float64), rows.valid)
     participating_N = sample.teacher_weights_N > 0
     valid_T = np.logical_or.reduce(rows.valid & participating_N[:, None])
-    target, num_fallbacks = _mean(rows, weights_NT, valid_T, method, (top_k, vocab_size))
+    kept_ids_T = sample.labels_T.astype(np.int64) if sample.keeps_label else np.full(len(valid_T), NO_ID)
+    (offsets, ids, probs, tail), num_fallbacks = _mean(rows, weights_NT, method, (top_k, kept_ids_T), vocab_size)
     return FusedTarget(
-        target=target,
+        target=Target(offsets, ids, probs, tail, valid_T),
         teacher_weights_N=weights_NT.sum(axis=1) / max(int(valid_T.sum()), 1),
         missing_N=(valid_T & ~rows.valid & participating_N[:, None]).sum(axis=1),
         num_fallbacks=num_fallbacks,
@@ -87,15 +90,13 @@ def _fuse_sample(
 
 
 def _mean(
-    rows: TeacherRows, weights_NT: Floats, valid_T: Bools, method: type[FusionMethod], sizes: tuple[int, int]
-) -> tuple[Target, int]:
-    """Return the weighted mean and the number of fallbacks; `sizes` are top_k and the vocabulary size."""
+    rows: TeacherRows, weights_NT: Floats, method: type[FusionMethod], cut: tuple[int, Ints], vocab_size: int
+) -> tuple[tuple[Any, ...], int]:
+    """Return offsets, ids, probabilities and tail of the weighted mean, and the number of fallbacks."""
     if method.mean == "geometric":
-        *csr, num_fallbacks = geometric_rows(rows, log_probs(rows), weights_NT, *sizes)
-    else:
-        csr, num_fallbacks = mean_rows(rows, weights_NT, *sizes), 0
-    offsets, ids, probs, tail = csr
-    return Target(offsets, ids, probs, tail, valid_T), int(num_fallbacks)
+        *csr, num_fallbacks = geometric_rows(rows, log_probs(rows), weights_NT, cut, vocab_size)
+        return tuple(csr), int(num_fallbacks)
+    return mean_rows(rows, weights_NT, cut, vocab_size), 0
 
 
 def _weights(scores_NT: Floats, teacher_weights_N: Floats, valid_NT: Bools) -> Floats:

@@ -29,6 +29,8 @@ class FusionInput:
     num_bytes_T        UTF-8 bytes of text that each position represents; 0 for special tokens and partial characters
     teacher_weights_N  teacher weights of this sample, ≥ 0 and not all 0; a teacher with weight 0 does not take part
     own_ce_N           nats per token of each teacher on its own tokens, for fusellm_* only; None: per student token
+    keeps_label        whether the cut to FusionRule.top_k keeps the entry of the label wherever a row has one, in place
+                       of the least probable entry that it would keep otherwise
     """
 
     targets: tuple[Target, ...]
@@ -36,6 +38,7 @@ class FusionInput:
     num_bytes_T: Ints
     teacher_weights_N: Floats
     own_ce_N: Floats | None = None
+    keeps_label: bool = False
 
 
 class TeacherRows(NamedTuple):

@@ -3,7 +3,8 @@
 Rows of one position are summed in a scratch array over the vocabulary. The list of touched tokens becomes the fused row
 and resets the scratch array, so the cost of a position is proportional to its entries, not to the vocabulary.
 
-`rows` is a TeacherRows tuple that `first_invalid_row` has validated; see kernels.py.
+`rows` is a TeacherRows tuple that `first_invalid_row` has validated; see kernels.py. `cut` is a tuple of top_k and the
+id that the cut keeps at each position [T], or NO_ID.
 
 Shapes: N teachers, T positions, V vocabulary, nnz entries of all teachers' rows.
 """
@@ -15,12 +16,16 @@ import numpy as np
 from alignment.kernels import Floats, Ints
 from kernel_cache.compiled import compiled
 
+NO_ID = -1
 NO_TAIL = 64  # exceeds the number of teachers, so that one counter holds two counts (see `_sum_logs`)
 
 
 @compiled
 def _select(keys: Any, size: int, top_k: int) -> None:
-    """Move the `top_k` largest of keys[:size] to the front, in any order (quickselect; keys are distinct)."""
+    """Move the `top_k` largest of keys[:size] to the front (quickselect; keys are distinct).
+
+    The smallest of them is the last, at index top_k − 1; the others are in no particular order.
+    """
     # invariant: keys before `low` are larger than those in [low, high], which are larger than those after `high`;
     # index top_k − 1 is within [low, high]
     low, high = 0, size - 1
@@ -48,22 +53,37 @@ def _select(keys: Any, size: int, top_k: int) -> None:
 
 
 @compiled
-def _write(row: Any, size: int, top_k: int, out: Any, used: int) -> Any:
+def _keep(keys: Any, size: int, top_k: int, wanted: Any) -> None:
+    """Exchange the last of the `top_k` selected keys for `wanted`, if `wanted` is among the keys cut."""
+    for i in range(top_k, size):
+        if keys[i] == wanted:
+            keys[top_k - 1], keys[i] = keys[i], keys[top_k - 1]
+            return
+
+
+@compiled
+def _write(row: Any, size: int, cut: Any, out: Any, used: int) -> Any:
     """Write the summed row after entry `used` and reset the scratch array. Returns the entries used and the mass cut.
+
+    `cut` is a tuple of top_k and the id that the cut keeps at this position, or NO_ID.
 
     Entries are compared by 64-bit keys: the bits of the float32 probability above the inverted id. The bits of positive
     floats, read as integers, have the same order as the floats, and the inverted id prefers the lowest id among equals.
     """
-    (scratch, touched, keys, single, bits), (ids, probs) = row, out
-    kept, cut = 0, 0.0
+    (scratch, touched, keys, single, bits), (ids, probs), (top_k, kept_id) = row, out, cut
+    kept, wanted, mass_cut = 0, np.uint64(0), 0.0
     for i in range(size):
         token = touched[i]
         single[0] = scratch[token]  # rounds to float32; `bits` is a view of the same memory
         scratch[token] = 0.0
         keys[kept] = (np.uint64(bits[0]) << np.uint64(32)) | np.uint64(np.uint32(0xFFFFFFFF) - np.uint32(token))
+        if token == kept_id:
+            wanted = keys[kept]
         kept += bits[0] != 0  # an entry that rounds to 0 is overwritten by the next
     if kept > top_k:
         _select(keys, kept, top_k)
+        if 0 < wanted < keys[top_k - 1]:
+            _keep(keys, kept, top_k, wanted)
     for i in range(kept):  # keys[:top_k] are kept, the others add to the tail
         bits[0] = np.uint32(keys[i] >> np.uint64(32))
         if i < top_k:
@@ -71,8 +91,8 @@ def _write(row: Any, size: int, top_k: int, out: Any, used: int) -> Any:
             probs[used] = single[0]
             used += 1
         else:
-            cut += single[0]
-    return used, cut
+            mass_cut += single[0]
+    return used, mass_cut
 
 
 @compiled
@@ -128,18 +148,19 @@ def _sum_probs(rows: Any, weights: Floats, t: int, scratch: Floats, touched: Any
 
 
 @compiled
-def mean_rows(rows: Any, weights: Floats, top_k: int, vocab_size: int) -> Any:
+def mean_rows(rows: Any, weights: Floats, cut: Any, vocab_size: int) -> Any:
     """Compute the arithmetic mean Σ w·p of every position: offsets [T + 1], ids, probs, tail [T].
 
     `weights` [N, T] sum to 1, or to 0 where the result is not valid. The tail is Σ w·tail plus the mass cut by top_k.
     """
+    top_k, kept_ids = cut
     offsets, ids, probs, tail, most = _new_out(rows[0], top_k)
     row = _new_row(most, vocab_size)
     used = 0
     for t in range(len(tail)):
         size, rest = _sum_probs(rows, weights, t, row[0], row[1])
-        used, cut = _write(row, size, top_k, (ids, probs), used)
-        offsets[t + 1], tail[t] = used, rest + cut
+        used, mass_cut = _write(row, size, (top_k, kept_ids[t]), (ids, probs), used)
+        offsets[t + 1], tail[t] = used, rest + mass_cut
     return offsets, ids[:used].copy(), probs[:used].copy(), tail
 
 
@@ -212,12 +233,13 @@ def _normalize_logs(log_row: Any, size: int, base: float, num_without_tail: int)
 
 
 @compiled
-def geometric_rows(rows: Any, logs: Floats, weights: Floats, top_k: int, vocab_size: int) -> Any:
+def geometric_rows(rows: Any, logs: Floats, weights: Floats, cut: Any, vocab_size: int) -> Any:
     """Compute the geometric mean Π p^w of every position, normalized over the vocabulary.
 
     Returns the same arrays as `mean_rows`, and the number of fallbacks: positions where no token is possible for all
     teachers, so that the arithmetic mean is used. `logs` [nnz] are the logarithms of probs.
     """
+    top_k, kept_ids = cut
     offsets, ids, probs, tail, most = _new_out(rows[0], top_k)
     row = _new_row(most, vocab_size)
     log_row = (row[0], row[1], np.zeros(vocab_size, dtype=np.int32))
@@ -229,7 +251,7 @@ def geometric_rows(rows: Any, logs: Floats, weights: Floats, top_k: int, vocab_s
             if not any_possible:
                 num_fallbacks += 1
                 size, rest = _sum_probs(rows, weights, t, row[0], row[1])
-            used, cut = _write(row, size, top_k, (ids, probs), used)
-            tail[t] = rest + cut
+            used, mass_cut = _write(row, size, (top_k, kept_ids[t]), (ids, probs), used)
+            tail[t] = rest + mass_cut
         offsets[t + 1] = used
     return offsets, ids[:used].copy(), probs[:used].copy(), tail, num_fallbacks

@@ -118,6 +118,7 @@ class Fuser:
             num_bytes_T=scored.tokenized.num_bytes_T,
             teacher_weights_N=method.teacher_weights(scored.sample, scheduled_N, available_N),
             own_ce_N=np.array([one.nats_per_token for one in scores]),
+            keeps_label=scored.sample.written_by is not None,
         )
 
     def _example(
