@@ -19,7 +19,7 @@ from trainer.config import RunConfig
 from trainer.errors import CheckpointError, DataError
 from trainer.fusion.run_fuser import Fuser
 from trainer.fusion.running_bits_per_byte import RunningBitsPerByte
-from trainer.records import DistillationExample, Sample, ScoredSample, TeacherScores, TokenizedSample
+from trainer.records import DistillationExample, Rollout, Sample, ScoredSample, TeacherScores, TokenizedSample
 from trainer.student.loading import load_student
 from trainer.telemetry.collector import Collector
 from trainer.telemetry.jsonl import read_metrics
@@ -294,7 +294,8 @@ def test_the_cut_keeps_the_tokens_of_text_that_the_student_wrote(
     tmp_path: Path, tiny_byte_level: Path, written_by: int | None
 ) -> None:
     config = run_config(tiny_byte_level, write_columns(tmp_path), tmp_path / "out", ["http://x"], fusion={"top_k": 4})
-    vocabulary, sample = Vocabulary.load(tiny_byte_level), Sample(0, "s", "six sacks", written_by=written_by)
+    rollout = None if written_by is None else Rollout((), (), (), (), 0, "length", written_by, "of another tokenizer")
+    vocabulary, sample = Vocabulary.load(tiny_byte_level), Sample(0, "s", "six sacks", rollout=rollout)
     tokenized = SampleTokenizer(vocabulary, []).tokenize(sample)
     num_t, num_ids = len(tokenized), len(vocabulary)
     probs = np.append(np.repeat((1 - 1e-4) / (num_ids - 1), num_ids - 1), 1e-4)  # the label is the least probable token

@@ -5,19 +5,20 @@ All models receive the same text. A sample that exceeds the limit of one model i
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from alignment import AlignmentError, Target
 from alignment.report import AlignmentReport
+from alignment.sampled_tokens import num_noncanonical, transfer_target
 from teachers.protocol.errors import TeacherError, TeacherLost
 from teachers.protocol.rows import Rows
 from trainer.chats.jinja_template import ChatError
 from trainer.query.background import in_thread
 from trainer.query.connect import ConnectedTeacher, TeacherConnection, gather
 from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
-from trainer.signals.base import TeacherSignal
+from trainer.signals.base import Prepared, TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
 from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample, is_skipped
@@ -25,11 +26,15 @@ from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sa
 
 @dataclass(frozen=True, eq=False)
 class Tokenizations:
-    """A sample within the limits of all models, as the student and every teacher tokenize it."""
+    """A sample within the limits of all models, as the student and every teacher tokenize it.
+
+    canonical  a rollout as the student's tokenizer writes its text; None if these are the tokens that were sampled
+    """
 
     sample: Sample
     student: TokenizedSample
     teachers: tuple[TokenizedSample, ...]
+    canonical: TokenizedSample | None = None
 
 
 class SampleScorer:
@@ -56,6 +61,9 @@ class SampleScorer:
             return None
         collector.record("tokenize", seconds)
         collector.shortened += tokenizations.sample is not sample
+        if tokenizations.canonical is not None:
+            counts = num_noncanonical(tokenizations.canonical.tokens, tokenizations.student.tokens)
+            collector.rollouts.noncanonical += counts
         rendered = tokenizations.student.rendered
         if rendered is not None:
             collector.folded_system += rendered.folded_system
@@ -81,9 +89,16 @@ class SampleScorer:
         def attempt(sample: Sample) -> tuple[Tokenizations, Excess | None]:
             student = self._student.tokenize(sample)
             teachers = tuple(teacher.tokenizer.tokenize(sample) for teacher in self._connection.teachers)
-            return Tokenizations(sample, student, teachers), self._first_excess(sample, student, teachers)
+            tokenizations = Tokenizations(sample, student, teachers, self._canonical(sample, student))
+            return tokenizations, self._first_excess(sample, student, teachers)
 
         return fit_sample(original, attempt, self._data)
+
+    def _canonical(self, sample: Sample, student: TokenizedSample) -> TokenizedSample | None:
+        if sample.rollout is None:
+            return None
+        canonical = self._student.tokenize(replace(sample, rollout=None))
+        return canonical if num_noncanonical(canonical.tokens, student.tokens) else None
 
     def _first_excess(
         self, sample: Sample, student: TokenizedSample, teachers: tuple[TokenizedSample, ...]
@@ -125,7 +140,7 @@ class SampleScorer:
             telemetry.rollout_nats += nats
             telemetry.rollout_bytes += num_bytes
         try:
-            prepared, seconds = await in_thread(signal.prepare, rows, first_row, own, tokenizations.student)
+            prepared, seconds = await in_thread(_prepare, signal, (rows, first_row, own), tokenizations, teacher)
         except AlignmentError as error:
             raise AlignmentError(f"teacher {name}, sample {sample.name}: {error}") from error
         collector.record("align", seconds)
@@ -137,6 +152,25 @@ class SampleScorer:
 def _copy(rows: Rows) -> np.ndarray:
     """Return the actual tokens' log-probabilities without keeping the response's buffer alive."""
     return rows.actual.copy()
+
+
+def _prepare(
+    signal: TeacherSignal,
+    response: tuple[Rows, int, TokenizedSample],
+    tokenizations: Tokenizations,
+    teacher: ConnectedTeacher,
+) -> Prepared:
+    """Prepare the rows of one response: rows, first row, and the teacher's tokens.
+
+    A teacher with another tokenizer has not seen how the student writes a rollout. Its rows are aligned to the
+    canonical tokens, and the target is moved to the sampled ones.
+    """
+    canonical, student = tokenizations.canonical, tokenizations.student
+    rollout = tokenizations.sample.rollout
+    if canonical is None or (rollout and rollout.fingerprint == teacher.tokenizer.vocabulary.fingerprint):
+        return signal.prepare(*response, student)
+    prepared = signal.prepare(*response, canonical)
+    return prepared._replace(target=transfer_target(prepared.target, canonical.tokens, student.tokens))
 
 
 def _supervised_text(rows: Rows, first_row: int, own: TokenizedSample) -> tuple[float, int]:

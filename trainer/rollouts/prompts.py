@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from alignment import Vocabulary
+from alignment.sampled_tokens import complete_length
 from trainer.errors import DataError
 from trainer.records import Rollout, Sample
 from trainer.rollouts.base import Prompt, SampledTokens, Sampling
@@ -58,52 +58,27 @@ class PromptBuilder:
         )
 
     def rollout(self, sampled: SampledTokens, version: int) -> Rollout:
-        """Return the rollout of sampled tokens. Tokens behind the last whole character are cut."""
-        num_ends = int(sampled.finish == "eos")
-        pieces = self._pieces(sampled.ids[: len(sampled.ids) - num_ends])
-        length = whole_characters(pieces)
-        is_whole = length == len(pieces)  # an EOS inside a character ends no text
-        kept = length + num_ends if is_whole else length
+        """Return the rollout of sampled tokens. Tokens behind the last whole character are cut.
+
+        Raises AlignmentError for a token without text that is not the end.
+        """
+        kept = complete_length(self.vocabulary, sampled.ids)
+        ids = sampled.ids[:kept]
         return Rollout(
-            ids=sampled.ids[:kept],
-            num_bytes=(*map(len, pieces[:length]), *[0] * (kept - length)),
+            ids=ids,
+            num_bytes=tuple(map(len, self._pieces(ids))),
             logprobs=sampled.logprobs[:kept],
             entropies=sampled.entropies[:kept],
             num_cut=len(sampled.ids) - kept,
-            finish=sampled.finish if is_whole else "length",
+            finish=sampled.finish if kept == len(sampled.ids) else "length",
             version=version,
             fingerprint=self.vocabulary.fingerprint,
         )
 
     def sample(self, prompt: Sample, rollout: Rollout) -> Sample:
         """Return the sample whose text is a prompt and a rollout."""
-        closes = rollout.finish == "eos"
-        pieces = self._pieces(rollout.ids[: len(rollout.ids) - closes])
-        return replace(prompt, text=prompt.text + b"".join(pieces).decode(), closes=closes, rollout=rollout)
+        text = prompt.text + b"".join(self._pieces(rollout.ids)).decode()
+        return replace(prompt, text=text, closes=rollout.finish == "eos", rollout=rollout)
 
     def _pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of sampled tokens. Raises DataError, naming the token, for one without text."""
-        token_bytes = self.vocabulary.token_bytes
-        for token in ids:
-            if not 0 <= token < len(token_bytes) or not token_bytes[token]:
-                raise DataError(
-                    f"the student sampled token {token}, which has no text in the tokenizer of {self.vocabulary.name}"
-                )
-        return [token_bytes[token] or b"" for token in ids]
-
-
-def whole_characters(pieces: Sequence[bytes]) -> int:
-    """Return the number of leading pieces whose bytes are whole UTF-8 characters.
-
-    A text ends before its first byte that is not UTF-8.
-    """
-    data = b"".join(pieces)
-    try:
-        data.decode()
-        return len(pieces)
-    except UnicodeDecodeError as error:
-        ends = accumulate(map(len, pieces))
-        return max(
-            (number for number, end in enumerate(ends, 1) if end <= error.start and is_character_end(data, end)),
-            default=0,
-        )
+        return [self.vocabulary.token_bytes[i] or b"" for i in ids]
