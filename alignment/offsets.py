@@ -90,13 +90,12 @@ class Tokens:
         )
 
     def continued(self, text: bytes, ids: Sequence[int], num_bytes: Sequence[int]) -> "Tokens":
-        """Return the tokens of a longer text, whose last tokens a model has sampled.
+        """Append a text, with tokens that are known, for example because a model has sampled them.
 
-        text            the longer text; this text is its beginning
-        ids, num_bytes  the sampled tokens and the number of bytes of each
+        num_bytes  number of bytes of each of these tokens
         """
-        ends = self.num_bytes + np.cumsum(num_bytes, dtype=np.int64)
-        return join_tokens(text, [self, Tokens(text, np.array(ids, dtype=np.int64), ends)])
+        whole, ends = self.text + text, self.num_bytes + np.cumsum(num_bytes, dtype=np.int64)
+        return join_tokens(whole, [self, Tokens(whole, np.array(ids, dtype=np.int64), ends)])
 
     @property
     def bytes_per_token(self) -> NDArray[np.int64]:

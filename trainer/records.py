@@ -46,12 +46,13 @@ class Sample:
     name          file, dataset or table, and position in it; error messages use this name
     text          text of a window; empty for a chat
     prompt_bytes  number of leading UTF-8 bytes of the text that are a masked prompt
-    closes        the window ends its document: EOS follows the text
+    closes        the window ends its document: EOS follows the text; of a rollout: the student has ended it
     messages      messages of a chat; empty for a window of text
     tools         tool definitions of a chat, as its template receives them
     domain        value of the source's domain column, for fusion by "adaptive"; empty without a column
     teacher       value of the source's teacher column, for fusion by "router"; None without a column
-    rollout       tokens that the student sampled: the text after the prompt; None for text from a source
+    rollout       tokens that the student sampled: the text after the prompt, or the last message; None for given text
+    prompt        the student's tokens of the prompt of a rollout; None for given text
     """
 
     index: int
@@ -64,6 +65,7 @@ class Sample:
     domain: str = ""
     teacher: str | None = None
     rollout: Rollout | None = None
+    prompt: Tokens | None = None
 
     @property
     def is_chat(self) -> bool:

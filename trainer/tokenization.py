@@ -11,7 +11,8 @@ from alignment import Tokens, Vocabulary
 from trainer.chats.chat_template import ChatTemplate
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.jinja_template import ChatError
-from trainer.chats.rendered_chat import supervised_mask
+from trainer.chats.rendered_chat import RenderedChat, supervised_mask
+from trainer.chats.sampled_chat import sampled_chat
 from trainer.chats.special_tokens import SpecialTokenError
 from trainer.errors import ConfigError, DataError
 from trainer.records import Rollout, Sample, TokenizedSample
@@ -42,42 +43,69 @@ class SampleTokenizer:
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """Tokenize a text or a chat. Raises ChatError for a chat that the model's template cannot render.
 
-        The tokens that the student sampled stay as they are, for every model with the student's tokenizer.
+        The text of a rollout keeps its sampled tokens for every model with the student's tokenizer.
         """
         if sample.is_chat:
-            return self._tokenize_chat(sample)
-        if sample.rollout is not None and sample.rollout.fingerprint == self.vocabulary.fingerprint:
-            tokens = self._sampled_tokens(sample, sample.rollout)
-        else:
-            tokens = self.vocabulary.encode(sample.text, close=sample.closes)
+            return self._tokenized_chat(
+                self._template(sample).render(sample.messages, sample.tools, sample=sample.name)
+            )
+        rollout = sample.rollout
+        if rollout is not None and rollout.fingerprint == self.vocabulary.fingerprint:
+            return self._tokenized_text(self._with_eos(sample, _sampled_tokens(sample, rollout)), sample.prompt_bytes)
+        return self._tokenized_text(self.vocabulary.encode(sample.text, close=sample.closes), sample.prompt_bytes)
+
+    def tokenize_rollout(self, sample: Sample, *, canonical: bool = False) -> TokenizedSample:
+        """Tokenize a rollout for the student, with its sampled tokens; or with those that its tokenizer writes.
+
+        Raises ChatError for an answer without a token.
+        """
+        assert sample.rollout is not None
+        if not sample.is_chat:
+            return self.tokenize(replace(sample, rollout=None) if canonical else sample)
+        template, rollout = self._template(sample), sample.rollout
+        tokens = _sampled_tokens(sample, rollout)
+        if canonical:
+            tokens = self.vocabulary.encode_rendered(tokens.text.decode())
+        start, end = tokens.num_bytes - sum(rollout.num_bytes), rollout.ids[-1] if sample.closes else None
+        rendered = sampled_chat(template, (sample.messages, sample.tools), tokens, start, end=end, sample=sample.name)
+        return self._tokenized_chat(rendered)
+
+    def _tokenized_text(self, tokens: Tokens, prompt_bytes: int) -> TokenizedSample:
         num_bytes_T = tokens.bytes_per_token
         # A token that begins within the prompt is not supervised, even if it ends after it.
-        supervised_T = np.cumsum(num_bytes_T) - num_bytes_T >= sample.prompt_bytes
+        supervised_T = np.cumsum(num_bytes_T) - num_bytes_T >= prompt_bytes
         return TokenizedSample(tokens, supervised_T, np.where(supervised_T, num_bytes_T, 0))
 
-    def _sampled_tokens(self, sample: Sample, rollout: Rollout) -> Tokens:
-        data, length = sample.text.encode(), len(rollout.ids) - sample.closes
-        prompt = self.vocabulary.encode(data[: sample.prompt_bytes].decode())
-        tokens = prompt.continued(data, rollout.ids[:length], rollout.num_bytes[:length])
+    def _with_eos(self, sample: Sample, tokens: Tokens) -> Tokens:
         return tokens.with_end_token(self.vocabulary.roles["eos"]) if sample.closes else tokens
 
-    def _tokenize_chat(self, sample: Sample) -> TokenizedSample:
+    def _template(self, sample: Sample) -> ChatTemplate:
         if self.template is None:
             raise DataError(f"sample {sample.name}: no chat template was loaded for {self.vocabulary.name}")
-        rendered = self.template.render(sample.messages, sample.tools, sample=sample.name)
+        return self.template
+
+    def _tokenized_chat(self, rendered: RenderedChat) -> TokenizedSample:
         tokens, supervised_T = rendered.tokens, supervised_mask(rendered)
         hidden_bos = int(bool(self.prefix) and tokens.ids[:1].tolist() == list(self.prefix))
         # The first token of a sequence is not predicted: BOS if the model has a prefix, else the chat's first token.
         first_predicted = hidden_bos + (not self.prefix)
         if not supervised_T[first_predicted:].any():
             raise ChatError(
-                f"sample {sample.name}, model {self.vocabulary.name}: no predicted token lies within an assistant "
+                f"sample {rendered.sample}, model {self.vocabulary.name}: no predicted token lies within an assistant "
                 "message"
             )
         has_bytes_T = supervised_T & ~rendered.ends_turn & ~rendered.special_T
         num_bytes_T = np.where(has_bytes_T, tokens.bytes_per_token, 0)
         without_bos = tokens.excerpt(slice(hidden_bos, None), 0, tokens.num_bytes)
         return TokenizedSample(without_bos, supervised_T[hidden_bos:], num_bytes_T[hidden_bos:], rendered, hidden_bos)
+
+
+def _sampled_tokens(sample: Sample, rollout: Rollout) -> Tokens:
+    """Return the tokens of a prompt and of the text that was sampled after it, without an end token."""
+    assert sample.prompt is not None
+    text = sample.messages[-1]["content"] if sample.is_chat else sample.text.encode()[sample.prompt_bytes :].decode()
+    length = len(rollout.ids) - sample.closes
+    return sample.prompt.continued(text.encode(), rollout.ids[:length], rollout.num_bytes[:length])
 
 
 def tokenize_samples(

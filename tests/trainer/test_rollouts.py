@@ -8,6 +8,7 @@ import pytest
 
 from tests.trainer.ranks import train_on_ranks
 from tests.trainer.runs import losses, run_config, served_models, write_corpus
+from tests.trainer.test_chat_run import chat_config, write_chats
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.telemetry.jsonl import read_metrics
@@ -106,3 +107,22 @@ def test_two_sharded_processes_sample_with_complete_weights(
         assert rollouts["samples"] == 3
         own_nats = rollouts["own_bpb"] * math.log(2) * rollouts["num_bytes"]
         assert rollouts["cross_entropy"] * rollouts["tokens"] == pytest.approx(own_nats, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_answers_of_chats_are_scored_in_the_template_of_each_teacher(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
+        teachers = dict(zip(urls, ("byte_level", "sentencepiece"), strict=True))
+        raw = chat_config(tmp_path, tiny_byte_level, teachers, write_chats(tmp_path)).model_dump()
+        raw["rollout"] = {"max_new_tokens": 16, "top_p": 0.9}
+        train(RunConfig.model_validate(raw))
+    steps = steps_of(tmp_path / "out")
+    assert sum(step["rollouts"]["samples"] for step in steps) + sum(step["skipped"] for step in steps) == 16
+    assert steps[0]["rollouts"]["samples"] > 0
+    first = steps[0]["rollouts"]
+    # The student and the teacher with its weights read the same prompt: the template up to the answer.
+    own_nats = first["own_bpb"] * math.log(2) * first["num_bytes"]
+    assert first["cross_entropy"] * first["tokens"] == pytest.approx(own_nats, rel=1e-4)
+    assert steps[0]["coverage"] > 0.9

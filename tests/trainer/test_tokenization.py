@@ -3,7 +3,7 @@
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -117,9 +117,9 @@ def test_a_chat_of_many_answers_is_shortened_in_a_few_renderings(monkeypatch: py
     calls: list[int] = []
     render = JinjaTemplate.render
 
-    def counted(self: JinjaTemplate, messages: Sequence[Message], tools: Sequence[Message]) -> str:
+    def counted(self: JinjaTemplate, messages: Sequence[Message], *rest: Any) -> str:
         calls.append(len(messages))
-        return render(self, messages, tools)
+        return render(self, messages, *rest)
 
     monkeypatch.setattr(JinjaTemplate, "render", counted)
     sample = sample_of(*["How heavy is it?", "14.5 kilograms"] * 200)

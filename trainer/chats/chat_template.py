@@ -84,10 +84,25 @@ class ChatTemplate:
         except (InvalidChat, TokenizerError) as error:
             raise ChatError(f"{label}: {error}") from error
 
-    def _render(self, messages: list[Message], tools: list[Message], sample: str, label: str) -> RenderedChat:
-        slots = supervised_slots(messages, self.supervision)
-        if not slots:
-            raise InvalidChat("the chat has no assistant message to train on")
+    def answer_prompt(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, sample: str = "chat"
+    ) -> Tokens:
+        """Render and tokenize a chat up to the beginning of the next answer of the assistant.
+
+        The tokens are without the BOS of `Vocabulary.prefix` that the template does not write. Raises ChatError.
+        """
+        label = f"sample {sample}, model {self.name}"
+        try:
+            chat, escape, _ = self._chat(*normalize_chat(messages, tools), label)
+            plain = plain_text(chat.answer_prompt(), (), escape)
+            return self.vocabulary.encode_rendered(plain.text, plain.literals)
+        except (InvalidChat, TokenizerError) as error:
+            raise ChatError(f"{label}: {error}") from error
+
+    def _chat(
+        self, messages: list[Message], tools: list[Message], label: str
+    ) -> tuple[Chat, Escape | None, tuple[TurnSyntax, TurnEnds]]:
+        """Return the chat with its special tokens escaped, and the syntax of its turns."""
         escape = self._escape(messages, tools, label)
         if escape is not None:
             messages, tools = list(map(escape.message, messages)), list(map(escape.tool, tools))
@@ -101,6 +116,13 @@ class ChatTemplate:
             reasoning_key=syntax.reasoning_key,
             call_style=syntax.call_style,
         )
+        return chat, escape, (syntax, ends)
+
+    def _render(self, messages: list[Message], tools: list[Message], sample: str, label: str) -> RenderedChat:
+        slots = supervised_slots(messages, self.supervision)
+        if not slots:
+            raise InvalidChat("the chat has no assistant message to train on")
+        chat, escape, (syntax, ends) = self._chat(messages, tools, label)
         rendered = chat.render(slots)
         turns = regions(rendered, slots, syntax, ends, escape.mark if escape else "")
         if not turns:
@@ -114,7 +136,7 @@ class ChatTemplate:
             tokens=tokens,
             prefix=() if tokens.ids[:1].tolist() == prefix else tuple(prefix),
             spans=tuple(self._span(turn, tokens, plain, ends) for turn in turns),
-            special_T=self._is_special[tokens.ids],
+            special_T=self.is_special[tokens.ids],
             folded_system=bool(rendered.chat.num_folded),
             omissions=rendered.omissions,
         )
@@ -201,7 +223,7 @@ class ChatTemplate:
         return syntax, turn_ends(syntax, self.special_tokens, () if bos is None else (texts[bos],))
 
     @cached_property
-    def _is_special(self) -> NDArray[np.bool_]:
+    def is_special(self) -> NDArray[np.bool_]:
         """[V] Whether a token is special, which means that it has no bytes of text."""
         return np.array([data is None for data in self.vocabulary.token_bytes])
 
@@ -211,7 +233,7 @@ class ChatTemplate:
 
         The second condition is needed for DeepSeek: its tokenizer does not declare its turn markers as special.
         """
-        markers: NDArray[np.bool_] = self._is_special | np.array(
+        markers: NDArray[np.bool_] = self.is_special | np.array(
             [bool(_TURN_MARKER.fullmatch(t)) for t in self.vocabulary.tokens]
         )
         roles = self.vocabulary.roles

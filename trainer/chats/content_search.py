@@ -78,6 +78,11 @@ class Chat:
             raise self.error(f"the template reorders the assistant messages {sorted(set(order))}")
         return RenderedText(text, chat, parts, tuple(omissions))
 
+    def answer_prompt(self) -> str:
+        """Render the chat up to the beginning of the next answer of the assistant. Raises ChatError."""
+        chat, _ = self._fold_system_message()
+        return chat._render_text(generation_prompt=True)
+
     def error(self, problem: str, kind: type[ChatError] = ChatError) -> ChatError:
         """Build an error that names sample and model."""
         return kind(f"{self.label}: {problem}")
@@ -100,11 +105,14 @@ class Chat:
     def _numbered_messages(self) -> Iterator[tuple[int, Message]]:
         return enumerate(self.messages, self.num_folded)
 
-    def _render_text(self, replacements: Mapping[int, Message] | None = None) -> str:
+    def _render_text(
+        self, replacements: Mapping[int, Message] | None = None, *, generation_prompt: bool = False
+    ) -> str:
         """Render the chat with some messages replaced, by index. Raises TemplateError."""
         messages = [(replacements or {}).get(i, message) for i, message in self._numbered_messages()]
         try:
-            return self.template.render([self._for_template(message) for message in messages], self.tools)
+            plain = [self._for_template(message) for message in messages]
+            return self.template.render(plain, self.tools, generation_prompt)
         except TemplateError as error:
             raise self.error(str(error), TemplateError) from error
 
@@ -136,7 +144,7 @@ class Chat:
                 return self, text
         except TemplateError as error:
             problem = error
-        second = self.messages[1]  # exists: the chat has an assistant message
+        second = self.messages[1] if len(self.messages) > 1 else first
         if second["role"] != "user":
             raise problem
         folded = replace(self, messages=(_merge(first, second), *self.messages[2:]), num_folded=1)

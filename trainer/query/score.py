@@ -5,7 +5,7 @@ All models receive the same text. A sample that exceeds the limit of one model i
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -55,8 +55,8 @@ class SampleScorer:
         try:
             tokenizations, seconds = await in_thread(self._tokenize, sample)
         except ChatError as error:
-            if not is_skipped(error, self._data):
-                raise
+            if not (is_skipped(error, self._data) or (sample.rollout is not None and sample.is_chat)):
+                raise  # nobody can correct an answer that the student has sampled
             collector.skipped, collector.skip_reason = collector.skipped + 1, str(error)
             return None
         collector.record("tokenize", seconds)
@@ -87,7 +87,8 @@ class SampleScorer:
 
     def _tokenize(self, original: Sample) -> Tokenizations:
         def attempt(sample: Sample) -> tuple[Tokenizations, Excess | None]:
-            student = self._student.tokenize(sample)
+            is_given = sample.rollout is None
+            student = self._student.tokenize(sample) if is_given else self._student.tokenize_rollout(sample)
             teachers = tuple(teacher.tokenizer.tokenize(sample) for teacher in self._connection.teachers)
             tokenizations = Tokenizations(sample, student, teachers, self._canonical(sample, student))
             return tokenizations, self._first_excess(sample, student, teachers)
@@ -97,7 +98,7 @@ class SampleScorer:
     def _canonical(self, sample: Sample, student: TokenizedSample) -> TokenizedSample | None:
         if sample.rollout is None:
             return None
-        canonical = self._student.tokenize(replace(sample, rollout=None))
+        canonical = self._student.tokenize_rollout(sample, canonical=True)
         return canonical if num_noncanonical(canonical.tokens, student.tokens) else None
 
     def _first_excess(
@@ -162,11 +163,11 @@ def _prepare(
 ) -> Prepared:
     """Prepare the rows of one response: rows, first row, and the teacher's tokens.
 
-    A teacher with another tokenizer has not seen how the student writes a rollout. Its rows are aligned to the
-    canonical tokens, and the target is moved to the sampled ones.
+    A teacher that has not received the sampled tokens does not know how the student writes a rollout. Its rows are
+    aligned to the canonical tokens, and the target is moved to the sampled ones.
     """
     canonical, student = tokenizations.canonical, tokenizations.student
-    rollout = tokenizations.sample.rollout
+    rollout = None if tokenizations.sample.is_chat else tokenizations.sample.rollout  # chats are rendered by templates
     if canonical is None or (rollout and rollout.fingerprint == teacher.tokenizer.vocabulary.fingerprint):
         return signal.prepare(*response, student)
     prepared = signal.prepare(*response, canonical)

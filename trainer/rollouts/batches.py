@@ -25,6 +25,7 @@ from trainer.rollouts.prompts import PromptBuilder
 from trainer.sources.corpus import Corpus
 from trainer.sources.sample_order import ROLLOUT, SHARE, batch_indices
 from trainer.student.model import Student
+from trainer.tokenization import SampleTokenizer
 
 WaitingRollouts = dict[int, dict[int, list[Rollout]]]
 """Rollouts that no step has used, by step and by position of their sample in the batch of all processes."""
@@ -42,6 +43,7 @@ class OnPolicyBatches:
         config: RunConfig,
         corpus: Corpus,
         student: Student,
+        tokenizer: SampleTokenizer,
         ranks: Ranks,
         steps: range,
         *,
@@ -58,7 +60,7 @@ class OnPolicyBatches:
         self._num_steps = num_steps
         self._next = steps.start
         self._waiting = waiting
-        self._builder = PromptBuilder(student.vocabulary, config.rollout, config.data.window_tokens)
+        self._builder = PromptBuilder(tokenizer, config.rollout, config.data.window_tokens)
         self._sampling = self._builder.sampling()
         self._engine: RolloutEngine = resolve_name(ENGINES[config.rollout.engine])(config.rollout.generation_batch)
         self._queue: queue.SimpleQueue[list[Sample] | None] = queue.SimpleQueue()

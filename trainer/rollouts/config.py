@@ -13,7 +13,7 @@ class RolloutConfig(Section):
     """[rollout] On-policy distillation: the student continues prompts of the data, and the teachers score its text.
 
     A sample of the data is replaced by the student's continuation of its prompt: the prompt of a record with a prompt,
-    or the first `prompt_tokens` tokens of a window of text.
+    a chat without its last answer, or the first `prompt_tokens` tokens of a window of text.
     """
 
     engine: Annotated[str, one_of(ENGINES)] = "transformers"

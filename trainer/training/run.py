@@ -90,6 +90,7 @@ class Run:
             self.config,
             self.corpus,
             self.student,
+            self.tokenizer,
             self.ranks,
             steps,
             num_steps=self.num_steps,

@@ -105,9 +105,7 @@ def _check_prompts(config: RunConfig, vocabulary: Vocabulary, corpus: Corpus) ->
     if "eos" not in vocabulary.roles:
         raise ConfigError("student.roles: rollouts end with EOS, which the student's tokenizer does not have; set eos")
     for source in corpus.sources:
-        if source.is_chat:
-            raise ConfigError(f"rollout: source {source.name} has {source.format}; rollouts of chats are not supported")
-        if not source.has_prompt and config.rollout.prompt_tokens is None:
+        if not (source.has_prompt or source.is_chat) and config.rollout.prompt_tokens is None:
             raise ConfigError(
                 f"rollout.prompt_tokens: source {source.name} has {source.format}, without prompts; set the number of "
                 "tokens at the start of a window that are its prompt"
