@@ -1,6 +1,8 @@
 """Whole runs in which a tiny student learns from tiny teachers on its own rollouts."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,33 @@ def test_a_resumed_run_has_the_rollouts_and_the_losses_of_an_uninterrupted_run(
     kinds = {step["rollouts"]["samples"] for step in steps_of(tmp_path / "resumed")}
     assert kinds == {4}, "two of the four samples are replaced by two rollouts each"
     assert all(step["cross_entropy"] is not None for step in steps_of(tmp_path / "resumed"))
+
+
+def test_a_run_that_is_stopped_while_it_samples_continues_as_if_it_had_not_been(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path
+) -> None:
+    corpus = write_corpus(tmp_path)
+    stops: list[Callable[[], None]] = []
+
+    @contextmanager
+    def on_stop(stop: Callable[[], None]) -> Iterator[None]:
+        stops.append(stop)
+        yield
+
+    def stop_after_step_2(event: Any) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            stops[-1]()
+
+    with served_models(tiny_sentencepiece) as urls:
+        uninterrupted, stopped = (
+            rollout_config(tiny_byte_level, corpus, tmp_path / name, urls, max_staleness_steps=1)
+            for name in ("uninterrupted", "stopped")
+        )
+        train(uninterrupted)
+        assert train(stopped, listener=stop_after_step_2, on_stop=on_stop).terminated
+        train(stopped, resume=True)
+    one, two = losses(tmp_path / "uninterrupted"), losses(tmp_path / "stopped")
+    assert two == pytest.approx(one, abs=1e-6)
 
 
 def test_a_run_with_rollouts_cannot_continue_without_them(tmp_path: Path, tiny_byte_level: Path) -> None:

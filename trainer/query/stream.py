@@ -112,8 +112,7 @@ class ExampleStream:
             self._call_soon(lambda: self._main and self._main.cancel())
         self._thread.join(timeout=30)
 
-    @property
-    def stopped(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether `stop` or `close` was called."""
         return self._stopping
 

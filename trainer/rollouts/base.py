@@ -1,6 +1,6 @@
 """What all engines of rollouts share: the prompt, the settings of sampling, and the tokens that were sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -51,10 +51,16 @@ class RolloutEngine(Protocol):
     """Samples continuations with the present weights of the student."""
 
     def sample(
-        self, student: Student, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int]
+        self,
+        student: Student,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: Sequence[int],
+        should_stop: Callable[[], bool],
     ) -> list[SampledTokens]:
         """Return the continuation of each prompt. All processes must call this together, also without prompts.
 
-        The same weights, prompts and seed give the same tokens.
+        The same weights, prompts and seed give the same tokens. After `should_stop` has returned true, the call returns
+        soon, with rollouts that are not complete or not there.
         """
         ...

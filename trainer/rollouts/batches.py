@@ -7,7 +7,7 @@ is sampled as soon as s − max_staleness_steps steps are done. Nothing is sampl
 
 import queue
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pkgutil import resolve_name
 from typing import Any
@@ -66,12 +66,18 @@ class OnPolicyBatches:
         self._queue: queue.SimpleQueue[list[Sample] | None] = queue.SimpleQueue()
         self.sample_s = 0.0  # seconds of the last call of `advance`
 
-    def advance(self, done: int) -> None:
-        """Sample and queue the batches that may begin after `done` steps. All processes must call this together."""
+    def advance(self, done: int, should_stop: Callable[[], bool]) -> None:
+        """Sample and queue the batches that may begin after `done` steps. All processes must call this together.
+
+        Returns early after `should_stop` has returned true in some process. A batch that is not complete in all
+        processes is sampled again when the run is resumed.
+        """
         began = time.monotonic()
         while self._next < min(done + self._rollout.max_staleness_steps + 1, self._num_steps):
-            batch = self._batch(self._next, done)
-            if self._next in self._steps:  # a later start of the run uses the others
+            batch = self._batch(self._next, done, should_stop)
+            if self._ranks.any(batch is None):
+                return
+            if batch is not None and self._next in self._steps:  # a later start of the run uses the others
                 self._queue.put(batch)
             self._next += 1
         if self._next >= self._steps.stop:
@@ -94,31 +100,48 @@ class OnPolicyBatches:
             for step, batch in self._waiting.items()
         }
 
-    def _batch(self, step: int, version: int) -> list[Sample]:
-        """Return this process's shard of the batch of one step, with the rollouts of weights of `version` steps."""
+    def _batch(self, step: int, version: int, should_stop: Callable[[], bool]) -> list[Sample] | None:
+        """Return this process's shard of the batch of one step, with the rollouts of weights of `version` steps.
+
+        Returns None if `should_stop` has returned true.
+        """
         train, size = self._config.train, self._config.train.batch_samples
         indices = sorted(batch_indices(self._corpus.order, size, step, train.epochs))
         chosen = replaced_positions(self._rollout, len(indices), train.seed, step, self._num_steps)
         shard = self._ranks.shard(range(len(indices)))
         samples = {position: self._corpus.train[indices[position]] for position in shard}
         prompts = {i: self._builder.with_prompt(sample) for i, sample in samples.items() if i in chosen}
-        if chosen and step not in self._waiting:
-            self._waiting[step] = self._sample(prompts, step, version)
+        if not chosen <= self._waiting.get(step, {}).keys():  # also if another process was stopped while it sampled
+            self._waiting.pop(step, None)
+            sampled = self._sample(prompts, (step, version), should_stop)
+            if sampled is None:
+                return None
+            self._waiting[step] = sampled
         rollouts = self._waiting.get(step, {})
         return [
             each
             for i, sample in samples.items()
             # a prompt that is too long has no rollouts; its sample is refused or skipped like any that is too long
-            for each in ([self._builder.sample(prompts[i], one) for one in rollouts[i]] if i in rollouts else [sample])
+            for each in [self._builder.sample(prompts[i], one) for one in rollouts.get(i, ())] or [sample]
         ]
 
-    def _sample(self, prompts: Mapping[int, Sample], step: int, version: int) -> dict[int, list[Rollout]]:
-        """Return rollouts of the prompts by position, except for prompts that leave no room for a token."""
+    def _sample(
+        self, prompts: Mapping[int, Sample], step_and_version: tuple[int, int], should_stop: Callable[[], bool]
+    ) -> dict[int, list[Rollout]] | None:
+        """Return rollouts of the prompts by position; none of a prompt that leaves no room for a token.
+
+        Returns None if `should_stop` has returned true.
+        """
+        step, version = step_and_version
         inputs = {i: prompt for i, sample in prompts.items() if (prompt := self._builder.prompt(sample)) is not None}
         positions = [i for i in inputs for _ in range(self._rollout.samples_per_prompt)]
         seed = (self._config.train.seed, ROLLOUT, step, self._ranks.rank)
-        sampled = self._engine.sample(self._student, [inputs[i] for i in positions], self._sampling, seed)
-        rollouts: dict[int, list[Rollout]] = {i: [] for i in inputs}
+        sampled = self._engine.sample(
+            self._student, [inputs[i] for i in positions], self._sampling, seed, should_stop=should_stop
+        )
+        if should_stop():
+            return None
+        rollouts: dict[int, list[Rollout]] = {i: [] for i in prompts}
         for i, tokens in zip(positions, sampled, strict=True):
             rollouts[i].append(self._builder.rollout(tokens, version))
         return rollouts

@@ -1,6 +1,6 @@
 """Engine `transformers`: the student samples with `generate` of transformers, in the process that trains it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,12 @@ class TransformersEngine:
         self._generation_batch = generation_batch
 
     def sample(
-        self, student: Student, prompts: Sequence[Prompt], sampling: Sampling, seed: Sequence[int]
+        self,
+        student: Student,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seed: Sequence[int],
+        should_stop: Callable[[], bool],
     ) -> list[SampledTokens]:
         """Sample in batches of prompts in their order. Prompts of one batch are padded on the left."""
 
@@ -32,7 +37,10 @@ class TransformersEngine:
             sampled: list[SampledTokens] = []
             for begin in range(0, len(prompts), self._generation_batch):
                 batch = prompts[begin : begin + self._generation_batch]
-                sampled += _sample_batch(model, batch, sampling, student.vocabulary.token_bytes)
+                ends = _Ends(batch, sampling, student.vocabulary.token_bytes, should_stop)
+                sampled += _sample_batch(model, batch, sampling, ends)
+                if should_stop():
+                    break
             return sampled
 
         devices = [torch.device(student.device)] if student.device.startswith("cuda") else []
@@ -41,13 +49,10 @@ class TransformersEngine:
             return student.infer(sample_all)
 
 
-def _sample_batch(
-    model: Any, prompts: Sequence[Prompt], sampling: Sampling, token_bytes: Sequence[bytes | None]
-) -> list[SampledTokens]:
+def _sample_batch(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: "_Ends") -> list[SampledTokens]:
     ids_BL, mask_BL = _pad_left(prompts)
     ids_BL, mask_BL = ids_BL.to(model.device), mask_BL.to(model.device)
     recorder = _Recorder(sampling.banned_ids)
-    ends = _Ends(prompts, sampling, token_bytes, ids_BL.shape[1])
     config = GenerationConfig(
         do_sample=True,
         temperature=sampling.temperature,
@@ -113,23 +118,28 @@ class _Recorder(LogitsProcessor):
 
 
 class _Ends(StoppingCriteria):
-    """Find the end of every rollout: an end token, a stop string, or the prompt's maximum of tokens."""
+    """Find the end of every rollout: an end token, a stop string, the prompt's maximum of tokens, or `should_stop`."""
 
     def __init__(
-        self, prompts: Sequence[Prompt], sampling: Sampling, token_bytes: Sequence[bytes | None], prompt_length: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        token_bytes: Sequence[bytes | None],
+        should_stop: Callable[[], bool],
     ) -> None:
         self._prompts = prompts
         self._sampling = sampling
         self._token_bytes = token_bytes
-        self._prompt_length = prompt_length
+        self._should_stop = should_stop
+        self._prompt_length = max(len(prompt.ids) for prompt in prompts)
         self._texts = [b"" for _ in prompts]
         self._ends: list[tuple[int, Finish] | None] = [None for _ in prompts]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        length = input_ids.shape[1] - self._prompt_length
+        length, stops = input_ids.shape[1] - self._prompt_length, self._should_stop()
         for i, token in enumerate(input_ids[:, -1].tolist()):
             if self._ends[i] is None:
-                finish = self._finish(i, token, length)
+                finish = self._finish(i, token, length) or ("length" if stops else None)
                 self._ends[i] = (length, finish) if finish else None
         return torch.tensor([end is not None for end in self._ends], device=input_ids.device)
 

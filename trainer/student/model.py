@@ -153,7 +153,8 @@ class Student:
 
         self.module.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            # every length of a sequence would be compiled again
+            with torch.compiler.set_stance("force_eager"), torch.no_grad(), self._autocast():
                 result: T = self.module(run)
         finally:
             self.module.train()

@@ -1,6 +1,6 @@
 """The batches of a run without rollouts: each process's shard of the samples of every step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from trainer.distributed import Ranks
@@ -22,8 +22,8 @@ class Batches(Protocol):
 
     def __iter__(self) -> Iterator[list[Sample]]: ...
 
-    def advance(self, done: int) -> None:
-        """Prepare the batches that may begin after `done` steps."""
+    def advance(self, done: int, should_stop: Callable[[], bool]) -> None:
+        """Prepare the batches that may begin after `done` steps. Return early after `should_stop` has returned true."""
         ...
 
     def state(self, done: int) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class CorpusBatches:
             indices = sorted(batch_indices(self._corpus.order, self._config.batch_samples, step, self._config.epochs))
             yield [self._corpus.train[i] for i in self._ranks.shard(indices)]
 
-    def advance(self, done: int) -> None:
+    def advance(self, done: int, should_stop: Callable[[], bool]) -> None:
         """Do nothing."""
 
     def state(self, done: int) -> dict[str, Any]:

@@ -54,10 +54,10 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
         closing(batches),  # before the stream, whose thread may wait for a batch
     ):
         items = iter(stream)
-        batches.advance(done)
         with on_stop(stream.stop):  # the first batch may wait for a teacher
+            batches.advance(done, stream.is_stopped)
             first = list(islice(items, 1))  # nothing is written before every teacher has been checked
-        if stream.stopped:
+        if stream.is_stopped():
             return RunResult(done, (), None, terminated=True)
         run.check_teachers(evaluator.snapshot_teachers(stream))
         remarks = run.check_chats(stream.tokenizers)
@@ -81,7 +81,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
                 if _is_due(done, config.output.checkpoint_every_steps):
                     run.save(metrics, done, fusion_state, batches.state(done))
                 run.finish_save(metrics)
-                batches.advance(done)
+                batches.advance(done, stream.is_stopped)
             run.save_last(metrics, done, fusion_state, batches.state(done))
             ended = done == run.num_steps or evaluator.early_stopped
             if ended:
