@@ -61,7 +61,8 @@ class _Progress:
     def _add_step(self, record: EventRecord) -> None:
         self._num_skipped += record["skipped"]
         self._num_without_update += not record["tokens"]
-        self._recent_s.append(record["step_s"] + record["wait_s"])
+        sample_s = record.get("rollouts", {}).get("sample_s", 0.0)
+        self._recent_s.append(record["step_s"] + record["wait_s"] + sample_s)
         self._wait_s += record["wait_s"]
         for name, teacher in record.get("teachers", {}).items():
             self._teacher_wait_s[name] = self._teacher_wait_s.get(name, 0.0) + teacher["wait_s"]
@@ -74,6 +75,8 @@ class _Progress:
             f"waited {self._wait_s:.1f} s{self._slowest_teacher()}",
             *(f"{name} {_percent(teacher['weight'])}" for name, teacher in record.get("teachers", {}).items()),
         ]
+        if rollouts := record.get("rollouts"):
+            parts.append(f"rollouts {rollouts['length']:.0f} tokens, {_number(rollouts['fused_bpb'])} bits per byte")
         if self._num_skipped:
             parts.append(self._skipped())
         num_left = self._num_steps - record["step"]

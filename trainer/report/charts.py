@@ -92,6 +92,7 @@ def chart_specs(run: History) -> dict[str, list[ChartSpec]]:
     return {
         "Loss and held-out text": _learning_charts(run),
         TEACHERS: _teacher_charts(run),
+        "Rollouts": _rollout_charts(run),
         "Speed": _speed_charts(run),
         "Optimisation": _optimisation_charts(),
     }
@@ -186,8 +187,34 @@ def _teacher_charts(run: History) -> list[ChartSpec]:
     ]
 
 
+def _rollout_charts(run: History) -> list[ChartSpec]:
+    bpb = [
+        *_per_teacher(run, "rollout_bpb"),
+        Series("rollouts/fused_bpb", "fused target", None),
+        Series("rollouts/own_bpb", "student", None, "dashed"),
+    ]
+    nats = [
+        Series("rollouts/entropy", "entropy"),
+        Series("rollouts/cross_entropy", "cross-entropy", 1),
+        Series("rollouts/divergence", "divergence", 2),
+    ]
+    fractions = [Series("rollouts/finished", "finished"), Series("rollouts/repetition", "repetition", 1)]
+    lengths = [Series("rollouts/length", "tokens per rollout")]
+    return [
+        ChartSpec("Rollouts of the student", "bits per byte", bpb, smooth=True, markers=True, wide=True),
+        ChartSpec("Student on its rollouts", "nats per token", nats, smooth=True),
+        ChartSpec("Length of rollouts", "tokens", lengths, y_range=(0.0, None), smooth=True),
+        ChartSpec("Finished rollouts, and repetition", "fraction", fractions, y_range=(0.0, 1.0), smooth=True),
+        ChartSpec("Age of the weights that sampled", "steps", [Series("rollouts/age_steps", "mean")], smooth=True),
+    ]
+
+
 def _speed_charts(run: History) -> list[ChartSpec]:
-    times = [Series("step_s", "step", 0), Series("wait_s", "wait for the batch", 1)]
+    times = [
+        Series("step_s", "step", 0),
+        Series("wait_s", "wait for the batch", 1),
+        Series("rollouts/sample_s", "sampling", 2),
+    ]
     rates = [Series("tokens_per_s", "student", None), *_per_teacher(run, "tokens_per_s")]
     waits = _per_teacher(run, "wait_s")
     queued = [Series("queued_batches", "batches")]

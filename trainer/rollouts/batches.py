@@ -36,6 +36,7 @@ class OnPolicyBatches:
 
     steps    steps of this start of the run
     waiting  rollouts that were sampled before the run was resumed
+    engine   what samples the tokens; by default that of the run file
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class OnPolicyBatches:
         *,
         num_steps: int,
         waiting: WaitingRollouts,
+        engine: RolloutEngine | None = None,
     ) -> None:
         assert config.rollout is not None
         self._config = config
@@ -62,7 +64,7 @@ class OnPolicyBatches:
         self._waiting = waiting
         self._builder = PromptBuilder(tokenizer, config.rollout, config.data.window_tokens)
         self._sampling = self._builder.sampling()
-        self._engine: RolloutEngine = resolve_name(ENGINES[config.rollout.engine])(config.rollout.generation_batch)
+        self._engine = engine or open_engine(config.rollout)
         self._queue: queue.SimpleQueue[list[Sample] | None] = queue.SimpleQueue()
         self.sample_s = 0.0  # seconds of the last call of `advance`
 
@@ -145,6 +147,12 @@ class OnPolicyBatches:
         for i, tokens in zip(positions, sampled, strict=True):
             rollouts[i].append(self._builder.rollout(tokens, version))
         return rollouts
+
+
+def open_engine(config: RolloutConfig) -> RolloutEngine:
+    """Return the engine of a run file."""
+    engine: RolloutEngine = resolve_name(ENGINES[config.engine])(config.generation_batch)
+    return engine
 
 
 def replaced_positions(config: RolloutConfig, size: int, seed: int, step: int, num_steps: int) -> frozenset[int]:

@@ -97,7 +97,7 @@ class StepEvent(Event):
     tokens: int
     """Predicted tokens in the batch."""
     tokens_per_s: float
-    """Tokens per second of step and wait time."""
+    """Tokens per second of step, wait and sampling time."""
     step_s: float
     """Seconds for forward, backward and optimizer."""
     wait_s: float

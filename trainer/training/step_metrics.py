@@ -24,6 +24,7 @@ def step_event(
     Tokens per second of a teacher are the sum of all processes; the other values of its pool are those of rank 0.
     """
     slowest = max(collectors, key=lambda collector: collector.wait_s)
+    sample_s = max(collector.sample_s for collector in collectors)
     values = {
         "step": step,
         "ce_weight": plan.objective.ce_weight,
@@ -32,7 +33,7 @@ def step_event(
         "lr": result.lr,
         "grad_norm": result.grad_norm,
         "tokens": result.num_tokens,
-        "tokens_per_s": result.num_tokens / max(step_s + slowest.wait_s, MIN_S),
+        "tokens_per_s": result.num_tokens / max(step_s + slowest.wait_s + sample_s, MIN_S),
         "step_s": step_s,
         "wait_s": slowest.wait_s,
         "queued_batches": slowest.queued_batches,
