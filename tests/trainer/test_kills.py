@@ -72,9 +72,16 @@ def assert_same_losses(undisturbed: RunConfig, killed: Path) -> None:
     assert held_out(killed)[STEPS] == pytest.approx(held_out(expected)[STEPS], abs=1e-6)
 
 
-def test_terminating_one_rank_stops_all_ranks(tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path) -> None:
-    """The next target of the other rank needs statistics of the terminated rank, and must not wait for them."""
-    sections: dict[str, Any] = {"fusion": {"method": "adaptive"}, "train": {"epochs": 400, "prefetch_tokens": 1}}
+@pytest.mark.parametrize(
+    "section",
+    [{"fusion": {"method": "adaptive"}}, {"rollout": {"prompt_tokens": 8, "max_new_tokens": 200, "top_p": 0.9}}],
+    ids=["fusion", "rollout"],
+)
+def test_terminating_one_rank_stops_all_ranks(
+    tmp_path: Path, tiny_byte_level: Path, tiny_sentencepiece: Path, section: dict[str, Any]
+) -> None:
+    """The next batch of the other rank needs statistics or samples of the terminated rank, and must not wait."""
+    sections = section | {"train": {"epochs": 400, "prefetch_tokens": 1}, "data": {"window_tokens": 250}}
     with served_models(tiny_byte_level, tiny_sentencepiece) as urls:
         config = run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "terminated", urls, **sections)
         with started(command(config, 2, "--pause=0.05")) as launcher:

@@ -68,23 +68,25 @@ class OnPolicyBatches:
         self._queue: queue.SimpleQueue[list[Sample] | None] = queue.SimpleQueue()
         self.sample_s = 0.0  # seconds of the last call of `advance`
 
-    def advance(self, done: int, should_stop: Callable[[], bool]) -> None:
+    def advance(self, done: int, should_stop: Callable[[], bool]) -> bool:
         """Sample and queue the batches that may begin after `done` steps. All processes must call this together.
 
-        Returns early after `should_stop` has returned true in some process. A batch that is not complete in all
-        processes is sampled again when the run is resumed.
+        Returns false, and ends the iteration in all processes, soon after `should_stop` has returned true in one of
+        them. A batch that is not complete in all processes is sampled again when the run is resumed.
         """
         began = time.monotonic()
         while self._next < min(done + self._rollout.max_staleness_steps + 1, self._num_steps):
             batch = self._batch(self._next, done, should_stop)
             if self._ranks.any(batch is None):
-                return
+                self.close()
+                return False
             if batch is not None and self._next in self._steps:  # a later start of the run uses the others
                 self._queue.put(batch)
             self._next += 1
         if self._next >= self._steps.stop:
             self._queue.put(None)
         self.sample_s = time.monotonic() - began
+        return True
 
     def close(self) -> None:
         """End the iteration."""

@@ -22,8 +22,12 @@ class Batches(Protocol):
 
     def __iter__(self) -> Iterator[list[Sample]]: ...
 
-    def advance(self, done: int, should_stop: Callable[[], bool]) -> None:
-        """Prepare the batches that may begin after `done` steps. Return early after `should_stop` has returned true."""
+    def advance(self, done: int, should_stop: Callable[[], bool]) -> bool:
+        """Prepare the batches that may begin after `done` steps.
+
+        Returns false, and ends the iteration in all processes, soon after `should_stop` has returned true in one of
+        them.
+        """
         ...
 
     def state(self, done: int) -> dict[str, Any]:
@@ -59,8 +63,9 @@ class CorpusBatches:
             indices = sorted(batch_indices(self._corpus.order, self._config.batch_samples, step, self._config.epochs))
             yield [self._corpus.train[i] for i in self._ranks.shard(indices)]
 
-    def advance(self, done: int, should_stop: Callable[[], bool]) -> None:
-        """Do nothing."""
+    def advance(self, done: int, should_stop: Callable[[], bool]) -> bool:
+        """Return true: there is nothing to prepare."""
+        return True
 
     def state(self, done: int) -> dict[str, Any]:
         """Return nothing."""

@@ -55,9 +55,9 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
     ):
         items = iter(stream)
         with on_stop(stream.stop):  # the first batch may wait for a teacher
-            batches.advance(done, stream.is_stopped)
+            is_ready = batches.advance(done, stream.is_stopped)
             first = list(islice(items, 1))  # nothing is written before every teacher has been checked
-        if stream.is_stopped():
+        if stream.is_stopped() or not is_ready:
             return RunResult(done, (), None, terminated=True)
         run.check_teachers(evaluator.snapshot_teachers(stream))
         remarks = run.check_chats(stream.tokenizers)
