@@ -98,6 +98,8 @@ class RunConfig(Section):
             raise ValueError("rollout: the student learns nothing from its own text without teachers; add [[teachers]]")
         if rollout.final_share is not None and rollout.schedule == "constant":
             raise ValueError("rollout.final_share: set rollout.schedule to linear or cosine")
+        if rollout.eval_prompts and not self.eval.held_out_documents:
+            raise ValueError("rollout.eval_prompts: there is no held-out text; set eval.held_out_documents")
         if (rollout.prompt_tokens or 0) >= self.data.window_tokens:
             raise ValueError(
                 "rollout.prompt_tokens: expected less than data.window_tokens, to leave room for a rollout"

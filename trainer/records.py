@@ -136,6 +136,14 @@ class TeacherScores:
     unavailable: bool = False
 
     @property
+    def supervised_text(self) -> tuple[float, int]:
+        """Log-likelihood in nats of the teacher's supervised tokens that have a score, and their bytes."""
+        tokenized = self.tokenized
+        scored_R = tokenized.supervised_T[self.first_row :][: len(self.actual_R)] & ~np.isnan(self.actual_R)
+        num_bytes = tokenized.num_bytes_T[self.first_row :][: len(self.actual_R)][scored_R].sum()
+        return float(self.actual_R[scored_R].sum(dtype=float)), int(num_bytes)
+
+    @property
     def nbytes(self) -> int:
         """Memory in bytes."""
         own = self.tokenized.nbytes + self.actual_R.nbytes + self.target.nbytes

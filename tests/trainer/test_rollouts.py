@@ -45,6 +45,21 @@ def test_a_student_learns_from_teachers_with_other_tokenizers_on_its_own_text(
     assert steps[0]["teachers"]["t0"]["rollout_bpb"] == pytest.approx(steps[0]["rollouts"]["own_bpb"], rel=1e-4)
 
 
+def test_held_out_prompts_are_continued_at_every_evaluation(tmp_path: Path, tiny_byte_level: Path) -> None:
+    corpus = write_corpus(tmp_path)
+    with served_models(tiny_byte_level) as urls:
+        raw = rollout_config(tiny_byte_level, corpus, tmp_path / "out", urls, eval_prompts=4).model_dump()
+        raw["eval"]["every_steps"], raw["optim"]["lr"] = 3, 1e-9
+        train(RunConfig.model_validate(raw))
+    events = [event for event in read_metrics(tmp_path / "out" / "metrics.jsonl") if event["event"] == "rollout_eval"]
+    assert [event["step"] for event in events] == [0, 3, 6]
+    for event in events:
+        assert event["samples"] == 4
+        # The student has hardly changed: it writes the same text again, and the teacher is the same model.
+        assert event["own_bpb"] == pytest.approx(events[0]["own_bpb"], rel=1e-4)
+        assert event["teachers"]["t0"] == pytest.approx(event["own_bpb"], rel=1e-4)
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_weights_that_sampled_are_as_old_as_the_setting_permits(
     tmp_path: Path, tiny_byte_level: Path, staleness: int

@@ -50,6 +50,9 @@ class _Progress:
             case "eval":
                 bpb = _number(record["held_out_bpb"])
                 console.print(f"held-out text after step {record['step']}: {bpb} bits per byte", style="bold")
+            case "rollout_eval":
+                teachers = ", ".join(f"{name} {_number(bpb)}" for name, bpb in record["teachers"].items())
+                console.print(f"rollouts after step {record['step']}: {teachers} bits per byte", style="bold")
             case "end":
                 if self._num_skipped:
                     console.print(f"{self._skipped()} since this start")

@@ -136,10 +136,6 @@ class SampleScorer:
         collector.respond(ResponseTime(name, requested_at, time.monotonic()))
         telemetry.masked += rows.num_masked
         first_row = rows.start - len(teacher.card.prefix)
-        if sample.rollout is not None:
-            nats, num_bytes = _supervised_text(rows, first_row, own)
-            telemetry.rollout_nats += nats
-            telemetry.rollout_bytes += num_bytes
         try:
             prepared, seconds = await in_thread(_prepare, signal, (rows, first_row, own), tokenizations, teacher)
         except AlignmentError as error:
@@ -147,7 +143,14 @@ class SampleScorer:
         collector.record("align", seconds)
         telemetry.report += prepared.report
         telemetry.unaligned.update(prepared.unaligned)
-        return TeacherScores(own, first_row, _copy(rows), prepared.nats_per_token, prepared.target, prepared.auxiliary)
+        scores = TeacherScores(
+            own, first_row, _copy(rows), prepared.nats_per_token, prepared.target, prepared.auxiliary
+        )
+        if sample.rollout is not None:
+            nats, num_bytes = scores.supervised_text
+            telemetry.rollout_nats += nats
+            telemetry.rollout_bytes += num_bytes
+        return scores
 
 
 def _copy(rows: Rows) -> np.ndarray:
@@ -172,12 +175,6 @@ def _prepare(
         return signal.prepare(*response, student)
     prepared = signal.prepare(*response, canonical)
     return prepared._replace(target=transfer_target(prepared.target, canonical.tokens, student.tokens))
-
-
-def _supervised_text(rows: Rows, first_row: int, own: TokenizedSample) -> tuple[float, int]:
-    """Return the log-likelihood in nats of the teacher's supervised, unmasked tokens, and their bytes."""
-    scored = own.supervised_T[first_row:] & ~np.isnan(rows.actual)
-    return float(rows.actual[scored].sum(dtype=float)), int(own.num_bytes_T[first_row:][scored].sum())
 
 
 def _first_position(teacher: ConnectedTeacher, tokenized: TokenizedSample) -> int:

@@ -27,7 +27,7 @@ from trainer.report.summary import Comparison, Summary, compare, sentence, summa
 from trainer.telemetry.jsonl import METRICS_FILE, flatten
 
 DISTILLED, BASELINE = "distilled", "baseline"  # folders of the two runs of `tutelage demo`
-SECTIONS = ("student", "data", "fusion", "loss", "optim", "train", "eval")
+SECTIONS = ("student", "data", "fusion", "loss", "rollout", "optim", "train", "eval")
 COUNTS = (("samples", "for training"), ("held_out", "held out"), ("held_out_skipped", "held out, but skipped"))
 
 

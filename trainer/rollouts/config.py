@@ -45,6 +45,9 @@ class RolloutConfig(Section):
     max_staleness_steps: Annotated[int, Field(ge=0, le=64)] = 0
     """Number of steps by which the weights that sample a batch may be older than the weights that are trained on it. 0
     is synchronous. With 1 or more the teachers score the next batches while the student trains."""
+    eval_prompts: Annotated[int, Field(ge=0)] = 0
+    """Number of held-out prompts, evenly spaced, that the student continues at every evaluation, each time with the
+    same random numbers. The teachers' bits per byte of these texts show what on-policy training achieves."""
     generation_batch: Positive = 32
     """Number of rollouts that are sampled together, per process."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Streams of random numbers of one seed. Streams 0 and 1 draw held-out documents and data.max_samples.
-ORDER, ROUND, DROPOUT, ROLLOUT, SHARE = 2, 3, 4, 5, 6
+ORDER, ROUND, DROPOUT, ROLLOUT, SHARE, HELD_OUT = 2, 3, 4, 5, 6, 7
 
 
 @dataclass(frozen=True)

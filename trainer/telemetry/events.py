@@ -161,6 +161,27 @@ class EvalEvent(Event):
     """Agreement with the fused target. Absent without eval.agreement_samples."""
 
 
+class RolloutEvalEvent(Event):
+    """Continuations of held-out prompts, which are the same at every evaluation (`rollout.eval_prompts`)."""
+
+    kind: ClassVar[str] = "rollout_eval"
+
+    step: int
+    """Steps completed."""
+    samples: int
+    """Rollouts."""
+    teachers: dict[str, float | None]
+    """Bits per byte of the rollouts by each teacher, by name, on the teacher's own tokens; null without scores."""
+    own_bpb: float | None
+    """Bits per byte of the rollouts by the student; null without bytes."""
+    entropy: float
+    """Entropy of the student where it sampled, in nats per token, at temperature 1."""
+    length: float
+    """Tokens per rollout."""
+    finished: float
+    """Fraction of the rollouts that ended with an end token or a stop string."""
+
+
 class CheckpointEvent(Event):
     """A checkpoint is completely written."""
 
@@ -220,6 +241,7 @@ EVENTS: tuple[type[Event], ...] = (
     StartEvent,
     StepEvent,
     EvalEvent,
+    RolloutEvalEvent,
     CheckpointEvent,
     ExportEvent,
     EndEvent,

@@ -121,7 +121,7 @@ class _TrackerThread:
         """Convert a record. The tokens seen so far are added to the values, as a second x axis for curves."""
         kind = record["event"]
         self._step = int(record.get("step", self._step))
-        values = numbers(record) if kind in ("step", "eval") else {}
+        values = numbers(record) if kind in ("step", "eval", "rollout_eval") else {}
         if kind == "step" and self._tokens_seen is not None:
             self._tokens_seen += values["tokens"]
         if values and self._tokens_seen is not None:

@@ -62,7 +62,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
         run.check_teachers(evaluator.snapshot_teachers(stream))
         remarks = run.check_chats(stream.tokenizers)
         with on_stop(stream.stop), run.opened(listener, stream.connect_s, remarks) as metrics:
-            evaluator.evaluate(metrics, done, fusion_state)
+            run.evaluate(metrics, done, fusion_state, stream.score)
             logged = _log_teacher_events(chain(first, items), stream, metrics)
             while not evaluator.early_stopped and not ranks.any((item := next(logged, None)) is None):
                 assert item is not None
@@ -77,7 +77,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
                 metrics.write(step_event(done, collectors, plan, result, step_s))
                 skipped_chats.check_step(done, result.num_tokens, collectors)
                 if done == end or _is_due(done, config.eval.every_steps):
-                    evaluator.evaluate(metrics, done, fusion_state)
+                    run.evaluate(metrics, done, fusion_state, stream.score)
                 if _is_due(done, config.output.checkpoint_every_steps):
                     run.save(metrics, done, fusion_state, batches.state(done))
                 run.finish_save(metrics)

@@ -17,6 +17,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.evaluation.evaluator import Evaluator
 from trainer.fusion.run_fuser import Fuser
 from trainer.rollouts.batches import OnPolicyBatches, WaitingRollouts, waiting_rollouts
+from trainer.rollouts.held_out import HeldOutRollouts, Score
 from trainer.sources.corpus import Corpus, unclosed_texts
 from trainer.student.loading import load_student, resolve_precision, student_tokenizer
 from trainer.student.model import Student
@@ -65,6 +66,7 @@ class Run:
     tokenizer: SampleTokenizer
     corpus: Corpus
     evaluator: Evaluator
+    held_out_rollouts: HeldOutRollouts
     optimizer: torch.optim.Optimizer
     fuser: Fuser
     checkpoints: Checkpoints
@@ -143,6 +145,14 @@ class Run:
             facts["supervision"] = self.config.data.supervision.describe()
         return facts
 
+    def evaluate(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None, score: Score) -> None:
+        """Evaluate the student on held-out text and, with rollout.eval_prompts, on its rollouts.
+
+        score  has the teachers score samples
+        """
+        self.evaluator.evaluate(metrics, step, fusion_state)
+        self.held_out_rollouts.evaluate(metrics, step, score)
+
     def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None, prepared: dict[str, Any]) -> None:
         """Start to write a checkpoint, after the previous one is complete. Training continues while it is written.
 
@@ -212,6 +222,7 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
         tokenizer=tokenizer,
         corpus=corpus,
         evaluator=Evaluator(config, student, tokenizer, corpus, ranks=ranks, done=done, num_steps=num_steps),
+        held_out_rollouts=HeldOutRollouts(config, corpus.held_out, student, tokenizer, ranks),
         optimizer=optimizer,
         fuser=fuser,
         checkpoints=Checkpoints(out / "checkpoints", config.output.keep_checkpoints, ranks, done=done, lock=lock),
