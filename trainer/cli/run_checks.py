@@ -27,7 +27,7 @@ from trainer.sources.config import DataConfig
 from trainer.sources.corpus import Corpus, SourceCounts, unclosed_texts
 from trainer.student.checks import check_weights
 from trainer.student.loading import resolve_precision, student_tokenizer
-from trainer.tokenization import SampleTokenizer, is_skipped, tokenize_samples
+from trainer.tokenization import SampleTokenizer, raise_unless_skipped, tokenize_samples
 from trainer.training.chat_checks import check_chats
 from trainer.training.start_checks import StudentFiles, check_data, check_settings, check_student
 
@@ -218,8 +218,7 @@ def _tokenize(teacher: ConnectedTeacher, samples: Sequence[Sample], data: DataCo
         try:
             tokenized.add(sample, teacher.tokenizer.tokenize(sample))
         except ChatError as error:
-            if not is_skipped(error, data):
-                raise
+            raise_unless_skipped(error, data)
             tokenized.skipped.append(error)
     return tokenized
 

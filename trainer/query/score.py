@@ -20,7 +20,7 @@ from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
 from trainer.signals.base import TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
-from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample, is_skipped
+from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample, raise_unless_skipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,7 @@ class SampleScorer:
         try:
             tokenizations, seconds = await in_thread(self._tokenize, sample)
         except ChatError as error:
-            if not is_skipped(error, self._data):
-                raise
+            raise_unless_skipped(error, self._data)
             collector.skipped, collector.skip_reason = collector.skipped + 1, str(error)
             return None
         collector.record("tokenize", seconds)

@@ -12,7 +12,7 @@ from trainer.errors import DataError
 from trainer.records import Sample
 from trainer.sources.config import DataConfig
 from trainer.sources.corpus import Corpus
-from trainer.tokenization import SampleTokenizer, is_skipped
+from trainer.tokenization import SampleTokenizer, raise_unless_skipped
 
 MAX_RENDERED = 32  # chats, evenly spaced, in which a turn must end
 
@@ -101,8 +101,7 @@ def _rendered(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig) -> I
         try:
             rendered = tokenizer.tokenize(corpus.train[i]).rendered
         except ChatError as error:
-            if not is_skipped(error, data):
-                raise
+            raise_unless_skipped(error, data)
             continue
         if rendered is not None:
             yield rendered
