@@ -73,6 +73,19 @@ def test_the_last_step_has_no_time_left(capsys: pytest.CaptureFixture[str]) -> N
     assert "left" not in last
 
 
+def test_the_last_lines_count_what_was_shortened_dropped_and_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    show = progress_listener("training")
+    show(start(2))
+    for step in (1, 2):
+        show(step_record(step, shortened=1, omitted_reasoning=3, changed_content=0, folded_system=0))
+    show({"event": "end", "step": 2, "model": "m"})
+    assert lines(capsys)[-3:] == [
+        "2 samples shortened since this start",
+        "6 messages whose reasoning the student's chat template omits since this start",
+        "student exported to m",
+    ]
+
+
 def test_a_resumed_run_counts_only_the_remaining_steps(capsys: pytest.CaptureFixture[str]) -> None:
     show = progress_listener("training")
     show(start(100, step=90))

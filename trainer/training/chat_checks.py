@@ -33,6 +33,17 @@ def check_chats(corpus: Corpus, tokenizers: Mapping[str, SampleTokenizer], data:
     return remarks
 
 
+def describe_supervision(corpus: Corpus, data: DataConfig) -> str:
+    """Return what is supervised in the texts and chats of a run, as one line."""
+    texts = [source for source in corpus.sources if not source.is_chat]
+    parts = ["all tokens of the texts"] if any(not source.has_prompt for source in texts) else []
+    if any(source.has_prompt for source in texts):
+        parts.append("the completions of texts with a masked prompt")
+    if parts and data.close_documents:
+        parts[-1] += ", with EOS after each document"
+    return "; ".join([*parts, *([data.supervision.describe()] if corpus.has_chats else [])])
+
+
 @dataclass
 class _SpecialTokenCount:
     """Number of chats that contain special tokens of a model.

@@ -23,7 +23,7 @@ from trainer.telemetry.events import CheckpointEvent, StartEvent
 from trainer.telemetry.jsonl import METRICS_FILE, Listener, Metrics
 from trainer.telemetry.tracking import open_trackers
 from trainer.tokenization import SampleTokenizer
-from trainer.training.chat_checks import check_chats
+from trainer.training.chat_checks import check_chats, describe_supervision
 from trainer.training.checkpoint import Checkpoints, load_checkpoint
 from trainer.training.checkpoint_folder import CheckpointMetadata, newest_intact
 from trainer.training.identity import (
@@ -109,7 +109,7 @@ class Run:
 
     def _facts(self, remarks: Sequence[str]) -> dict[str, Any]:
         changed = changed_settings(self.evaluator.earlier.start, self.config)
-        facts = {
+        return {
             "steps": self.num_steps,
             "ranks": self.ranks.size,
             "precision": self.precision,
@@ -119,11 +119,9 @@ class Run:
             "remarks": list(remarks),
             "changed": changed,
             "changed_results": changed_results(changed),
+            "supervision": describe_supervision(self.corpus, self.config.data),
             **self.evaluator.facts(),
         }
-        if self.tokenizer.template is not None:
-            facts["supervision"] = self.config.data.supervision.describe()
-        return facts
 
     def save(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None) -> None:
         """Start to write a checkpoint, after the previous one is complete. Training continues while it is written."""
