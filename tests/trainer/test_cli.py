@@ -310,7 +310,7 @@ def test_train_rejects_a_wrong_key(tmp_path: Path, tiny_byte_level: Path) -> Non
     with serving(FormulaEngine(tiny_byte_level), key="right") as url:
         path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
         for sets, message in (
-            ([], "the server requires a key (send the teacher's key"),
+            ([], "the server requires a key, see key_env and key_file (send the teacher's key"),
             (["--set", f"teachers.0.key_file='{tmp_path}/key'"], "the server rejects the key"),
         ):
             assert_one_sentence(call("train", path, *sets), message)
