@@ -133,7 +133,8 @@ def _start_remarks(start: EventRecord) -> Iterator[str]:
     yield from start.get("remarks", ())
     for key, (old, new) in start.get("changed", {}).items():
         warning = "warning: " if key in start.get("changed_results", ()) else ""
-        yield f"{warning}changed since the previous start: {key} {old} → {new}"
+        before, now = ("not set" if value is None else value for value in (old, new))
+        yield f"{warning}changed since the previous start: {key} {before} → {now}"
 
 
 def show_preview(preview: Preview) -> None:

@@ -25,11 +25,10 @@ from trainer.query.connect import ConnectedTeacher, connect_teacher, teacher_add
 from trainer.records import Sample, TokenizedSample
 from trainer.sources.config import DataConfig
 from trainer.sources.corpus import Corpus, SourceCounts, unclosed_texts
-from trainer.student.checks import check_weights
-from trainer.student.loading import resolve_precision, student_tokenizer
+from trainer.student.loading import prepare_module, resolve_precision, student_tokenizer
 from trainer.tokenization import raise_unless_skipped, tokenize_samples
 from trainer.training.chat_checks import check_chats, describe_supervision
-from trainer.training.start_checks import StudentFiles, check_data, check_settings, check_student
+from trainer.training.start_checks import StudentFiles, check_data, check_settings, check_student, unreached_steps
 
 MAX_EXAMINED = 4096  # samples that are tokenized for every model, evenly spaced
 NUM_EXAMPLES = 3
@@ -89,7 +88,7 @@ def _check_settings(config: RunConfig) -> list[Finding]:
 def _check_student(config: RunConfig) -> tuple[StudentFiles | None, list[Finding]]:
     try:
         student = check_student(config)
-        check_weights(student.folder)
+        prepare_module(config.student, student.folder)
         precision = resolve_precision(config.student.precision, config.student.device)
     except (UserError, TokenizerError) as error:
         return None, [Finding("student", False, str(error))]
@@ -106,7 +105,8 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[_Data, list[F
         corpus, num_steps = check_data(config, student.vocabulary)
         findings += [Finding("data", True, _describe(source)) for source in corpus.sources]
         findings += [Finding("data", True, f"{WARNING}{each}") for source in corpus.sources for each in source.repeated]
-        findings += [Finding("data", True, warning) for warning in unclosed_texts(corpus.sources, config.data)]
+        warnings = unreached_steps(config, num_steps) + unclosed_texts(corpus.sources, config.data)
+        findings += [Finding("data", True, warning) for warning in warnings]
         data = _Data(corpus, samples := _evenly_spaced(corpus))
         tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
         remarks = check_chats(corpus, {"student": tokenizer}, config.data)

@@ -40,7 +40,7 @@ from trainer.training.identity import (
 )
 from trainer.training.optimizer import make_optimizer
 from trainer.training.run_lock import LOCK_FILE, NoLock, RunLock
-from trainer.training.start_checks import check_data, check_settings, check_student
+from trainer.training.start_checks import check_data, check_settings, check_student, unreached_steps
 
 log = logging.getLogger("tutelage.run")
 
@@ -164,7 +164,8 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
     with ranks.local_rank_zero_first():
         corpus, num_steps = check_data(config, student.vocabulary)
     tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
-    remarks = unclosed_texts(corpus.sources, config.data) + check_chats(corpus, {"student": tokenizer}, config.data)
+    remarks = unreached_steps(config, num_steps) + unclosed_texts(corpus.sources, config.data)
+    remarks += check_chats(corpus, {"student": tokenizer}, config.data)
     optimizer = make_optimizer(student, config.optim)
     weights = base_weights_sha256(student.folder, ranks)
     identity = run_identity(config, weights, student.vocabulary.fingerprint, corpus)
