@@ -260,7 +260,7 @@ def test_the_engine_is_served_and_checked_by_doctor(tmp_path: Path, tiny_byte_le
         findings = examine(run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
     details = [finding.detail for finding in findings if finding.subject == "teacher t0"]
     assert all(finding.ok for finding in findings), findings
-    assert f"{tiny_byte_level.name} on uniform, float32, up to K = 32" in details
+    assert f"{tiny_byte_level.name} on uniform, dtype float32, up to K = 32" in details
     nats = math.log(len(tiny_vocabulary("byte_level")))
     assert f"probe sentence {nats:.2f} nats per token without BOS" in details
     with pytest.raises(Exception, match=f"expected one of {', '.join(ENGINES)}, received 'unknown'"):

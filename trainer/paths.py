@@ -1,10 +1,14 @@
 """Paths of models, tokenizers and data files, and of the caches that persist between runs."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from kernel_cache.folder import cache_dir as cache_dir
 from trainer.errors import ConfigError
+
+MAX_NAMES = 5  # of the files of a directory that an error lists
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # OWNER/NAME
 
 
 def tables_dir() -> Path:
@@ -66,5 +70,23 @@ def _resolve(name: str, cache_folder: str, description: str, accepts: Callable[[
     for path in (_expanded(name), cache_dir() / cache_folder / name):
         if exists(path) and accepts(path):
             return path
-    hint = "" if "/" in name else "; `tutelage demo --prepare` creates the models and data of the demo"
+    hint = _hint(name, cache_folder)
     raise ConfigError(f"{name} is neither {description} nor a name in {cache_dir() / cache_folder}{hint}")
+
+
+def _names(folder: Path) -> str:
+    """Return the names of the first files of a directory."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"cannot list {folder}: {error.strerror}") from error
+    return ", ".join([*names[:MAX_NAMES], *(["…"] if len(names) > MAX_NAMES else [])]) or "no file"
+
+
+def _hint(name: str, cache_folder: str) -> str:
+    """Return advice for a name that is not found: a file of a model, a model of the hub, or a name without a path."""
+    if cache_folder == "models" and exists(path := _expanded(name)):
+        return ": it is a file; write its directory" if path.is_file() else f": it contains {_names(path)}"
+    if cache_folder == "models" and _HUB_NAME.fullmatch(name):
+        return f"; download a model of the Hugging Face hub and write its directory, which `hf download {name}` prints"
+    return "" if "/" in name else "; `tutelage demo --prepare` creates the models and data of the demo"

@@ -22,10 +22,12 @@ T = TypeVar("T")
 STUDENT_WINDOW = "the student's window"
 
 
-def is_skipped(error: ChatError, data: DataConfig) -> bool:
-    """Return whether the run skips and counts a chat that raises this error, instead of ending."""
+def raise_unless_skipped(error: ChatError, data: DataConfig) -> None:
+    """Raise the error of a sample, with the key that skips such samples, unless the run skips and counts them."""
     skips_spelled = data.supervision.special_tokens_in_content == "skip"
-    return data.invalid_chats == "skip" or (skips_spelled and isinstance(error, SpecialTokenError))
+    if data.invalid_chats == "skip" or (skips_spelled and isinstance(error, SpecialTokenError)):
+        return
+    raise ChatError(f'{error}; data.invalid_chats = "skip" skips and counts such samples') from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +125,7 @@ def tokenize_samples(
         try:
             yield _tokenize_within_window(sample, tokenizer, data)
         except ChatError as error:
-            if not is_skipped(error, data):
-                raise
+            raise_unless_skipped(error, data)
             on_skip(error)
 
 
@@ -198,16 +199,18 @@ def _turn_ends(sample: Sample) -> list[int]:
 
 
 def _too_long(sample: Sample, excess: Excess, data: DataConfig) -> ChatError | DataError:
+    """Return the error for a sample that is too long, with the settings that help."""
     may_shorten, (tokenized, limit, limited_by) = data.too_long == "shorten", excess
     problem = f"sample {sample.name}: {limited_by} takes {limit} tokens, the sample has {len(tokenized)}"
-    if sample.is_chat:
-        reason = "the first assistant message alone is too long"
-        advice = 'set data.too_long = "shorten" to drop the last turns of long chats'
-        return ChatError(f"{problem}; {reason if may_shorten else advice}")
-    if sample.prompt_bytes:
-        reason = 'its prompt alone is too long: raise data.window_tokens, or set data.invalid_chats = "skip" to skip it'
-        advice = 'set data.too_long = "shorten" to shorten long completions'
-        return ChatError(f"{problem}; {reason if may_shorten else advice}")
+    if sample.is_chat or sample.prompt_bytes:
+        remedies = ["raise data.window_tokens"] if limited_by == STUDENT_WINDOW else []
+        if may_shorten or _has_long_prompt(sample, excess):
+            part = "the first assistant message" if sample.is_chat else "its prompt"
+            problem += f"; {part} alone is too long"
+        else:
+            effect = "drop the last turns of long chats" if sample.is_chat else "shorten long completions"
+            remedies.append(f'set data.too_long = "shorten" to {effect}')
+        return ChatError(": ".join([problem, *filter(None, [" or ".join(remedies)])]))
     direction = "higher" if limited_by == STUDENT_WINDOW else "lower"
     advice = "" if may_shorten else ', or data.too_long = "shorten" to shorten the sample for all models'
     return DataError(f"{problem}: set data.window_tokens {direction}{advice}")
@@ -277,3 +280,9 @@ def _read_template(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"chat_template: cannot read {path}: {error}") from error
+
+
+def _has_long_prompt(sample: Sample, excess: Excess) -> bool:
+    """Return whether the masked prompt of a text leaves no room for a completion."""
+    num_prompt = int(np.count_nonzero(~excess.tokenized.supervised_T))
+    return bool(sample.prompt_bytes) and num_prompt >= excess.limit

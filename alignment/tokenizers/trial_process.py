@@ -98,7 +98,11 @@ def _load_folder(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         if "Error parsing line" not in str(error):
             raise
-        return {"error": "its *.model file is neither a SentencePiece model nor a list of tiktoken's ranks"}
+        names = ", ".join(sorted(path.name for path in folder.glob("*.model*")))
+        return {
+            "error": f"{names} is neither a SentencePiece model nor a list of tiktoken's ranks: use the file that the "
+            "model was published with, or its tokenizer.json"
+        }
     if not hasattr(loaded, "backend_tokenizer"):
         return {"error": f"transformers has no fast tokenizer for {type(loaded).__name__}"}
     text, path = loaded.backend_tokenizer.to_str(), folder / "tokenizer.json"

@@ -114,11 +114,15 @@ class Transport:
             raise Overloaded(f"its rate limit leaves nothing for {remaining_s:.1f} s (x-ratelimit-…)", remaining_s)
 
     async def _read(self, response: httpx.Response, limit_bytes: int, expect: str | None) -> bytes:
-        """Return the body of a successful response."""
-        if expect is not None:
-            media_type = response.headers.get("content-type", "").partition(";")[0]
-            if media_type != expect:
-                raise ProtocolError(f"expected {expect}, received {clean(media_type, 60) or 'no media type'}")
+        """Return the body of a successful response.
+
+        A server of web pages can return one for every path: a page in place of JSON means that there is no such route.
+        """
+        media_type = response.headers.get("content-type", "").partition(";")[0]
+        if expect is None and media_type == "text/html":
+            raise NotFound(f"{response.request.url.path} is a web page (text/html)")
+        if expect is not None and media_type != expect:
+            raise ProtocolError(f"expected {expect}, received {clean(media_type, 60) or 'no media type'}")
         return await _read_body(response, limit_bytes)
 
     def named_errors(self) -> "_NamedErrors":
@@ -200,7 +204,8 @@ async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
     match response.status_code:
         case 401 | 403:
             has_key = "authorization" in response.request.headers
-            raise Unauthorized(f"{'the server rejects the key' if has_key else 'the server requires a key'} ({detail})")
+            reason = "the server rejects the key" if has_key else "the server requires a key, see key_env and key_file"
+            raise Unauthorized(f"{reason} ({detail})")
         case 404 if RAY_NOT_FOUND.fullmatch(data) and response.headers.get("content-type", "").startswith("text/plain"):
             routes = response.request.url.copy_with(raw_path=b"/-/routes")
             raise NotDeployed(

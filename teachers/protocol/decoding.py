@@ -34,6 +34,6 @@ def _reason(error: BaseException) -> str:
     """Return the reason as one short line. For a failed validation, it contains the first invalid field."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        return f"{clean(field, 60)}: {clean(first['msg'], 200)}"
+        field = ".".join(str(part) for part in first["loc"])
+        return f"{clean(field, 60)}: {clean(first['msg'], 200)}".removeprefix(": ")
     return f"{type(error).__name__}: {clean(error, 200)}"

@@ -134,7 +134,10 @@ def json_as_model(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (lambda folder: None, "has no tokenizer: expected tokenizer.json, vocab.json with merges.txt"),
     "Git LFS": (lfs_pointer, "tokenizer.model is a pointer of Git LFS, not the file: run `git lfs pull`"),
-    "another format": (json_as_model, "is neither a SentencePiece model nor a list of tiktoken's ranks"),
+    "another format": (
+        json_as_model,
+        "tokenizer.model is neither a SentencePiece model nor .*: use the file",
+    ),
     "custom code": (tiny(tokenizer_class="Odd", auto_map={"AutoTokenizer": ["a.B", None]}), "requires custom code"),
 }
 

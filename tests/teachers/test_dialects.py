@@ -3,8 +3,9 @@
 import asyncio
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -68,6 +69,28 @@ def test_a_tokenizer_for_a_server_that_provides_one_is_rejected(tiny_byte_level:
             detect(url, tokenizer=tiny_byte_level)
 
 
+@pytest.mark.parametrize(
+    ("dialect", "keys"),
+    [("native", ("model",)), ("vllm_openai", ("model",)), ("ray_handle", ("model", "tokenizer", "ca_file"))],
+)
+def test_a_key_that_the_dialect_does_not_use_is_rejected(
+    tiny_byte_level: Path, dialect: str, keys: tuple[str, ...]
+) -> None:
+    engine = FormulaEngine(tiny_byte_level)
+    with serving(engine) as native, FakeVllmServer(engine).serving() as vllm:
+        url = {"native": native, "vllm_openai": vllm, "ray_handle": "serve://gemma"}[dialect]
+        for key in keys:
+            with pytest.raises(TeacherError, match=rf"t at {url} .*: remove teachers\.t\.{key} \(.*\)$"):
+                detect(url, **{key: "x" if key == "model" else tiny_byte_level})
+        assert dialect != "vllm_openai" or isinstance(detect(url, dialect="openai_echo", model="x"), OpenAIEchoDialect)
+
+
+def test_a_server_that_returns_a_web_page_for_every_path_is_no_teacher() -> None:
+    page = b"HTTP/1.1 200 OK\r\ncontent-type: text/html; charset=utf-8\r\ncontent-length: 6\r\n\r\n<html>"
+    with responding(page) as url, pytest.raises(TeacherError, match="the address is not that of a teacher"):
+        detect(url)
+
+
 def test_a_server_that_is_no_teacher_is_a_clear_error(tiny_byte_level: Path) -> None:
     missing = b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n"
     with responding(missing) as url, pytest.raises(TeacherError, match="known dialects: native, sglang, "):
@@ -80,6 +103,8 @@ def test_a_server_that_is_no_teacher_is_a_clear_error(tiny_byte_level: Path) -> 
 
 class EchoDialect:
     """A dialect that a test adds with one line of the registry."""
+
+    unused_keys: ClassVar[Mapping[str, str]] = {}
 
     async def accepts(self, address: ReplicaAddress) -> bool:
         return address.scheme == "echo"

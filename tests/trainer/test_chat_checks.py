@@ -10,6 +10,7 @@ from tests.templates import CHATML, QWEN, ROLE_MARKERS, Messages, chat, chat_tem
 from tests.tiny import Kind
 from tests.trainer.corpora import load
 from tests.trainer.runs import run_config
+from tests.trainer.test_cli import call, run_file
 from tests.trainer.test_end_of_turn import save_base
 from trainer.chats.jinja_template import ChatError
 from trainer.cli.run_checks import examine
@@ -65,7 +66,7 @@ def test_train_and_doctor_report_the_supervision_and_doctor_shows_it_in_three_sa
     spans = [example.text[start:stop] for start, stop in example.spans]
     assert spans == ["b<|im_end|>", "<think>\nwell\n</think>\n\nd<|im_end|>"]
     assert "assistant\\n[[b<|im_end|>]]\\n<|im_start|>user" in example.marked("[[", "]]")
-    assert any("5 reasoning of an earlier turn dropped" in finding.detail for finding in findings)
+    assert any("drops the reasoning of an earlier turn 5 times in 5" in finding.detail for finding in findings)
     start = start_of(config)
     assert start["supervision"] == config.data.supervision.describe()
     assert start["remarks"] == []
@@ -122,6 +123,8 @@ def test_train_and_doctor_warn_if_no_turn_ends_with_a_token(tmp_path: Path, base
     assert warning.startswith("warning: student: no turn of the rendered chats ends with a known token")
     assert "roles.end_of_turn in [student]" in warning
     assert warning in [finding.detail for finding in examine(config)]
+    result = call("doctor", run_file(tmp_path, config))
+    assert "\nwarn   student: no turn of the rendered chats ends with a known token" in result.stdout
     silent = config_of(base, tmp_path, template, [chat("a", "six sacks")] * 2, end_of_turn=False)
     assert warning not in [finding.detail for finding in examine(silent)]
 
@@ -137,4 +140,4 @@ def test_reasoning_without_a_template_for_it_is_refused_or_counted(tmp_path: Pat
     train(config)
     steps = [e for e in read_metrics(tmp_path / "out" / "metrics.jsonl") if e["event"] == "step"]
     assert sum(step["omitted_reasoning"] for step in steps) == 2
-    assert any("2 texts dropped or rewritten" in finding.detail for finding in examine(config))
+    assert any("drops or rewrites a text 2 times" in finding.detail for finding in examine(config))

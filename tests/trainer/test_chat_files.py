@@ -213,9 +213,11 @@ def test_special_tokens_of_the_config_override_those_of_the_map() -> None:
 
 
 def test_the_error_without_a_template_names_the_config_key() -> None:
-    with pytest.raises(ChatError, match="tiny has no chat template.*set chat_template in the run file"):
+    with pytest.raises(
+        ChatError, match="tiny has no chat template, and the data has chats: set chat_template of this model"
+    ):
         from_files()
-    with pytest.raises(ChatError, match="tiny has no chat template .found: rag.*set chat_template in the run file"):
+    with pytest.raises(ChatError, match=r"tiny has no chat template \(only rag\), .*: set chat_template of this model"):
         from_files(tokenizer_config__json=config(chat_template=[{"name": "rag", "template": CHATML}]))
 
 

@@ -53,7 +53,7 @@ def test_a_checkpoint_holds_safetensors_and_json_only(run: RunConfig) -> None:
     newest = checkpoints(run) / "step-00000004"
     assert sorted(p.name for p in newest.iterdir()) == [MANIFEST, "shard-00001.safetensors", "state.json"]
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    assert state.keys() == {"step", "identity", "precision", "fusion_state"}
+    assert state.keys() == {"step", "identity", "precision", "fusion_state", "rollouts"}
     with safe_open(newest / "shard-00001.safetensors", framework="pt") as file:
         assert {name.partition(".")[0] for name in file.keys()} == {"model", "optimizer"}  # noqa: SIM118
 

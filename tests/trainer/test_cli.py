@@ -189,6 +189,33 @@ def test_doctor_lists_invalid_lines_and_tokenizes_at_most_max_examined_samples(
     assert "the longest of 4 samples has" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.lora.targets=['nowhere']", "student.lora.targets: "),
+        ("student.router_aux_loss_weight=0.1", "transformers has no auxiliary loss"),
+        ("student.train_layers=9", "the model has 2 layers"),
+    ],
+)
+def test_doctor_and_train_reject_the_same_students(
+    tmp_path: Path, tiny_byte_level: Path, override: str, message: str
+) -> None:
+    path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", []))
+    assert_one_sentence(call("train", path, "--set", override), message)
+    result = call("doctor", path, "--set", override)
+    assert result.exit_code == 1
+    (wrong,) = [line for line in result.stdout.splitlines() if line.startswith("WRONG")]
+    assert message in wrong
+
+
+def test_doctor_and_train_warn_if_the_epochs_end_a_run_before_its_steps(tmp_path: Path, tiny_byte_level: Path) -> None:
+    path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", []))
+    warning = "train.steps is 7, but train.epochs = 2 ends the run after 6 steps: raise train.epochs"
+    assert f"warn   data: {warning}" in call("doctor", path, "--set", "train.steps=7").stdout
+    assert warning not in call("doctor", path, "--set", "train.steps=6").stdout
+    assert f"warning: {warning}" in call("train", path, "--set", "train.steps=7").stderr
+
+
 def test_doctor_reports_all_problems_at_once(tmp_path: Path, tiny_byte_level: Path) -> None:
     unreachable = f"http://127.0.0.1:{free_port()}"
     low_top_k = FormulaEngine(tiny_byte_level, max_top_k=8)
@@ -310,7 +337,7 @@ def test_train_rejects_a_wrong_key(tmp_path: Path, tiny_byte_level: Path) -> Non
     with serving(FormulaEngine(tiny_byte_level), key="right") as url:
         path = run_file(tmp_path, run_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", [url]))
         for sets, message in (
-            ([], "the server requires a key (send the teacher's key"),
+            ([], "the server requires a key, see key_env and key_file (send the teacher's key"),
             (["--set", f"teachers.0.key_file='{tmp_path}/key'"], "the server rejects the key"),
         ):
             assert_one_sentence(call("train", path, *sets), message)

@@ -244,6 +244,12 @@ def test_a_model_is_found_by_path_or_under_the_cache(tmp_path: Path, monkeypatch
     (folder / "config.json").write_text("{}", encoding="utf-8")
     assert resolve_model_dir("m") == folder
     assert resolve_model_dir(str(folder)) == folder
+    with pytest.raises(ConfigError, match="/m/config.json is neither .*: it is a file; write its directory$"):
+        resolve_model_dir(str(folder / "config.json"))
+    with pytest.raises(ConfigError, match=rf"^{tmp_path} is neither .*: it contains models$"):
+        resolve_model_dir(str(tmp_path))
+    with pytest.raises(ConfigError, match="which `hf download org/gemma-3` prints$"):
+        resolve_model_dir("org/gemma-3")
     with pytest.raises(ConfigError, match=r"^~nosuchuser/m: this user has no home folder; write the whole path$"):
         resolve_model_dir("~nosuchuser/m")
 

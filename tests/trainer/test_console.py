@@ -73,6 +73,19 @@ def test_the_last_step_has_no_time_left(capsys: pytest.CaptureFixture[str]) -> N
     assert "left" not in last
 
 
+def test_the_last_lines_count_what_was_shortened_dropped_and_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    show = progress_listener("training")
+    show(start(2))
+    for step in (1, 2):
+        show(step_record(step, shortened=1, omitted_reasoning=3, changed_content=0, folded_system=0))
+    show({"event": "end", "step": 2, "model": "m"})
+    assert lines(capsys)[-3:] == [
+        "2 samples shortened since this start",
+        "6 messages whose reasoning the student's chat template omits since this start",
+        "student exported to m",
+    ]
+
+
 def test_a_resumed_run_counts_only_the_remaining_steps(capsys: pytest.CaptureFixture[str]) -> None:
     show = progress_listener("training")
     show(start(100, step=90))
@@ -105,12 +118,15 @@ def test_a_value_that_is_not_finite_is_shown_as_a_dash(capsys: pytest.CaptureFix
 def test_invalid_records_and_changed_settings_are_listed_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     source = {"name": "corpus", "format": "chats: column messages", "empty": 1, "invalid": 2}
     source |= {"first_invalid": ["line 3: no object", "line 9: no text"]}
-    progress_listener("training")(start(10, sources=[source], changed={"optim.lr": [0.1, 0.2]}))
-    *_, kind, empty, invalid, changed = lines(capsys)
+    progress_listener("training")(
+        start(10, sources=[source], changed={"optim.lr": [0.1, 0.2], "train.steps": [6, None]})
+    )
+    *_, kind, empty, invalid, changed, removed = lines(capsys)
     assert kind == "corpus: chats: column messages"
     assert empty == "corpus: 1 empty records are left out"
     assert invalid == "corpus: 2 invalid records are skipped (line 3: no object; line 9: no text)"
     assert changed == "changed since the previous start: optim.lr 0.1 → 0.2"
+    assert removed == "changed since the previous start: train.steps 6 → not set"
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,8 +132,34 @@ def test_a_file_that_is_not_utf8_is_an_error_with_the_offset(tmp_path: Path, suf
     place = content.index(b" ", 40)
     with pytest.raises(DataError, match=rf"d{suffix} is not UTF-8: byte 0xe9 at {place}"):
         load_file(tmp_path / f"d{suffix}", content[:place] + b"\xe9" + content[place:])
+    with pytest.raises(DataError, match=rf"at {place}: convert it from its encoding, for example with `iconv"):
+        load_file(tmp_path / f"d{suffix}", content[:place] + b"\xe9" + content[place:])
     with pytest.raises(DataError, match=r"not UTF-8: it ends within the character that begins at 3"):
         list(decoded([b"abc", b"\xe6\x97"], tmp_path))
+
+
+@pytest.mark.parametrize("compressed", list(DECOMPRESSORS))
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+def test_a_compressed_content_without_its_suffix_is_named(tmp_path: Path, suffix: str, compressed: str) -> None:
+    content = COMPRESS[compressed](CONTENT.get(suffix, TEXT.encode()))
+    with pytest.raises(DataError, match=rf"d{suffix} is compressed \({compressed}\).*: name it d{suffix}{compressed}$"):
+        load_file(tmp_path / f"d{suffix}", content)
+    with pytest.raises(DataError, match=rf"is compressed \({compressed}\), expected text: decompress it once more"):
+        load_file(tmp_path / f"d{suffix}.gz", gzip.compress(content))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (parquet(ROWS), 'a Parquet file, expected text: name it *.parquet, or set file_format = "parquet"'),
+        (b"ARROW1\0\0" + bytes(20), 'an Arrow file, expected text: name it *.arrow, or set file_format = "arrow"'),
+        (b"PK\3\4" + bytes(20), "a zip archive, expected text: extract it"),
+    ],
+)
+def test_a_binary_file_with_the_suffix_of_text_is_named(tmp_path: Path, suffix: str, content: bytes, kind: str) -> None:
+    with pytest.raises(DataError, match=re.escape(f"d{suffix} is {kind}")):
+        load_file(tmp_path / f"d{suffix}", content)
 
 
 @pytest.mark.parametrize("compressed", list(DECOMPRESSORS))
@@ -253,8 +279,14 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     for content in (json.dumps({"data": ROWS}, indent=1).encode(), b"{\n}"):
         with pytest.raises(DataError, match=r"d.json is neither an array of JSON objects nor one JSON object per line"):
             load_file(tmp_path / "d.json", content)
-    with pytest.raises(DataError, match=r"has the columns of no record format; it has data"):
+    with pytest.raises(DataError, match=r"of no record format; it has data, .*'data' is a list.*write this list alone"):
         load_file(tmp_path / "d.json", json.dumps({"data": ROWS}).encode())
+
+
+def test_an_object_on_several_lines_is_an_error_with_the_position(tmp_path: Path) -> None:
+    reason = r"d.jsonl, line 1: expected a JSON object on one line, received '\{' \(Expecting .* at character 3\)"
+    with pytest.raises(DataError, match=reason):
+        load_file(tmp_path / "d.jsonl", json.dumps(ROWS[0], indent=1).encode())
 
 
 # CSV
@@ -288,7 +320,7 @@ def test_rows_of_another_length_are_invalid_records(tmp_path: Path) -> None:
         ("text,text\na,b\n", "its first row, which names the columns, has 'text' more than once"),
         ('text\n"a', "line 2: unexpected end of data"),
         ('text\n"a"b\n', "line 2: "),
-        ("body;kind\na;b\n", "it has body;kind, and the formats have"),
+        ("body;kind\na;b\n", "has one name, 'body;kind': expected names separated by commas, received semicolons"),
         (",, \na,b,c\n", "its first row, which names the columns, has no name"),
         ("text,kind\ra,b\rc,d\r", "line 1: a carriage return without a line feed, expected lines that end with a line"),
         (f"text,{'x' * 256}\na,b\n", "has a name of 256 characters, expected at most 255"),
@@ -305,6 +337,18 @@ def test_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
     assert [sample.messages[1]["content"] for sample in corpus.train] == ["14.5 kg", "seven"]
     with pytest.raises(DataError, match=r"row 1: expected 3 values as in the first row, received 4"):
         csv_corpus(tmp_path, "question,answer,\na,b,c,d\n")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "char", "received"),
+    [(".csv", ";", "semicolons"), (".csv", "\t", "tabs"), (".csv", "|", "vertical bars"), (".tsv", ",", "commas")],
+)
+def test_names_of_columns_with_another_delimiter_are_an_error(
+    tmp_path: Path, suffix: str, char: str, received: str
+) -> None:
+    expected = "tabs" if suffix == ".tsv" else "commas"
+    with pytest.raises(DataError, match=f"expected names separated by {expected}, received {received}: convert"):
+        load_file(tmp_path / f"d{suffix}", delimited(ROWS, char))
 
 
 def test_a_line_of_csv_has_a_maximum_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

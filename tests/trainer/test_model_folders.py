@@ -23,10 +23,10 @@ from teachers.model_loading import check_finite, check_for_vllm, load_model, rea
 from teachers.protocol.errors import TeacherError
 from tests.tiny import save_tiny_model
 from trainer.errors import ConfigError
-from trainer.student.checks import check_folder, check_weights
+from trainer.student.checks import check_folder
 from trainer.student.config import StudentConfig
 from trainer.student.hf_directory import write_hf_directory
-from trainer.student.loading import load_student
+from trainer.student.loading import load_student, prepare_module
 
 Change = Callable[[Path], Any]
 KERNELS = "kernels-community/flash-attn3"
@@ -208,7 +208,7 @@ LEFT_TO_VLLM = ("code", "shape", "missing weight", "large layers", "text as numb
 def doctor(folder: Path) -> None:
     limits = check_folder(folder, StudentConfig(model=str(folder)))
     Vocabulary.load(folder).within(limits.num_ids)
-    check_weights(folder)
+    prepare_module(StudentConfig(model=str(folder)), folder)
 
 
 def student(folder: Path) -> None:

@@ -80,6 +80,10 @@ def test_a_run_counts_the_supervised_tokens_and_warns_if_the_student_does_not_le
     assert sum(event["tokens"] for event in events if event["event"] == "step") == sum(counts) - unpredicted
     warnings = [finding.detail for finding in findings if WARNING in finding.detail]
     assert start["remarks"] == warnings
+    assert [finding.is_warning for finding in findings if finding.detail in warnings] == [True] * len(warnings)
+    ends = ", with EOS after each document" if close else ""
+    assert start["supervision"] == f"the completions of texts with a masked prompt{ends}"
+    assert f"supervised are {start['supervision']}" in [finding.detail for finding in findings]
     assert [warning.startswith("warning: pairs.jsonl: ") for warning in warnings] == [True] * (not close)
     assert all("data.close_documents = true" in warning for warning in warnings)
 

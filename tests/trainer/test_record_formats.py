@@ -137,6 +137,13 @@ def test_several_formats_that_fit_are_an_error_with_both_and_the_key(tmp_path: P
         assert load_rows(tmp_path, row, record_format=name).sources[0].documents == 1
 
 
+def test_a_chat_in_a_column_of_another_name_is_an_error_with_the_key(tmp_path: Path) -> None:
+    row = {"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError, match="'dialog' is a list of objects: set messages_column = \"dialog\" if they are"):
+        load_rows(tmp_path, row)
+    assert load_rows(tmp_path, row, messages_column="dialog").sources[0].is_chat
+
+
 def test_missing_columns_are_an_error_with_those_that_exist(tmp_path: Path) -> None:
     row = {"body": "a b c", "kind": "x"}
     with pytest.raises(

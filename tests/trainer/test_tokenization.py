@@ -169,13 +169,17 @@ def test_a_long_completion_is_shortened_and_a_long_prompt_is_skipped_or_an_error
     tokenizer = SampleTokenizer(VOCABULARY, [])
     sample = prompted("How heavy is it? ", "Very heavy indeed. " * 40)
     limit = len(tokenizer.tokenize(prompted("How heavy is it? ", ""))) + 9
-    with pytest.raises(ChatError, match=r'data.too_long = "shorten" to shorten long completions'):
+    with pytest.raises(
+        ChatError, match=r': raise data.window_tokens or set data.too_long = "shorten" to shorten long completions; '
+    ):
         list(tokenize_samples([sample], tokenizer, data("refuse", window_tokens=limit)))
     (short,) = tokenize_samples([sample], tokenizer, data("shorten", window_tokens=limit))
     assert limit - 2 <= len(short) <= limit
     assert 0 < short.supervised_T.sum() < len(short)
     long = prompted("How heavy is it? " * 40, "Very.")
-    with pytest.raises(ChatError, match=r'its prompt alone is too long: .*data.invalid_chats = "skip" to skip it'):
-        list(tokenize_samples([long], tokenizer, data("shorten", window_tokens=limit)))
+    reason = r'its prompt alone is too long: raise data.window_tokens; data.invalid_chats = "skip" skips and counts'
+    for too_long in ("refuse", "shorten"):
+        with pytest.raises(ChatError, match=reason):
+            list(tokenize_samples([long], tokenizer, data(too_long, window_tokens=limit)))
     (kept,) = tokenize_samples([long, sample], tokenizer, data("shorten", "skip", window_tokens=limit))
     assert kept.tokens.text == short.tokens.text

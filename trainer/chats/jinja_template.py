@@ -53,9 +53,11 @@ class JinjaTemplate:
         except (UnicodeDecodeError, KeyError, TypeError) as error:
             raise ChatError(f"{name}: cannot read the chat template ({type(error).__name__}: {error})") from error
         if DEFAULT not in sources:
+            others = f" (only {', '.join(sources)})" if sources else ""
             raise ChatError(
-                f"{name} has no chat template (found: {', '.join(sources) or 'none'}): set chat_template in the run "
-                "file, or use a model that was trained on chats"
+                f"{name} has no chat template{others}, and the data has chats: set chat_template of this model to a "
+                "file with a template, use a model that was trained on chats, or make texts of the data by "
+                "[data.sources.template]"
             )
         if (longest := max(len(source) for source in sources.values())) > MAX_SOURCE_CHARS:
             raise ChatError(f"{name}: its chat template has {longest} characters, expected at most {MAX_SOURCE_CHARS}")

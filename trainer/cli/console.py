@@ -1,7 +1,7 @@
 """Terminal output: progress lines during a run and tables of results, on standard error."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
@@ -17,6 +17,12 @@ from trainer.telemetry.jsonl import EventRecord, Listener
 console = Console(stderr=True, markup=False, emoji=False)
 REFRESH_S = 2.0
 RECENT_STEPS = 50  # number of steps from which the time left is estimated
+COUNTS = {  # fields of the step event that are reported at the end of a run
+    "shortened": "samples shortened",
+    "folded_system": "system messages merged into the first user message",
+    "omitted_reasoning": "messages whose reasoning the student's chat template omits",
+    "changed_content": "texts that the student's chat template drops or rewrites",
+}
 
 
 def progress_listener(title: str) -> Listener:
@@ -33,6 +39,7 @@ class _Progress:
         self._wait_s = 0.0
         self._num_skipped = self._num_without_update = 0
         self._teacher_wait_s: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()
 
     def show(self, record: EventRecord) -> None:
         match record["event"]:
@@ -56,6 +63,9 @@ class _Progress:
             case "end":
                 if self._num_skipped:
                     console.print(f"{self._skipped()} since this start")
+                for name, meaning in COUNTS.items():
+                    if self._counts[name]:
+                        console.print(f"{self._counts[name]} {meaning} since this start", soft_wrap=True)
                 if record["model"]:
                     console.print(one_line(f"student exported to {record['model']}"))
                 else:
@@ -64,6 +74,7 @@ class _Progress:
     def _add_step(self, record: EventRecord) -> None:
         self._num_skipped += record["skipped"]
         self._num_without_update += not record["tokens"]
+        self._counts.update({name: record.get(name, 0) for name in COUNTS})
         sample_s = record.get("rollouts", {}).get("sample_s", 0.0)
         self._recent_s.append(record["step_s"] + record["wait_s"] + sample_s)
         self._wait_s += record["wait_s"]
@@ -128,7 +139,8 @@ def _start_remarks(start: EventRecord) -> Iterator[str]:
     yield from start.get("remarks", ())
     for key, (old, new) in start.get("changed", {}).items():
         warning = "warning: " if key in start.get("changed_results", ()) else ""
-        yield f"{warning}changed since the previous start: {key} {old} → {new}"
+        before, now = ("not set" if value is None else value for value in (old, new))
+        yield f"{warning}changed since the previous start: {key} {before} → {now}"
 
 
 def show_preview(preview: Preview) -> None:

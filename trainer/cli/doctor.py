@@ -24,7 +24,7 @@ def doctor(
         from trainer.run_file import load_config
 
         config = load_config(run, sets)
-        from trainer.cli.run_checks import examine
+        from trainer.cli.run_checks import WARNING, examine
 
         findings = examine(config, wait=wait)
         if as_json:
@@ -32,8 +32,9 @@ def doctor(
         else:
             marks = typer.style("|", fg="green", reverse=True).split("|") if sys.stdout.isatty() else ("[[", "]]")
             for finding in findings:
-                result = "ok   " if finding.ok else "WRONG"
-                typer.echo(f"{result}  {one_line(finding.subject)}: {one_line(finding.detail)}")
+                result = "warn " if finding.is_warning else "ok   " if finding.ok else "WRONG"
+                detail = finding.detail.removeprefix(WARNING).removeprefix(f"{finding.subject}: ")
+                typer.echo(f"{result}  {one_line(finding.subject)}: {one_line(detail)}")
                 for example in finding.examples:
                     typer.echo(f"         {one_line(example.sample)}: {example.marked(*marks)}")
         if not all(finding.ok for finding in findings):

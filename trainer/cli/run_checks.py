@@ -25,14 +25,14 @@ from trainer.query.connect import ConnectedTeacher, connect_teacher, teacher_add
 from trainer.records import Sample, TokenizedSample
 from trainer.sources.config import DataConfig
 from trainer.sources.corpus import Corpus, SourceCounts, unclosed_texts
-from trainer.student.checks import check_weights
-from trainer.student.loading import resolve_precision, student_tokenizer
-from trainer.tokenization import SampleTokenizer, is_skipped, tokenize_samples
-from trainer.training.chat_checks import check_chats
-from trainer.training.start_checks import StudentFiles, check_data, check_settings, check_student
+from trainer.student.loading import prepare_module, resolve_precision, student_tokenizer
+from trainer.tokenization import raise_unless_skipped, tokenize_samples
+from trainer.training.chat_checks import check_chats, describe_supervision
+from trainer.training.start_checks import StudentFiles, check_data, check_settings, check_student, unreached_steps
 
 MAX_EXAMINED = 4096  # samples that are tokenized for every model, evenly spaced
 NUM_EXAMPLES = 3
+WARNING = "warning: "
 BOS_RATIO = 1.1  # the served choice of BOS is wrong if its loss is this many times that of the other
 
 
@@ -44,6 +44,11 @@ class Finding:
     ok: bool
     detail: str
     examples: tuple[SupervisedText, ...] = ()
+
+    @property
+    def is_warning(self) -> bool:
+        """Whether the check passed with a warning."""
+        return self.ok and self.detail.startswith(WARNING)
 
 
 def examine(config: RunConfig, *, wait: bool = False) -> list[Finding]:
@@ -83,7 +88,7 @@ def _check_settings(config: RunConfig) -> list[Finding]:
 def _check_student(config: RunConfig) -> tuple[StudentFiles | None, list[Finding]]:
     try:
         student = check_student(config)
-        check_weights(student.folder)
+        prepare_module(config.student, student.folder)
         precision = resolve_precision(config.student.precision, config.student.device)
     except (UserError, TokenizerError) as error:
         return None, [Finding("student", False, str(error))]
@@ -99,8 +104,9 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[_Data, list[F
     try:
         corpus, num_steps = check_data(config, student.vocabulary)
         findings += [Finding("data", True, _describe(source)) for source in corpus.sources]
-        findings += [Finding("data", True, f"warning: {each}") for source in corpus.sources for each in source.repeated]
-        findings += [Finding("data", True, warning) for warning in unclosed_texts(corpus.sources, config.data)]
+        findings += [Finding("data", True, f"{WARNING}{each}") for source in corpus.sources for each in source.repeated]
+        warnings = unreached_steps(config, num_steps) + unclosed_texts(corpus.sources, config.data)
+        findings += [Finding("data", True, warning) for warning in warnings]
         data = _Data(corpus, samples := _evenly_spaced(corpus))
         tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
         remarks = check_chats(corpus, {"student": tokenizer}, config.data)
@@ -111,17 +117,14 @@ def _check_data(config: RunConfig, student: StudentFiles) -> tuple[_Data, list[F
         findings += _describe_skipped("data", tokenized.skipped, len(samples))
         detail = f"{len(corpus.train)} windows to train on, {len(corpus.held_out)} held out, {num_steps} steps"
         findings.append(Finding("data", True, detail))
-        findings += _supervision(tokenized, tokenizer, config.data, remarks)
+        findings += _supervision(tokenized, describe_supervision(corpus, config.data), remarks)
     except (UserError, TokenizerError) as error:
         findings.append(Finding("data", False, str(error)))
     return data, findings
 
 
-def _supervision(
-    tokenized: "_Tokenized", tokenizer: SampleTokenizer, config: DataConfig, remarks: Sequence[str]
-) -> list[Finding]:
+def _supervision(tokenized: "_Tokenized", supervision: str, remarks: Sequence[str]) -> list[Finding]:
     """Report the supervision in force, with examples, and the remarks of `check_chats`."""
-    supervision = config.supervision.describe() if tokenizer.template is not None else "all tokens of the texts"
     findings = [Finding(tokenized.model, True, f"supervised are {supervision}", tuple(tokenized.examples))]
     return findings + [Finding(tokenized.model, True, remark) for remark in [*tokenized.omissions(), *remarks]]
 
@@ -143,13 +146,13 @@ class _Tokenized:
         if len(self.examples) < NUM_EXAMPLES:
             self.examples.append(supervised_text(self.model, sample.name, tokenized))
         for omission in tokenized.rendered.omissions if tokenized.rendered is not None else ():
-            kind = "texts dropped or rewritten" if omission.problem else "reasoning of an earlier turn dropped"
+            kind = "drops or rewrites a text" if omission.problem else "drops the reasoning of an earlier turn"
             self._omissions.setdefault(kind, []).append(f"{sample.name}: {omission.text!r}")
 
     def omissions(self) -> list[str]:
         """Describe what the chat template of the model does not render, with the first example of each kind."""
         return [
-            f"{len(found)} {kind} by the chat template in {self.count} samples, first in {found[0]}"
+            f"the chat template {kind} {len(found)} times in {self.count} samples, first in {found[0]}"
             for kind, found in self._omissions.items()
         ]
 
@@ -193,7 +196,7 @@ async def _check_teacher(config: TeacherConfig, examined: _Data, data: DataConfi
             has_chats = any(sample.is_chat for sample in examined.samples)
             teacher = await connect_teacher(pool, config, data, has_chats)
             card = teacher.card
-            detail = f"{card.model} on {card.engine}, {card.dtype}, up to K = {card.max_top_k}"
+            detail = f"{card.model} on {card.engine}, dtype {card.dtype}, up to K = {card.max_top_k}"
             findings.append(Finding(subject, True, detail))
             if card.protocol_cost:
                 findings.append(Finding(subject, True, card.protocol_cost))
@@ -204,7 +207,7 @@ async def _check_teacher(config: TeacherConfig, examined: _Data, data: DataConfi
             findings.append(_check_lengths(teacher, tokenized, data))
             findings += _describe_skipped(subject, tokenized.skipped, len(examined.samples))
             if teacher.tokenizer.template is not None:
-                findings += _supervision(tokenized, teacher.tokenizer, data, remarks)
+                findings += _supervision(tokenized, data.supervision.describe(), remarks)
             findings.append(await _check_bos(pool, teacher))
     except (UserError, TeacherError, TokenizerError, AlignmentError) as error:
         findings.append(Finding(subject, False, str(error).removeprefix(subject).lstrip(": ")))
@@ -218,8 +221,7 @@ def _tokenize(teacher: ConnectedTeacher, samples: Sequence[Sample], data: DataCo
         try:
             tokenized.add(sample, teacher.tokenizer.tokenize(sample))
         except ChatError as error:
-            if not is_skipped(error, data):
-                raise
+            raise_unless_skipped(error, data)
             tokenized.skipped.append(error)
     return tokenized
 

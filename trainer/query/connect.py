@@ -132,7 +132,10 @@ def checked_vocabulary(config: TeacherConfig, card: TeacherCard, files: Mapping[
     has ids that the model does not have or far fewer ids, or if the BOS of card and tokenizer differ.
     """
     if config.top_k > card.max_top_k:
-        raise Rejected(f"teacher {config.name}: top_k is {config.top_k}, the teacher returns at most {card.max_top_k}")
+        raise Rejected(
+            f"teacher {config.name}: top_k is {config.top_k}, the teacher returns at most {card.max_top_k}: "
+            "lower top_k, or raise the limit of the server (tutelage serve --max-top-k, vllm serve --max-logprobs)"
+        )
     vocabulary = Vocabulary.from_files(files, name=config.name)
     if card.vocab_size > max(2 * len(vocabulary), len(vocabulary) + MAX_PADDING_IDS):
         raise ProtocolError(
@@ -152,7 +155,7 @@ def checked_vocabulary(config: TeacherConfig, card: TeacherCard, files: Mapping[
 def teacher_address(config: TeacherConfig, *, wait: bool = True) -> TeacherAddress:
     """Return the address and the connection settings of a teacher. Without `wait`, connecting tries once.
 
-    Raises TeacherError if the teacher's key cannot be read.
+    Raises TeacherError if the teacher's key cannot be read, and ConfigError if its tokenizer is missing.
     """
     return TeacherAddress(
         name=config.name,
@@ -160,7 +163,7 @@ def teacher_address(config: TeacherConfig, *, wait: bool = True) -> TeacherAddre
         urls_file=Path(config.urls_file) if config.urls_file else None,
         key=_key(config),
         ca_file=Path(config.ca_file) if config.ca_file else None,
-        tokenizer=resolve_tokenizer_dir(config.tokenizer) if config.tokenizer else None,
+        tokenizer=_tokenizer_dir(config),
         dialect=config.dialect,
         model=config.model,
         timeout_s=config.timeout_s,
@@ -174,10 +177,20 @@ def teacher_address(config: TeacherConfig, *, wait: bool = True) -> TeacherAddre
     )
 
 
+def _tokenizer_dir(config: TeacherConfig) -> Path | None:
+    try:
+        return resolve_tokenizer_dir(config.tokenizer) if config.tokenizer else None
+    except ConfigError as error:
+        raise ConfigError(f"teachers.{config.name}.tokenizer: {error}") from error
+
+
 def _key(config: TeacherConfig) -> str | None:
-    if config.key_file is not None:
-        return key_from_file(Path(config.key_file))
-    return key_from_environment(config.key_env) if config.key_env is not None else None
+    try:
+        if config.key_file is not None:
+            return key_from_file(Path(config.key_file))
+        return key_from_environment(config.key_env) if config.key_env is not None else None
+    except TeacherError as error:
+        raise TeacherError(f"teacher {config.name}: {error}") from error
 
 
 def _signal(teacher: ConnectedTeacher, student: Vocabulary) -> TeacherSignal:

@@ -21,7 +21,7 @@ from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
 from trainer.signals.base import Prepared, TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
-from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample, is_skipped
+from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample, raise_unless_skipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,8 @@ class SampleScorer:
         try:
             tokenizations, seconds = await in_thread(self._tokenize, sample)
         except ChatError as error:
-            if not (is_skipped(error, self._data) or (sample.rollout is not None and sample.is_chat)):
-                raise  # nobody can correct an answer that the student has sampled
+            if sample.rollout is None or not sample.is_chat:  # nobody can correct an answer that was sampled
+                raise_unless_skipped(error, self._data)
             collector.skipped, collector.skip_reason = collector.skipped + 1, str(error)
             return None
         collector.record("tokenize", seconds)

@@ -23,6 +23,7 @@ from trainer.sources.record_formats.base import InvalidRecordError
 from trainer.sources.table_documents import TableDocuments
 
 MAX_NAME_CHARS = 255
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
 
 class CsvSource:
@@ -70,7 +71,7 @@ def _to_lines(chunks: Chunks, path: Path, delimiter: str) -> Chunks:
     try:
         for row in rows:
             if row and not header:
-                header = _checked_header(row, path)
+                header = _checked_header(row, path, delimiter)
             elif row:
                 num_rows += 1
                 yield _line(header, row)
@@ -89,10 +90,10 @@ def _reason(error: csv.Error) -> str:
     return str(error)
 
 
-def _checked_header(row: list[str], path: Path) -> list[str]:
+def _checked_header(row: list[str], path: Path, delimiter: str) -> list[str]:
     """Return the names of the columns, which every line repeats; "" for a column without a name.
 
-    Raises DataError if two names are equal, one is long or no column has one.
+    Raises DataError if two names are equal, one is long, no column has one, or another delimiter separates the names.
     """
     row = [name if name.strip() else "" for name in row]
     if not any(row):
@@ -101,6 +102,12 @@ def _checked_header(row: list[str], path: Path) -> list[str]:
         raise DataError(
             f"{path}: its first row, which names the columns, has a name of {longest} characters, expected at most "
             f"{MAX_NAME_CHARS}"
+        )
+    if len(row) == 1 and (other := next((char for char in _DELIMITERS if char in row[0]), None)):
+        raise DataError(
+            f"{path}: its first row, which names the columns, has one name, {row[0][:40]!r}: expected names separated "
+            f"by {_DELIMITERS[delimiter]}, received {_DELIMITERS[other]}: convert the file, or set file_format = "
+            '"csv" for commas or "tsv" for tabs in its source'
         )
     name, count = Counter(filter(None, row)).most_common(1)[0]
     if count > 1:

@@ -20,7 +20,6 @@ from trainer.sources.config import CONTENT_KEYS, SourceConfig
 
 Key = tuple[object, ...]
 _KINDS = {
-    stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -93,6 +92,11 @@ def _regular_file_key(path: Path) -> Key:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
+        if stat.S_ISDIR(status.st_mode):
+            raise DataError(
+                f'{path} is a directory: list its files, for example by the pattern "{path}/*.jsonl"; a folder of '
+                "save_to_disk is named by dataset instead of files"
+            )
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no file")
         raise DataError(f"{path} is {kind}: expected a regular file; write its content to one")
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from trainer.errors import DataError
 from trainer.sources.base import Table, TableRecord
 from trainer.sources.data_file import DataFile
-from trainer.sources.encoding import UTF8_MARK, describe_utf8_error, mark_length
+from trainer.sources.encoding import HEAD_BYTES, UTF8_MARK, describe_utf8_error, mark_length
 from trainer.sources.record_formats.base import InvalidRecordError
 
 MAX_LINE_BYTES = 1 << 28
@@ -35,7 +35,16 @@ def parse_json(line: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRecordError(f"expected a JSON object, received {text[:40].rstrip()!r}") from error
+        raise InvalidRecordError(_syntax_error(text, error)) from error
+
+
+def _syntax_error(text: str, error: Exception) -> str:
+    """Describe a line that is not JSON, with the position of the error if the line begins as an object does."""
+    begin = text[:40].strip()
+    if begin.startswith("{") and isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg} at character {error.pos + 1}"
+        return f"expected a JSON object on one line, received {begin!r} ({reason})"
+    return f"expected a JSON object, received {begin!r}"
 
 
 class JsonLinesTable:
@@ -50,7 +59,7 @@ class JsonLinesTable:
         self._file = file
         self._parse = parse
         with file.open() as content:
-            mark_length(content.read(4), file.path)
+            mark_length(content.read(HEAD_BYTES), file.path)
 
     @property
     def identity(self) -> tuple[object, ...]:

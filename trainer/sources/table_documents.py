@@ -132,6 +132,18 @@ def _bind(table: Table, config: SourceConfig) -> BoundFormat:
     return formats[name].bind(config, lambda column: table.example(column) if column in table.columns else None)
 
 
+def _advice_on_lists(table: Table) -> str:
+    """Return advice if a column has lists of objects: a chat under another name, or all records of the file."""
+    for column in table.columns:
+        value = table.example(column)
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            return (
+                f'; {column!r} is a list of objects: set messages_column = "{column}" if they are the messages of a '
+                "chat; if they are the records, write this list alone into the file"
+            )
+    return ""
+
+
 def _implied_format(config: SourceConfig) -> str | None:
     """Return the format whose key the config sets."""
     keys = {"text": config.text_column, "messages": config.messages_column, "template": config.template}
@@ -150,7 +162,7 @@ def _detect(table: Table, config: SourceConfig, formats: Mapping[str, RecordForm
         known = "; ".join(f"{' and '.join(needed)} ({name})" for name, needed in columns.items() if needed)
         raise DataError(
             f"{table.where} has the columns of no record format; {has}, and the formats have {known}: set text_column, "
-            "messages_column or [data.sources.template]"
+            f"messages_column or [data.sources.template]{_advice_on_lists(table)}"
         )
     choices = " and ".join(f"{name} (columns {', '.join(columns[name])})" for name in fitting)
     raise DataError(

@@ -8,7 +8,7 @@ from trainer.errors import DataError
 from trainer.sources.base import DocumentRef, Documents, FormatInfo, InvalidRecord
 from trainer.sources.config import SourceConfig
 from trainer.sources.data_file import DataFile, open_data_file
-from trainer.sources.encoding import describe_utf8_error, mark_length
+from trainer.sources.encoding import HEAD_BYTES, mark_length, not_utf8
 from trainer.sources.windows import split_chunks
 
 COLUMN_KEYS = ("record_format", "text_column", "messages_column", "template", "domain_column", "teacher_column")
@@ -36,7 +36,7 @@ class TextFile:
         self.format = FormatInfo("texts: whole files")
         self._file: DataFile = open_data_file(path)
         with self._file.open() as file:
-            self._begin = mark_length(file.read(4), path)
+            self._begin = mark_length(file.read(HEAD_BYTES), path)
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -53,7 +53,7 @@ class TextFile:
                 try:
                     chunk.decode()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{self._file.path} is {describe_utf8_error(error, begin)}") from error
+                    raise DataError(not_utf8(error, begin, self._file.path)) from error
                 yield chunk
                 begin += len(chunk)
 

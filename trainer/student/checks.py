@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from alignment import Vocabulary
-from teachers.model_checks import ModelError, QuantizedError, model_errors
-from teachers.model_loading import load_config, load_model
+from teachers.model_checks import ModelError, QuantizedError
+from teachers.model_loading import load_config
 from trainer.errors import ConfigError
 from trainer.student.config import StudentConfig
 from trainer.student.model import lm_head_of
@@ -70,13 +70,6 @@ def student_errors() -> Iterator[None]:
         ) from error
     except ModelError as error:
         raise ConfigError(f"student.model: {error}") from error
-
-
-def check_weights(folder: Path) -> None:
-    """Load the model once in its stored type. Raises ConfigError if it cannot be loaded as `train` does."""
-    with student_errors(), model_errors(folder):
-        stored = load_config(folder).dtype
-        load_model(folder, stored if isinstance(stored, torch.dtype) else torch.float32)
 
 
 def check_head(model: Any) -> None:

@@ -37,7 +37,7 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
     precision = resolve_precision(config.precision, device)
     autocast = precision == "bf16" and ranks.size == 1
     if ranks.size == 1:
-        module, packing = _prepare_module(config, folder)
+        module, packing = prepare_module(config, folder)
         if autocast:
             cast_frozen_to_bf16(module.model.get_decoder())
         with student_errors(), model_errors(folder, f" on {device}"):
@@ -45,7 +45,7 @@ def load_student(config: StudentConfig, ranks: Ranks = Ranks()) -> Student:
     else:
         mesh = make_mesh(device, ranks)
         with ranks.one_per_machine_at_a_time():
-            module, packing = _prepare_module(config, folder)
+            module, packing = prepare_module(config, folder)
             shard(module, decoder_layers(module.model), mesh, bf16=precision == "bf16")
     vocabulary = load_vocabulary(folder, module.model.get_input_embeddings().num_embeddings, config.roles)
     return Student(module, vocabulary, folder, device, autocast, packing, config.lora)
@@ -78,8 +78,11 @@ def student_tokenizer(
 # --- selection of trained weights ---
 
 
-def _prepare_module(config: StudentConfig, folder: Path) -> tuple[StudentModule, bool]:
-    """Load the model on the CPU, check it and select what is trained. Returns whether samples may share rows, too."""
+def prepare_module(config: StudentConfig, folder: Path) -> tuple[StudentModule, bool]:
+    """Load the model on the CPU, check it and select what is trained. Returns whether samples may share rows, too.
+
+    `doctor` calls the same function. Raises ConfigError if the model cannot be trained as configured.
+    """
     with student_errors(), model_errors(folder, keep=ConfigError):
         model = load_model(folder, torch.float32).train()
         check_head(model)

@@ -67,8 +67,8 @@ class StartEvent(Event):
     """Identity of each teacher, by name."""
     software: dict[str, str]
     """Versions of Python and of the main packages."""
-    supervision: str = ""
-    """Parts of a chat that are supervised. Absent in runs without chats."""
+    supervision: str
+    """What is supervised in the texts and chats."""
     remarks: list[str]
     """Remarks and warnings about the data, and about the chats for the student and for each teacher."""
 

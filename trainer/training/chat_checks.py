@@ -12,7 +12,7 @@ from trainer.errors import DataError
 from trainer.records import Sample
 from trainer.sources.config import DataConfig
 from trainer.sources.corpus import Corpus
-from trainer.tokenization import SampleTokenizer, is_skipped
+from trainer.tokenization import SampleTokenizer, raise_unless_skipped
 
 MAX_RENDERED = 32  # chats, evenly spaced, in which a turn must end
 
@@ -31,6 +31,17 @@ def check_chats(corpus: Corpus, tokenizers: Mapping[str, SampleTokenizer], data:
         remarks += _describe_special_tokens(counts[name], data, name)
         remarks += _check_end_of_turn(corpus, tokenizer, data, name)
     return remarks
+
+
+def describe_supervision(corpus: Corpus, data: DataConfig) -> str:
+    """Return what is supervised in the texts and chats of a run, as one line."""
+    texts = [source for source in corpus.sources if not source.is_chat]
+    parts = ["all tokens of the texts"] if any(not source.has_prompt for source in texts) else []
+    if any(source.has_prompt for source in texts):
+        parts.append("the completions of texts with a masked prompt")
+    if parts and data.close_documents:
+        parts[-1] += ", with EOS after each document"
+    return "; ".join([*parts, *([data.supervision.describe()] if corpus.has_chats else [])])
 
 
 @dataclass
@@ -101,8 +112,7 @@ def _rendered(corpus: Corpus, tokenizer: SampleTokenizer, data: DataConfig) -> I
         try:
             rendered = tokenizer.tokenize(corpus.train[i]).rendered
         except ChatError as error:
-            if not is_skipped(error, data):
-                raise
+            raise_unless_skipped(error, data)
             continue
         if rendered is not None:
             yield rendered

@@ -26,7 +26,7 @@ from trainer.telemetry.jsonl import METRICS_FILE, Listener, Metrics
 from trainer.telemetry.tracking import open_trackers
 from trainer.tokenization import SampleTokenizer
 from trainer.training.batches import Batches, CorpusBatches
-from trainer.training.chat_checks import check_chats
+from trainer.training.chat_checks import check_chats, describe_supervision
 from trainer.training.checkpoint import Checkpoints, load_checkpoint
 from trainer.training.checkpoint_folder import CheckpointMetadata, newest_intact
 from trainer.training.identity import (
@@ -43,7 +43,7 @@ from trainer.training.identity import (
 )
 from trainer.training.optimizer import make_optimizer
 from trainer.training.run_lock import LOCK_FILE, NoLock, RunLock
-from trainer.training.start_checks import check_data, check_settings, check_student
+from trainer.training.start_checks import check_data, check_settings, check_student, unreached_steps
 
 log = logging.getLogger("tutelage.run")
 
@@ -129,7 +129,7 @@ class Run:
 
     def _facts(self, remarks: Sequence[str]) -> dict[str, Any]:
         changed = changed_settings(self.evaluator.earlier.start, self.config)
-        facts = {
+        return {
             "steps": self.num_steps,
             "ranks": self.ranks.size,
             "precision": self.precision,
@@ -139,11 +139,9 @@ class Run:
             "remarks": list(remarks),
             "changed": changed,
             "changed_results": changed_results(changed),
+            "supervision": describe_supervision(self.corpus, self.config.data),
             **self.evaluator.facts(),
         }
-        if self.tokenizer.template is not None:
-            facts["supervision"] = self.config.data.supervision.describe()
-        return facts
 
     def evaluate(self, metrics: Metrics, step: int, fusion_state: dict[str, Any] | None, score: Score) -> None:
         """Evaluate the student on held-out text and, with rollout.eval_prompts, on its rollouts.
@@ -200,7 +198,8 @@ def begin(config: RunConfig, ranks: Ranks, resume: bool, lock: RunLock = NoLock(
     with ranks.local_rank_zero_first():
         corpus, num_steps = check_data(config, student.vocabulary)
     tokenizer = student_tokenizer(student.folder, student.vocabulary, config.student, config.data, corpus.has_chats)
-    remarks = unclosed_texts(corpus.sources, config.data) + check_chats(corpus, {"student": tokenizer}, config.data)
+    remarks = unreached_steps(config, num_steps) + unclosed_texts(corpus.sources, config.data)
+    remarks += check_chats(corpus, {"student": tokenizer}, config.data)
     optimizer = make_optimizer(student, config.optim)
     weights = base_weights_sha256(student.folder, ranks)
     identity = run_identity(config, weights, student.vocabulary.fingerprint, corpus)

@@ -112,6 +112,16 @@ def _check_prompts(config: RunConfig, vocabulary: Vocabulary, corpus: Corpus) ->
             )
 
 
+def unreached_steps(config: RunConfig, num_steps: int) -> list[str]:
+    """Return a warning if the epochs end the run before train.steps."""
+    if config.train.steps is None or config.train.steps <= num_steps:
+        return []
+    return [
+        f"warning: train.steps is {config.train.steps}, but train.epochs = {config.train.epochs} ends the run after "
+        f"{num_steps} steps: raise train.epochs, or remove train.steps"
+    ]
+
+
 def total_steps(config: RunConfig, corpus: Corpus) -> int:
     """Return the number of batches in all epochs, at most train.steps. The last batch may be smaller than the others.
 

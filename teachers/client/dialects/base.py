@@ -1,10 +1,10 @@
 """The interfaces of a dialect and of the client of one replica."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from teachers.protocol.errors import NotFound
 from teachers.protocol.messages import ScoreRequest, TeacherCard
@@ -78,7 +78,13 @@ class ReplicaClient(Protocol):
 
 
 class Dialect(Protocol):
-    """A protocol in which a client talks to a replica."""
+    """A protocol in which a client talks to a replica.
+
+    unused_keys  optional fields of ReplicaAddress that the dialect does not use, with the reason: the predicate of a
+                 sentence about the server
+    """
+
+    unused_keys: ClassVar[Mapping[str, str]]
 
     async def accepts(self, address: ReplicaAddress) -> bool:
         """Return whether the replica uses this dialect, by the scheme of its address or by probing the server.

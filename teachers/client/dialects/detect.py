@@ -12,8 +12,9 @@ from teachers.protocol.errors import NotDeployed, TeacherError
 async def detect_dialect(address: ReplicaAddress) -> Dialect:
     """Return the dialect that the address names, else the first one in DIALECTS that accepts the replica.
 
-    Raises TeacherError if none does, and Unavailable if the server does not respond. A Ray Serve proxy may have an
-    application for the routes of one dialect only: NotDeployed is raised if no dialect accepts the replica.
+    Raises TeacherError if none does, or if the address sets a key that the dialect does not use, and Unavailable if the
+    server does not respond. A Ray Serve proxy may have an application for the routes of one dialect only: NotDeployed
+    is raised if no dialect accepts the replica.
     """
     not_deployed: NotDeployed | None = None
     undecided: list[Dialect] = []
@@ -21,7 +22,9 @@ async def detect_dialect(address: ReplicaAddress) -> Dialect:
         dialect: Dialect = pkgutil.resolve_name(DIALECTS[name])()
         try:
             if await dialect.accepts(address):
-                return await _first_accepting(undecided, address) or dialect
+                dialect = await _first_accepting(undecided, address) or dialect
+                _reject_unused_keys(dialect, address)
+                return dialect
         except NotDeployed as error:
             not_deployed = not_deployed or error
             undecided.append(dialect)
@@ -36,6 +39,13 @@ async def detect_dialect(address: ReplicaAddress) -> Dialect:
         f"teacher {address.teacher} at {address.url}: the address is not that of a teacher (known dialects: "
         f"{', '.join(DIALECTS)}); {_advice(address.url)}"
     )
+
+
+def _reject_unused_keys(dialect: Dialect, address: ReplicaAddress) -> None:
+    for key, reason in dialect.unused_keys.items():
+        if (value := getattr(address, key)) is not None:
+            name = address.teacher
+            raise TeacherError(f"teacher {name} at {address.url} {reason}: remove teachers.{name}.{key} ({value})")
 
 
 async def _first_accepting(dialects: list[Dialect], address: ReplicaAddress) -> Dialect | None:

@@ -2,16 +2,17 @@
 
 import asyncio
 import hashlib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from teachers.client.dialects.base import ReplicaAddress, has_route
 from teachers.client.http import Sender, Transport
 from teachers.protocol.decoding import decoding
-from teachers.protocol.errors import FingerprintMismatch, NotFound, ProtocolError, TeacherError
+from teachers.protocol.errors import FingerprintMismatch, NotFound, ProtocolError
 from teachers.protocol.messages import (
     ARROW_STREAM,
     TIMEOUT_HEADER,
@@ -36,18 +37,13 @@ _LISTING = TypeAdapter(list[TokenizerFile])
 class NativeDialect:
     """Servers that have the route /v1/teacher."""
 
+    unused_keys: ClassVar[Mapping[str, str]] = {"tokenizer": "provides its own tokenizer", "model": "has one model"}
+
     async def accepts(self, address: ReplicaAddress) -> bool:
         if not address.is_http:
             return False
         client = self.client(address)
-        if not await has_route(client, client.card):
-            return False
-        if address.tokenizer is not None:
-            raise TeacherError(
-                f"teacher {address.teacher} at {client.url} provides its own tokenizer: remove "
-                f"teachers.{address.teacher}.tokenizer ({address.tokenizer})"
-            )
-        return True
+        return await has_route(client, client.card)
 
     def client(self, address: ReplicaAddress) -> "NativeClient":
         return NativeClient(address.teacher, address.url, address.key, address.ca_file)

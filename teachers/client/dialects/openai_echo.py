@@ -21,7 +21,9 @@ and the log-probabilities of masked positions.
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 from teachers.client.dialects.base import ReplicaAddress
 from teachers.client.dialects.echo_completions import (
@@ -266,6 +268,7 @@ class OpenAIEchoDialect(StockServerDialect):
     """OpenAI-compatible servers: those with the route /v1/models that no other dialect accepts."""
 
     client_type = OpenAIEchoClient
+    unused_keys: ClassVar[Mapping[str, str]] = {}
 
     async def accepts(self, address: ReplicaAddress) -> bool:
         return (address.is_http and address.dialect == "openai_echo") or await super().accepts(address)

@@ -7,12 +7,12 @@ in functions: the dialect is tried for every address, and Ray is an optional dep
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from teachers.client.dialects.base import ReplicaAddress
-from teachers.client.dialects.native import NativeClient
+from teachers.client.dialects.native import NativeClient, NativeDialect
 from teachers.client.http import Headers, Response
 from teachers.protocol.errors import Overloaded, TeacherError, Unavailable
 from teachers.protocol.untrusted_text import clean
@@ -22,6 +22,8 @@ SCHEME = "serve"
 
 class RayHandleDialect:
     """Addresses with the scheme serve://."""
+
+    unused_keys: ClassVar[Mapping[str, str]] = {**NativeDialect.unused_keys, "ca_file": "is reached without TLS"}
 
     async def accepts(self, address: ReplicaAddress) -> bool:
         return address.scheme == SCHEME

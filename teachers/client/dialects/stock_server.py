@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -37,6 +38,7 @@ class StockServerDialect:
     """Base class of a Dialect whose servers are recognized by their routes. A subclass sets `client_type`."""
 
     client_type: ClassVar[type["StockServerClient"]]
+    unused_keys: ClassVar[Mapping[str, str]] = {"model": "is used with its first model, except by openai_echo"}
 
     async def accepts(self, address: ReplicaAddress) -> bool:
         if not address.is_http:
