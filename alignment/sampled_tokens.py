@@ -74,7 +74,7 @@ def transfer_target(target: Target, canonical: Tokens, sampled: Tokens) -> Targe
     """
     if len(target) != len(canonical):
         raise AlignmentError(f"expected {len(canonical)} rows, one per canonical token, received {len(target)}")
-    if _are_equal(canonical, sampled):
+    if are_equal(canonical, sampled):
         return target
     rows = _rows_of(canonical, sampled)
     has_row = rows != NO_ROW
@@ -97,12 +97,12 @@ def transfer_target(target: Target, canonical: Tokens, sampled: Tokens) -> Targe
 
 def num_noncanonical(canonical: Tokens, sampled: Tokens) -> int:
     """Return the number of sampled tokens to which `transfer_target` gives no row, valid or not."""
-    if _are_equal(canonical, sampled):
+    if are_equal(canonical, sampled):
         return 0
     return int((_rows_of(canonical, sampled) == NO_ROW).sum())
 
 
-def _are_equal(canonical: Tokens, sampled: Tokens) -> bool:
+def are_equal(canonical: Tokens, sampled: Tokens) -> bool:
     return (
         canonical.text == sampled.text
         and np.array_equal(canonical.ids, sampled.ids)

@@ -37,6 +37,11 @@ class RunConfig(Section):
         """Longest time that a process may wait for a teacher, at the start of the run or later; 0 without teachers."""
         return max((max(t.unavailable_timeout_s, t.start_timeout_s) for t in self.teachers), default=0.0)
 
+    @property
+    def max_batch_samples(self) -> int:
+        """Samples of a step if rollouts replace all of them."""
+        return self.train.batch_samples * (self.rollout.samples_per_prompt if self.rollout else 1)
+
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         self._check_student()
@@ -49,8 +54,9 @@ class RunConfig(Section):
     def _check_student(self) -> None:
         if self.student.lora and self.student.train_layers:
             raise ValueError("student.lora: adapters leave all weights unchanged; remove student.train_layers")
-        if self.train.batch_samples % self.train.gradient_accumulation_steps:
-            raise ValueError("train.gradient_accumulation_steps: must divide train.batch_samples")
+        if self.max_batch_samples % self.train.gradient_accumulation_steps:
+            product = " times rollout.samples_per_prompt" if self.rollout else ""
+            raise ValueError(f"train.gradient_accumulation_steps: must divide train.batch_samples{product}")
 
     def _check_teachers(self) -> None:
         teachers, fusion = self.teachers, self.fusion
@@ -96,8 +102,6 @@ class RunConfig(Section):
             return
         if not self.teachers:
             raise ValueError("rollout: the student learns nothing from its own text without teachers; add [[teachers]]")
-        if rollout.final_share is not None and rollout.schedule == "constant":
-            raise ValueError("rollout.final_share: set rollout.schedule to linear or cosine")
         if rollout.eval_prompts and not self.eval.held_out_documents:
             raise ValueError("rollout.eval_prompts: there is no held-out text; set eval.held_out_documents")
         if (rollout.prompt_tokens or 0) >= self.data.window_tokens:

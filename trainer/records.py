@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import Target, Tokens
+from trainer.chats.jinja_template import ChatError
 from trainer.chats.rendered_chat import RenderedChat
 
 Message = Mapping[str, Any]
@@ -25,6 +26,7 @@ class Rollout:
     num_cut      sampled tokens behind the last whole character, which are not used
     finish       why sampling ended: an end token (`eos`), a stop string (`stop`), or a limit on the tokens (`length`)
     version      number of steps that the weights had been trained for
+    prompt_crc   CRC-32 of the prompt's tokens
     fingerprint  fingerprint of the tokenizer. Models with the same tokenizer receive these tokens
     """
 
@@ -35,6 +37,7 @@ class Rollout:
     num_cut: int
     finish: Literal["eos", "stop", "length"]
     version: int
+    prompt_crc: int
     fingerprint: str
 
 
@@ -53,6 +56,7 @@ class Sample:
     teacher       value of the source's teacher column, for fusion by "router"; None without a column
     rollout       tokens that the student sampled: the text after the prompt, or the last message; None for given text
     prompt        the student's tokens of the prompt of a rollout; None for given text
+    refusal       why the sample cannot be used: it is handled like a chat that a template cannot render
     """
 
     index: int
@@ -66,6 +70,7 @@ class Sample:
     teacher: str | None = None
     rollout: Rollout | None = None
     prompt: Tokens | None = None
+    refusal: ChatError | None = None
 
     @property
     def is_chat(self) -> bool:

@@ -47,11 +47,12 @@ class SampleTokenizer:
 
         The text of a rollout keeps its sampled tokens for every model with the student's tokenizer.
         """
-        if sample.is_chat:
-            return self._tokenized_chat(
-                self._template(sample).render(sample.messages, sample.tools, sample=sample.name)
-            )
         rollout = sample.rollout
+        if sample.is_chat:
+            template = self._template(sample)
+            if rollout is not None:
+                return self._sampled_chat(sample, template.turn_end)
+            return self._tokenized_chat(template.render(sample.messages, sample.tools, sample=sample.name))
         if rollout is not None and rollout.fingerprint == self.vocabulary.fingerprint:
             return self._tokenized_text(self._with_eos(sample, _sampled_tokens(sample, rollout)), sample.prompt_bytes)
         return self._tokenized_text(self.vocabulary.encode(sample.text, close=sample.closes), sample.prompt_bytes)
@@ -64,12 +65,28 @@ class SampleTokenizer:
         assert sample.rollout is not None
         if not sample.is_chat:
             return self.tokenize(replace(sample, rollout=None) if canonical else sample)
-        template, rollout = self._template(sample), sample.rollout
-        tokens = _sampled_tokens(sample, rollout)
-        if canonical:
-            tokens = self.vocabulary.encode_rendered(tokens.text.decode())
-        start, end = tokens.num_bytes - sum(rollout.num_bytes), rollout.ids[-1] if sample.closes else None
-        rendered = sampled_chat(template, (sample.messages, sample.tools), tokens, start, end=end, sample=sample.name)
+        tokens = None if canonical else _sampled_tokens(sample, sample.rollout)
+        return self._sampled_chat(sample, sample.rollout.ids[-1] if sample.closes else None, tokens)
+
+    def _sampled_chat(self, sample: Sample, end: int | None, tokens: Tokens | None = None) -> TokenizedSample:
+        """Tokenize a chat whose last answer was sampled.
+
+        end     token that ends the turn, if the student has ended it
+        tokens  tokens of the chat without `end`; by default those of this model's tokenizer and template
+        """
+        template, (*messages, answer) = self._template(sample), sample.messages
+        if tokens is None:
+            tokens, start = template.continue_chat(messages, sample.tools, answer["content"], sample=sample.name)
+        else:
+            start = tokens.num_bytes - len(answer["content"].encode())
+        rendered = sampled_chat(
+            template,
+            tokens,
+            start,
+            end=end if sample.closes else None,
+            message=len(messages),
+            sample=sample.name,
+        )
         return self._tokenized_chat(rendered)
 
     def _tokenized_text(self, tokens: Tokens, prompt_bytes: int) -> TokenizedSample:

@@ -294,7 +294,9 @@ def test_the_cut_keeps_the_tokens_of_text_that_the_student_wrote(
     tmp_path: Path, tiny_byte_level: Path, written_by: int | None
 ) -> None:
     config = run_config(tiny_byte_level, write_columns(tmp_path), tmp_path / "out", ["http://x"], fusion={"top_k": 4})
-    rollout = None if written_by is None else Rollout((), (), (), (), 0, "length", written_by, "of another tokenizer")
+    rollout = (
+        None if written_by is None else Rollout((), (), (), (), 0, "length", written_by, 0, "of another tokenizer")
+    )
     vocabulary, sample = Vocabulary.load(tiny_byte_level), Sample(0, "s", "six sacks", rollout=rollout)
     tokenized = SampleTokenizer(vocabulary, []).tokenize(sample)
     num_t, num_ids = len(tokenized), len(vocabulary)

@@ -13,8 +13,10 @@ from tests.tiny import TEXT, tiny_vocabulary
 from trainer.config import RunConfig
 from trainer.distributed import Ranks
 from trainer.records import Sample
-from trainer.rollouts.base import Prompt, SampledTokens, Sampling
+from trainer.rollouts.base import Prompt, SampledTokens
 from trainer.rollouts.batches import OnPolicyBatches, WaitingRollouts, waiting_rollouts
+from trainer.rollouts.config import RolloutConfig
+from trainer.rollouts.prompts import PromptBuilder
 from trainer.sources.sample_order import weighted_order
 from trainer.tokenization import SampleTokenizer
 
@@ -34,7 +36,6 @@ class CountingEngine:
         self,
         student: Any,
         prompts: Sequence[Prompt],
-        sampling: Sampling,
         seed: Sequence[int],
         should_stop: Callable[[], bool],
     ) -> list[SampledTokens]:
@@ -104,15 +105,30 @@ def test_every_batch_comes_once_with_weights_of_the_permitted_age(
         ]
 
 
-def test_an_incomplete_batch_of_a_stopped_process_is_sampled_again() -> None:
-    config = config_of(0, 1.0, 4)
-    complete, _ = batches_of(config, Ranks(), range(4), 4, {})
-    complete.advance(0, lambda: False)
-    (rollouts,) = waiting_rollouts([complete.state(0)]).values()
-    assert rollouts.keys() == {0, 1, 2}
-    resumed, engine = batches_of(config, Ranks(), range(4), 4, {0: {1: rollouts[1]}})
+def waiting_after_start(config: RunConfig) -> WaitingRollouts:
+    """Return the rollouts that wait before the first step."""
+    batches, _ = batches_of(config, Ranks(), range(4), 4, {})
+    batches.advance(0, lambda: False)
+    return waiting_rollouts([batches.state(0)])
+
+
+def test_what_was_sampled_is_used_after_a_change_of_the_share() -> None:
+    waiting = waiting_after_start(config_of(1, 1.0, 4))
+    assert {step: set(batch) for step, batch in waiting.items()} == {0: {0, 1, 2}, 1: {0, 1, 2}}
+    resumed, engine = batches_of(config_of(1, 0.0, 4), Ranks(), range(4), 4, waiting)
     resumed.advance(0, lambda: False)
-    assert engine.num_prompts == 3
+    items = iter(resumed)
+    assert all(sample.rollout is not None for _ in range(2) for sample in next(items))
+    assert engine.num_prompts == 0
+
+
+def test_rollouts_of_other_prompts_are_sampled_again() -> None:
+    raw = config_of(1, 1.0, 4).model_dump()
+    raw["rollout"]["prompt_tokens"] = 7
+    waiting = waiting_after_start(config_of(1, 1.0, 4))
+    resumed, engine = batches_of(RunConfig.model_validate(raw), Ranks(), range(4), 4, waiting)
+    resumed.advance(0, lambda: False)
+    assert engine.num_prompts == 6
 
 
 def test_a_request_to_stop_queues_no_batch() -> None:
@@ -123,12 +139,18 @@ def test_a_request_to_stop_queues_no_batch() -> None:
     assert batches.state(0) == {}
 
 
-def test_a_prompt_that_fills_the_window_is_left_as_given_text() -> None:
+def test_a_prompt_that_fills_the_window_is_refused_and_not_trained_on_as_given_text() -> None:
     raw = config_of(0, 1.0, 4).model_dump()
     raw["data"]["window_tokens"], raw["rollout"]["prompt_tokens"] = 6, 5
     prompted = [Sample(i, f"line {i}", text=line, prompt_bytes=len(line) - 1) for i, line in enumerate(LINES)]
     batches, engine = batches_of(RunConfig.model_validate(raw), Ranks(), range(1), 1, {})
     batches._corpus = SimpleNamespace(train=prompted, order=CORPUS.order)  # type: ignore[assignment]
     batches.advance(0, lambda: False)
-    assert [sample.rollout for sample in next(iter(batches))] == [None] * 3
+    assert [str(sample.refusal).partition(": ")[2][:15] for sample in next(iter(batches))] == ["its prompt has "] * 3
     assert engine.num_prompts == 0
+
+
+def test_a_prompt_has_at_least_one_whole_character() -> None:
+    builder = PromptBuilder(SampleTokenizer(VOCABULARY, VOCABULARY.prefix), RolloutConfig(prompt_tokens=1), 200)
+    prompted = builder.with_prompt(Sample(0, "s", text="世界 is two characters"))
+    assert (prompted.text, prompted.prompt_bytes) == ("世", 3)

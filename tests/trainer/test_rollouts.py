@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,23 @@ from tests.trainer.runs import losses, run_config, served_models, write_corpus
 from tests.trainer.test_chat_run import chat_config, write_chats
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
+from trainer.rollouts.base import Sampling
+from trainer.rollouts.prompts import PromptBuilder
 from trainer.telemetry.jsonl import read_metrics
 from trainer.training.loop import train
+
+
+@pytest.fixture(autouse=True)
+def ascii_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tiny models write ASCII. They would write bytes that are not UTF-8, which end a rollout."""
+    own = PromptBuilder._sampling
+
+    def sampling(builder: PromptBuilder, end_ids: frozenset[int]) -> Sampling:
+        token_bytes = builder.tokenizer.vocabulary.token_bytes
+        banned = (i for i, data in enumerate(token_bytes) if i not in end_ids and not (data and data.isascii()))
+        return replace(own(builder, end_ids), banned_ids=tuple(banned))
+
+    monkeypatch.setattr(PromptBuilder, "_sampling", sampling)
 
 
 def rollout_config(model: Path, corpus: Path, out: Path, urls: list[str], **rollout: Any) -> RunConfig:
@@ -71,11 +87,11 @@ def test_weights_that_sampled_are_as_old_as_the_setting_permits(
         train(config)
     steps = steps_of(tmp_path / "out")
     assert [step["rollouts"]["max_age_steps"] for step in steps] == [min(n, staleness) for n in range(6)]
-    for number, step in enumerate(steps):
-        rollouts = step["rollouts"]
-        own_nats = rollouts["own_bpb"] * math.log(2) * rollouts["num_bytes"]
-        same = rollouts["cross_entropy"] * rollouts["tokens"] == pytest.approx(own_nats, rel=1e-4)
-        assert same == (number == 0 or staleness == 0)
+    own_nats = [r["own_bpb"] * math.log(2) * r["num_bytes"] for r in (step["rollouts"] for step in steps)]
+    trained_nats = [r["cross_entropy"] * r["tokens"] for r in (step["rollouts"] for step in steps)]
+    same = [a == pytest.approx(b, rel=1e-5) for a, b in zip(own_nats, trained_nats, strict=True)]
+    assert same[0]
+    assert all(same) == (staleness == 0)
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
@@ -163,10 +179,26 @@ def test_answers_of_chats_are_scored_in_the_template_of_each_teacher(
         raw["rollout"] = {"max_new_tokens": 16, "top_p": 0.9}
         train(RunConfig.model_validate(raw))
     steps = steps_of(tmp_path / "out")
-    assert sum(step["rollouts"]["samples"] for step in steps) + sum(step["skipped"] for step in steps) == 16
-    assert steps[0]["rollouts"]["samples"] > 0
+    assert sum(step["rollouts"]["samples"] for step in steps) == 16
+    assert sum(step["skipped"] for step in steps) == 0, "empty and unfinished answers are scored, too"
     first = steps[0]["rollouts"]
-    # The student and the teacher with its weights read the same prompt: the template up to the answer.
     own_nats = first["own_bpb"] * math.log(2) * first["num_bytes"]
     assert first["cross_entropy"] * first["tokens"] == pytest.approx(own_nats, rel=1e-4)
     assert steps[0]["coverage"] > 0.9
+
+
+@pytest.mark.slow
+def test_chats_that_the_student_cannot_continue_are_skipped(tmp_path: Path, tiny_byte_level: Path) -> None:
+    spelled = [{"role": "user", "content": "What is <|eos|>?"}, {"role": "assistant", "content": "A token."}]
+    long = [{"role": "user", "content": "How long? " * 200}, {"role": "assistant", "content": "Long."}]
+    with served_models(tiny_byte_level) as urls:
+        chats = write_chats(tmp_path, extra=(spelled, long))
+        raw = chat_config(tmp_path, tiny_byte_level, {urls[0]: "byte_level"}, chats).model_dump()
+        raw["rollout"] = {"max_new_tokens": 16}
+        raw["data"]["invalid_chats"] = "skip"
+        raw["eval"]["held_out_documents"] = 0
+        train(RunConfig.model_validate(raw))
+    steps = steps_of(tmp_path / "out")
+    assert sum(step["skipped"] for step in steps) == 4, "two chats in two epochs"
+    assert all(step["cross_entropy"] is None for step in steps), "they are not trained on as given text"
+    assert sum(step["rollouts"]["samples"] for step in steps) == 20

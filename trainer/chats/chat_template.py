@@ -84,20 +84,42 @@ class ChatTemplate:
         except (InvalidChat, TokenizerError) as error:
             raise ChatError(f"{label}: {error}") from error
 
-    def answer_prompt(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (), *, sample: str = "chat"
-    ) -> Tokens:
-        """Render and tokenize a chat up to the beginning of the next answer of the assistant.
+    def continue_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        answer: str = "",
+        *,
+        sample: str = "chat",
+    ) -> tuple[Tokens, int]:
+        """Tokenize a chat up to the beginning of the next answer of the assistant, and a part of this answer.
 
-        The tokens are without the BOS of `Vocabulary.prefix` that the template does not write. Raises ChatError.
+        The template does not render the answer, so that it changes nothing in it; special tokens that the answer spells
+        are ordinary text. Returns the tokens, without a BOS that the template does not write, and the byte at which the
+        answer begins. Raises ChatError.
         """
         label = f"sample {sample}, model {self.name}"
         try:
-            chat, escape, _ = self._chat(*normalize_chat(messages, tools), label)
-            plain = plain_text(chat.answer_prompt(), (), escape)
-            return self.vocabulary.encode_rendered(plain.text, plain.literals)
+            chat, escape, (syntax, _) = self._chat(*normalize_chat(messages, tools), label)
+            plain = plain_text(chat.answer_prompt() + syntax.header, (), escape)
+            start = len(plain.text.encode())
+            spelled = [
+                (start + len(answer[: match.start()].encode()), start + len(answer[: match.end()].encode()))
+                for match in self.special_tokens.finditer(answer)
+            ]
+            return self.vocabulary.encode_rendered(plain.text + answer, [*plain.literals, *spelled]), start
         except (InvalidChat, TokenizerError) as error:
             raise ChatError(f"{label}: {error}") from error
+
+    @property
+    def turn_end(self) -> int | None:
+        """Id of the token with which the template ends an answer; without one, that of the vocabulary, or None."""
+        if self.end_of_turn is not None:
+            return self.end_of_turn
+        _, ends = self._without_tools
+        if ends.token:
+            return self.vocabulary.tokens.index(ends.token)
+        return self.vocabulary.roles.get(END_OF_TURN, self.vocabulary.roles.get("eos"))
 
     def _chat(
         self, messages: list[Message], tools: list[Message], label: str

@@ -28,6 +28,7 @@ class TurnSyntax:
     after_calls    text after the arguments of the last tool call of the last message; empty if it is unknown
     reasoning_key  key of a message by which the template reads its reasoning
     call_style     how the template expects messages with tool calls
+    header         text in front of an answer, if the template does not write it as a generation prompt; else empty
     """
 
     openings: Mapping[str, str]
@@ -35,6 +36,7 @@ class TurnSyntax:
     after_calls: str
     reasoning_key: str
     call_style: CallStyle
+    header: str = ""
 
 
 def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax:
@@ -46,9 +48,11 @@ def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax
     probe = _Probe(template, tools)
     user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _CONTENT}
     plain, earlier = probe.render([user, assistant]), probe.render([user, assistant, user])
-    header, prompt = (probe.render([user], is_prompt).rpartition(_USER)[2] for is_prompt in (False, True))
-    if prompt == header:  # the template has no generation prompt
+    after_user, prompt = (probe.render([user], is_prompt).rpartition(_USER)[2] for is_prompt in (False, True))
+    header = ""
+    if prompt == after_user:  # the template has no generation prompt
         prompt = _between(earlier, _CONTENT) or _between(plain, _CONTENT)
+        header = prompt.removeprefix(after_user)
     call_style, calls = probe.tool_call(user)
     inline = probe.render([user, assistant | {"content": f"<think>{_REASONING}</think>{_CONTENT}"}])
     reasoning_key, reasoning = probe.reasoning(user, assistant)
@@ -63,6 +67,7 @@ def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax
         after_calls=calls.rpartition(_CALL)[2] if _CALL in calls else "",
         reasoning_key=reasoning_key,
         call_style=call_style,
+        header=header,
     )
 
 

@@ -1,4 +1,4 @@
-"""The telemetry of one rollout: what the student wrote, and how likely the fused target considers it."""
+"""The telemetry of one rollout: counts of its tokens, and its likelihood by the fused target."""
 
 import numpy as np
 

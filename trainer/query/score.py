@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignment import AlignmentError, Target
+from alignment import AlignmentError, Target, Vocabulary
 from alignment.report import AlignmentReport
-from alignment.sampled_tokens import num_noncanonical, transfer_target
+from alignment.sampled_tokens import are_equal, num_noncanonical, transfer_target
 from teachers.protocol.errors import TeacherError, TeacherLost
 from teachers.protocol.rows import Rows
 from trainer.chats.jinja_template import ChatError
@@ -53,6 +53,8 @@ class SampleScorer:
     async def tokenize(self, sample: Sample, collector: Collector) -> Tokenizations | None:
         """Tokenize a sample for every model, shortened to the limits of all. Return None for a skipped chat."""
         try:
+            if sample.refusal is not None:
+                raise sample.refusal
             tokenizations, seconds = await in_thread(self._tokenize, sample)
         except ChatError as error:
             if sample.rollout is None or not sample.is_chat:  # nobody can correct an answer that was sampled
@@ -96,10 +98,11 @@ class SampleScorer:
         return fit_sample(original, attempt, self._data)
 
     def _canonical(self, sample: Sample, student: TokenizedSample) -> TokenizedSample | None:
-        if sample.rollout is None:
+        vocabularies = [teacher.tokenizer.vocabulary for teacher in self._connection.teachers]
+        if sample.rollout is None or all(_reads_sampled_tokens(sample, each) for each in vocabularies):
             return None
         canonical = self._student.tokenize_rollout(sample, canonical=True)
-        return canonical if num_noncanonical(canonical.tokens, student.tokens) else None
+        return None if are_equal(canonical.tokens, student.tokens) else canonical
 
     def _first_excess(
         self, sample: Sample, student: TokenizedSample, teachers: tuple[TokenizedSample, ...]
@@ -170,11 +173,15 @@ def _prepare(
     aligned to the canonical tokens, and the target is moved to the sampled ones.
     """
     canonical, student = tokenizations.canonical, tokenizations.student
-    rollout = None if tokenizations.sample.is_chat else tokenizations.sample.rollout  # chats are rendered by templates
-    if canonical is None or (rollout and rollout.fingerprint == teacher.tokenizer.vocabulary.fingerprint):
+    if canonical is None or _reads_sampled_tokens(tokenizations.sample, teacher.tokenizer.vocabulary):
         return signal.prepare(*response, student)
     prepared = signal.prepare(*response, canonical)
     return prepared._replace(target=transfer_target(prepared.target, canonical.tokens, student.tokens))
+
+
+def _reads_sampled_tokens(sample: Sample, teacher: Vocabulary) -> bool:
+    """Return whether a teacher receives the tokens that the student has sampled: in texts, with the same tokenizer."""
+    return sample.rollout is not None and not sample.is_chat and sample.rollout.fingerprint == teacher.fingerprint
 
 
 def _first_position(teacher: ConnectedTeacher, tokenized: TokenizedSample) -> int:

@@ -1,6 +1,6 @@
 """Rollouts for on-policy distillation: the student continues prompts, and learns from the teachers' scores of its text.
 
-ENGINES is the registry of what samples the tokens: name -> "module:class" of a trainer.rollouts.base.RolloutEngine.
+ENGINES is the registry of the components that sample tokens: name -> "module:class" of a RolloutEngine (base.py).
 """
 
 ENGINES: dict[str, str] = {

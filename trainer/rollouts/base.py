@@ -1,4 +1,4 @@
-"""What all engines of rollouts share: the prompt, the settings of sampling, and the tokens that were sampled."""
+"""The interface of rollout engines: prompts, settings of sampling, and the tokens that were sampled."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,23 +10,12 @@ Finish = Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt for the student.
-
-    ids             tokens of the model's input, with BOS if the model expects it
-    max_new_tokens  maximum number of sampled tokens; at least 1
-    """
-
-    ids: tuple[int, ...]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
 class Sampling:
     """Settings of sampling.
 
     end_ids     tokens that end a rollout
-    banned_ids  tokens that are never sampled: those without text, except `end_ids`
+    banned_ids  tokens that are never sampled: those without text, except `end_ids`. Ids that the tokenizer lacks are
+                never sampled either
     stop        byte strings that end a rollout
     """
 
@@ -35,6 +24,20 @@ class Sampling:
     end_ids: frozenset[int]
     banned_ids: tuple[int, ...]
     stop: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt for the student.
+
+    ids             tokens of the model's input, with BOS if the model expects it
+    max_new_tokens  maximum number of sampled tokens; at least 1
+    sampling        settings; temperature and top_p are the same for all prompts of a run
+    """
+
+    ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,6 @@ class RolloutEngine(Protocol):
         self,
         student: Student,
         prompts: Sequence[Prompt],
-        sampling: Sampling,
         seed: Sequence[int],
         should_stop: Callable[[], bool],
     ) -> list[SampledTokens]:

@@ -21,7 +21,7 @@ from trainer.records import Rollout, Sample
 from trainer.rollouts import ENGINES
 from trainer.rollouts.base import RolloutEngine
 from trainer.rollouts.config import RolloutConfig
-from trainer.rollouts.prompts import PromptBuilder
+from trainer.rollouts.prompts import PromptBuilder, prompt_crc
 from trainer.sources.corpus import Corpus
 from trainer.sources.sample_order import ROLLOUT, SHARE, batch_indices
 from trainer.student.model import Student
@@ -63,7 +63,6 @@ class OnPolicyBatches:
         self._next = steps.start
         self._waiting = waiting
         self._builder = PromptBuilder(tokenizer, config.rollout, config.data.window_tokens)
-        self._sampling = self._builder.sampling()
         self._engine = engine or open_engine(config.rollout)
         self._queue: queue.SimpleQueue[list[Sample] | None] = queue.SimpleQueue()
         self.sample_s = 0.0  # seconds of the last call of `advance`
@@ -102,6 +101,7 @@ class OnPolicyBatches:
         return {
             str(step): {str(position): [asdict(each) for each in rollouts] for position, rollouts in batch.items()}
             for step, batch in self._waiting.items()
+            if step < self._next  # complete in all processes
         }
 
     def _batch(self, step: int, version: int, should_stop: Callable[[], bool]) -> list[Sample] | None:
@@ -111,43 +111,51 @@ class OnPolicyBatches:
         """
         train, size = self._config.train, self._config.train.batch_samples
         indices = sorted(batch_indices(self._corpus.order, size, step, train.epochs))
-        chosen = replaced_positions(self._rollout, len(indices), train.seed, step, self._num_steps)
         shard = self._ranks.shard(range(len(indices)))
         samples = {position: self._corpus.train[indices[position]] for position in shard}
+        chosen = frozenset(self._waiting.get(step, ()))  # after a change of the share, what was sampled is still used
         prompts = {i: self._builder.with_prompt(sample) for i, sample in samples.items() if i in chosen}
-        if not chosen <= self._waiting.get(step, {}).keys():  # also if another process was stopped while it sampled
-            self._waiting.pop(step, None)
-            sampled = self._sample(prompts, (step, version), should_stop)
-            if sampled is None:
+        if self._ranks.any(not chosen or not self._fits(step, prompts)):
+            chosen = replaced_positions(self._rollout, len(indices), train.seed, step, self._num_steps)
+            prompts = {i: self._builder.with_prompt(sample) for i, sample in samples.items() if i in chosen}
+            rollouts = self._sample(prompts, (step, version), should_stop) if chosen else {}
+            if rollouts is None:
                 return None
-            self._waiting[step] = sampled
-        rollouts = self._waiting.get(step, {})
+            self._waiting[step] = rollouts
+        by_position = self._waiting[step]
         return [
             each
             for i, sample in samples.items()
-            # a prompt that is too long has no rollouts; its sample is refused or skipped like any that is too long
-            for each in [self._builder.sample(prompts[i], one) for one in rollouts.get(i, ())] or [sample]
+            for each in (
+                [sample]
+                if i not in chosen
+                else [self._builder.sample(prompts[i], one) for one in by_position[i]] or [prompts[i]]
+            )
         ]
+
+    def _fits(self, step: int, prompts: Mapping[int, Sample]) -> bool:
+        """Return whether the waiting rollouts of a step continue these prompts, which a changed run file changes."""
+        pairs = [(prompt, one) for i, prompt in prompts.items() for one in self._waiting[step][i]]
+        return all(prompt.refusal is None and one.prompt_crc == prompt_crc(prompt) for prompt, one in pairs)
 
     def _sample(
         self, prompts: Mapping[int, Sample], step_and_version: tuple[int, int], should_stop: Callable[[], bool]
     ) -> dict[int, list[Rollout]] | None:
-        """Return rollouts of the prompts by position; none of a prompt that leaves no room for a token.
+        """Return the rollouts of the prompts by position; none of a refused prompt.
 
         Returns None if `should_stop` has returned true.
         """
         step, version = step_and_version
-        inputs = {i: prompt for i, sample in prompts.items() if (prompt := self._builder.prompt(sample)) is not None}
-        positions = [i for i in inputs for _ in range(self._rollout.samples_per_prompt)]
+        usable = [i for i, prompt in prompts.items() if prompt.refusal is None]
+        positions = [i for i in usable for _ in range(self._rollout.samples_per_prompt)]
         seed = (self._config.train.seed, ROLLOUT, step, self._ranks.rank)
-        sampled = self._engine.sample(
-            self._student, [inputs[i] for i in positions], self._sampling, seed, should_stop=should_stop
-        )
+        inputs = [self._builder.prompt(prompts[i]) for i in positions]
+        sampled = self._engine.sample(self._student, inputs, seed, should_stop)
         if should_stop():
             return None
         rollouts: dict[int, list[Rollout]] = {i: [] for i in prompts}
         for i, tokens in zip(positions, sampled, strict=True):
-            rollouts[i].append(self._builder.rollout(tokens, version))
+            rollouts[i].append(self._builder.rollout(prompts[i], tokens, version))
         return rollouts
 
 

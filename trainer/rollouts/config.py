@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from trainer.config_section import Fraction, Positive, Section, one_of
+from trainer.config_section import Fraction, OpenFraction, Positive, Section, one_of
 from trainer.losses import DIVERGENCES
 from trainer.rollouts import ENGINES
 
@@ -17,7 +17,8 @@ class RolloutConfig(Section):
     """
 
     engine: Annotated[str, one_of(ENGINES)] = "transformers"
-    """What samples the tokens. `transformers`: the student itself, in the processes of the run, between two steps."""
+    """The engine that samples the tokens. `transformers`: the student itself, in the processes of the run, between two
+    steps."""
     share: Fraction = 1.0
     """Share of the samples that are replaced by rollouts: 1 is on-policy training, 0 trains on given text only. It is
     λ of GKD (arXiv 2306.13649)."""
@@ -33,15 +34,19 @@ class RolloutConfig(Section):
     max_new_tokens: Positive = 128
     """Maximum number of sampled tokens. Prompt and rollout together have at most data.window_tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of sampling. The loss and all metrics are those of temperature 1."""
+    """Temperature of sampling. All metrics of rollouts are those of temperature 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the most likely tokens with this total probability."""
-    stop: list[str] = []
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a rollout. The token that completes one is kept."""
     divergence: Annotated[str, one_of(DIVERGENCES)] = "reverse_kl"
     """Divergence on the sampled text, where it is the whole loss: loss.ce_weight applies to given text only.
     `reverse_kl` makes the student avoid what the teachers consider unlikely. With `forward_kl` the student imitates
     everything that the teachers consider possible, and the entropy of its rollouts grows (docs/onpolicy.md)."""
+    alpha: OpenFraction | None = None
+    """skew_kl, skew_reverse_kl: weight of the first distribution in the mixture. Default: 0.1."""
+    beta: OpenFraction | None = None
+    """jensen_shannon: weight of the target in the mixture. Default: 0.5."""
     max_staleness_steps: Annotated[int, Field(ge=0, le=64)] = 0
     """Number of steps by which the weights that sample a batch may be older than the weights that are trained on it. 0
     is synchronous. With 1 or more the teachers score the next batches while the student trains."""
@@ -50,6 +55,16 @@ class RolloutConfig(Section):
     same random numbers. The teachers' bits per byte of these texts show what on-policy training achieves."""
     generation_batch: Positive = 32
     """Number of rollouts that are sampled together, per process."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RolloutConfig":
+        if (self.final_share is None) != (self.schedule == "constant"):
+            raise ValueError("final_share and schedule (linear or cosine) belong together; set both or neither")
+        if self.alpha is not None or self.beta is not None:
+            from trainer.losses.divergences import divergence  # imports torch
+
+            divergence(self.divergence, self.alpha, self.beta)
+        return self
 
     @property
     def end_share(self) -> float:

@@ -42,7 +42,8 @@ class HeldOutRollouts:
             self._builder = PromptBuilder(tokenizer, config.rollout, config.data.window_tokens)
             self._engine = open_engine(config.rollout)
             samples = ranks.shard(agreement_samples(held_out, config.rollout.eval_prompts))
-            self._prompts = [self._builder.with_prompt(sample) for sample in samples]
+            prompts = [self._builder.with_prompt(sample) for sample in samples]
+            self._prompts = [prompt for prompt in prompts if prompt.refusal is None]
         self._is_used = ranks.any(bool(self._prompts))
 
     def evaluate(self, metrics: Metrics, step: int, score: Score) -> None:
@@ -69,14 +70,12 @@ class HeldOutRollouts:
         metrics.write(event)
 
     def _sample(self, version: int) -> list[Sample]:
-        pairs = [(sample, prompt) for sample in self._prompts if (prompt := self._builder.prompt(sample)) is not None]
         seed = (self._seed, HELD_OUT, self._ranks.rank)
-        sampled = self._engine.sample(
-            self._student, [prompt for _, prompt in pairs], self._builder.sampling(), seed, lambda: False
-        )
+        inputs = [self._builder.prompt(prompt) for prompt in self._prompts]
+        sampled = self._engine.sample(self._student, inputs, seed, lambda: False)
         return [
-            self._builder.sample(sample, self._builder.rollout(tokens, version))
-            for (sample, _), tokens in zip(pairs, sampled, strict=True)
+            self._builder.sample(prompt, self._builder.rollout(prompt, tokens, version))
+            for prompt, tokens in zip(self._prompts, sampled, strict=True)
         ]
 
 

@@ -1,20 +1,25 @@
 """Prompts made of samples of the data, and samples made of prompts and the tokens that were sampled after them."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from alignment import Tokens
 from alignment.sampled_tokens import complete_length
-from trainer.errors import DataError
+from trainer.chats.jinja_template import ChatError
 from trainer.records import Rollout, Sample
 from trainer.rollouts.base import Prompt, SampledTokens, Sampling
 from trainer.rollouts.config import RolloutConfig
-from trainer.tokenization import SampleTokenizer, is_character_end
+from trainer.tokenization import STUDENT_WINDOW, SampleTokenizer, is_character_end
 
 
 @dataclass(frozen=True)
 class PromptBuilder:
     """Makes prompts and samples for one student.
+
+    EOS ends a text. An answer of a chat ends with the tokens with which the student's template ends a turn, or with EOS
+    if there are none. Other special tokens have no text and are never sampled.
 
     window_tokens  maximum number of tokens of a prompt and its rollout, without BOS and EOS
     """
@@ -23,61 +28,75 @@ class PromptBuilder:
     config: RolloutConfig
     window_tokens: int
 
-    def sampling(self) -> Sampling:
-        """Return the settings of sampling.
+    @cached_property
+    def _text_sampling(self) -> Sampling:
+        eos = self.tokenizer.vocabulary.roles.get("eos")
+        return self._sampling(frozenset() if eos is None else frozenset({eos}))
 
-        EOS ends a rollout, and so do the tokens with which the chat template ends a turn. Other special tokens have no
-        text and are never sampled.
-        """
-        vocabulary, template = self.tokenizer.vocabulary, self.tokenizer.template
-        eos = vocabulary.roles.get("eos")
-        end_ids = (frozenset() if eos is None else frozenset({eos})) | (template.turn_ends if template else frozenset())
-        banned = (i for i, data in enumerate(vocabulary.token_bytes) if not data and i not in end_ids)
+    @cached_property
+    def _chat_sampling(self) -> Sampling:
+        template = self.tokenizer.template
+        ends = template.turn_ends if template is not None else frozenset()
+        return self._sampling(ends) if ends else self._text_sampling
+
+    def _sampling(self, end_ids: frozenset[int]) -> Sampling:
+        token_bytes = self.tokenizer.vocabulary.token_bytes
+        banned = (i for i, data in enumerate(token_bytes) if not data and i not in end_ids)
         stop = tuple(text.encode() for text in self.config.stop)
         return Sampling(self.config.temperature, self.config.top_p, end_ids, tuple(banned), stop)
 
     def with_prompt(self, sample: Sample) -> Sample:
         """Return the sample reduced to its prompt: a chat without its last answer, or the first part of a text.
 
-        Raises ChatError for a chat that the student's template cannot render, and DataError for a text without prompt.
+        The result has a `refusal` if the student's template cannot render the chat, or if no token fits behind it.
         """
-        if sample.is_chat:
-            return self._chat_prompt(sample)
+        try:
+            prompted = self._chat_prompt(sample) if sample.is_chat else self._text_prompt(sample)
+        except ChatError as error:
+            return replace(sample, refusal=error)
+        assert prompted.prompt is not None
+        if len(prompted.prompt) < self.window_tokens:
+            return prompted
+        refusal = ChatError(
+            f"sample {sample.name}: its prompt has {len(prompted.prompt)} tokens and leaves no room for a rollout in "
+            f"{STUDENT_WINDOW} of {self.window_tokens} tokens: raise data.window_tokens, or set data.invalid_chats = "
+            '"skip" to skip it'
+        )
+        return replace(sample, refusal=refusal)
+
+    def _text_prompt(self, sample: Sample) -> Sample:
         vocabulary = self.tokenizer.vocabulary
         if sample.prompt_bytes:
             prompt = sample.text.encode()[: sample.prompt_bytes]
-        elif self.config.prompt_tokens is None:
-            raise DataError(
-                f"sample {sample.name} is a text without a prompt: set rollout.prompt_tokens to use its first tokens"
-            )
         else:
+            assert self.config.prompt_tokens is not None, "checked at the start of the run"
             prompt = _first_tokens(vocabulary.encode(sample.text), self.config.prompt_tokens)
         text = prompt.decode()
         return replace(sample, text=text, prompt_bytes=len(prompt), closes=False, prompt=vocabulary.encode(text))
 
     def _chat_prompt(self, sample: Sample) -> Sample:
-        """Return the chat without its last answer. The answers before it are not supervised."""
-        messages = sample.messages
+        """Return the chat without its last answer."""
+        messages, template = sample.messages, self.tokenizer.template
+        assert template is not None, "the run has chats"
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        given = tuple({**each, "train": False} if each["role"] in ("assistant", "tool") else each for each in messages)
-        template = self.tokenizer.template
-        if not messages or template is None:
-            raise DataError(f"sample {sample.name}: nothing precedes the answer, expected a message of the user")
-        prompt = template.answer_prompt(given, sample.tools, sample=sample.name)
-        return replace(sample, messages=given, prompt=prompt)
+        if not messages:
+            raise ChatError(f"sample {sample.name}: expected a message in front of the answer")
+        prompt, _ = template.continue_chat(messages, sample.tools, sample=sample.name)
+        return replace(sample, messages=messages, prompt=prompt)
 
-    def prompt(self, sample: Sample) -> Prompt | None:
-        """Return the model's input for a sample that is reduced to its prompt; None if no token fits behind it."""
+    def prompt(self, sample: Sample) -> Prompt:
+        """Return the model's input for a sample that is reduced to its prompt."""
         assert sample.prompt is not None
         ids, prefix = sample.prompt.ids.tolist(), self.tokenizer.vocabulary.prefix
-        if ids[:1] == prefix:  # a chat template writes BOS itself
-            ids = ids[1:]
+        if sample.is_chat and ids[:1] == prefix:  # the template writes BOS itself
+            prefix = []
         room = self.window_tokens - len(ids)
-        return Prompt((*prefix, *ids), min(self.config.max_new_tokens, room)) if ids and room > 0 else None
+        sampling = self._chat_sampling if sample.is_chat else self._text_sampling
+        return Prompt((*prefix, *ids), min(self.config.max_new_tokens, room), sampling)
 
-    def rollout(self, sampled: SampledTokens, version: int) -> Rollout:
-        """Return the rollout of sampled tokens. Tokens behind the last whole character are cut.
+    def rollout(self, prompt: Sample, sampled: SampledTokens, version: int) -> Rollout:
+        """Return the rollout of the tokens sampled after a prompt. Tokens behind the last whole character are cut.
 
         Raises AlignmentError for a token without text that is not the end.
         """
@@ -95,6 +114,7 @@ class PromptBuilder:
             num_cut=len(sampled.ids) - kept,
             finish=sampled.finish if is_whole else "length",
             version=version,
+            prompt_crc=prompt_crc(prompt),
             fingerprint=vocabulary.fingerprint,
         )
 
@@ -111,7 +131,14 @@ class PromptBuilder:
         return b"".join(self.tokenizer.vocabulary.token_bytes[i] or b"" for i in ids).decode()
 
 
+def prompt_crc(sample: Sample) -> int:
+    """Return the CRC-32 of the tokens of a prompt."""
+    assert sample.prompt is not None
+    return zlib.crc32(sample.prompt.ids.tobytes())
+
+
 def _first_tokens(tokens: Tokens, number: int) -> bytes:
-    """Return the text of the first tokens, up to the last of them that ends a character."""
-    ends = (int(end) for end in tokens.ends[:number])
-    return tokens.text[: max((end for end in ends if end >= 0 and is_character_end(tokens.text, end)), default=0)]
+    """Return the text of the first tokens, up to the last one that ends a character; at least one character."""
+    ends = tokens.ends.tolist()
+    whole = [i for i, end in enumerate(ends) if end > 0 and is_character_end(tokens.text, end)]
+    return tokens.text[: ends[max((i for i in whole if i < number), default=whole[0])]]

@@ -1,6 +1,6 @@
 """Engine `transformers`: the student samples with `generate` of transformers, in the process that trains it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from trainer.rollouts.base import Finish, Prompt, SampledTokens, Sampling
+from trainer.rollouts.base import Finish, Prompt, SampledTokens
 from trainer.student.model import Student
 
 # shapes: B prompts, L tokens of the longest prompt, G sampled tokens, V vocabulary
@@ -27,21 +27,22 @@ class TransformersEngine:
         self,
         student: Student,
         prompts: Sequence[Prompt],
-        sampling: Sampling,
         seed: Sequence[int],
         should_stop: Callable[[], bool],
     ) -> list[SampledTokens]:
-        """Sample in batches of prompts in their order. Prompts of one batch are padded on the left."""
+        """Sample in batches of prompts of similar lengths, which are padded on the left."""
+        limit = student.max_tokens + len(student.vocabulary.prefix)
+        token_bytes = student.vocabulary.token_bytes
 
         def sample_all(model: Any) -> list[SampledTokens]:
-            sampled: list[SampledTokens] = []
-            for begin in range(0, len(prompts), self._generation_batch):
-                batch = prompts[begin : begin + self._generation_batch]
-                ends = _Ends(batch, sampling, student.vocabulary.token_bytes, should_stop)
-                sampled += _sample_batch(model, batch, sampling, ends)
+            sampled: dict[int, SampledTokens] = {}
+            for indices in _batches(prompts, self._generation_batch, limit):
+                batch = [prompts[i] for i in indices]
+                results = _sample_batch(model, batch, _Ends(batch, token_bytes, should_stop), len(token_bytes))
+                sampled.update(zip(indices, results, strict=True))
                 if should_stop():
                     break
-            return sampled
+            return [sampled[i] for i in sorted(sampled)]
 
         devices = [torch.device(student.device)] if student.device.startswith("cuda") else []
         with torch.random.fork_rng(devices=devices):
@@ -49,10 +50,28 @@ class TransformersEngine:
             return student.infer(sample_all)
 
 
-def _sample_batch(model: Any, prompts: Sequence[Prompt], sampling: Sampling, ends: "_Ends") -> list[SampledTokens]:
+def _batches(prompts: Sequence[Prompt], size: int, limit: int) -> Iterator[list[int]]:
+    """Yield the indices of all prompts in batches of at most `size`, by length.
+
+    A rollout that has ended is continued with padding until the last one of its batch ends. The longest prompt and the
+    longest rollout of a batch must together not exceed `limit`, the number of positions of the model.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)):
+        longest = max(prompts[j].max_new_tokens for j in [*batch, i])
+        if batch and (len(batch) == size or len(prompts[i].ids) + longest > limit):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _sample_batch(model: Any, prompts: Sequence[Prompt], ends: "_Ends", num_ids: int) -> list[SampledTokens]:
     ids_BL, mask_BL = _pad_left(prompts)
     ids_BL, mask_BL = ids_BL.to(model.device), mask_BL.to(model.device)
-    recorder = _Recorder(sampling.banned_ids)
+    sampling = prompts[0].sampling
+    recorder = _Recorder(prompts, num_ids)
     config = GenerationConfig(
         do_sample=True,
         temperature=sampling.temperature,
@@ -95,8 +114,10 @@ def _pad_left(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
 class _Recorder(LogitsProcessor):
     """Record the model's own distributions, and ban tokens. Temperature and top_p follow."""
 
-    def __init__(self, banned_ids: Sequence[int]) -> None:
-        self._banned_ids = torch.tensor(banned_ids, dtype=torch.int64)
+    def __init__(self, prompts: Sequence[Prompt], num_ids: int) -> None:
+        self._prompts = prompts
+        self._num_ids = num_ids  # of the tokenizer; the model may have more
+        self._banned_BV: Tensor | None = None
         self._logprobs_BV: Tensor | None = None
         self._logprobs: list[Tensor] = []
         self._entropies: list[Tensor] = []
@@ -105,7 +126,16 @@ class _Recorder(LogitsProcessor):
         self._record_sampled(input_ids[:, -1])
         self._logprobs_BV = logprobs_BV = torch.log_softmax(scores.float(), 1)
         self._entropies.append(-(logprobs_BV.exp() * logprobs_BV).sum(1))
-        return scores.index_fill(1, self._banned_ids.to(scores.device), float("-inf"))
+        if self._banned_BV is None:
+            self._banned_BV = self._banned(scores)
+        return scores.masked_fill(self._banned_BV, float("-inf"))
+
+    def _banned(self, scores_BV: Tensor) -> Tensor:
+        banned_BV = torch.zeros_like(scores_BV, dtype=torch.bool)
+        banned_BV[:, self._num_ids :] = True
+        for banned_V, prompt in zip(banned_BV, self._prompts, strict=True):
+            banned_V[torch.tensor(prompt.sampling.banned_ids, dtype=torch.int64, device=banned_V.device)] = True
+        return banned_BV
 
     def _record_sampled(self, ids_B: Tensor) -> None:
         if self._logprobs_BV is not None:
@@ -123,12 +153,10 @@ class _Ends(StoppingCriteria):
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        sampling: Sampling,
         token_bytes: Sequence[bytes | None],
         should_stop: Callable[[], bool],
     ) -> None:
         self._prompts = prompts
-        self._sampling = sampling
         self._token_bytes = token_bytes
         self._should_stop = should_stop
         self._prompt_length = max(len(prompt.ids) for prompt in prompts)
@@ -145,14 +173,14 @@ class _Ends(StoppingCriteria):
 
     def _finish(self, i: int, token: int, length: int) -> Finish | None:
         """Return why the last token of rollout `i` ends it, or None."""
-        if token in self._sampling.end_ids:
+        sampling = self._prompts[i].sampling
+        if token in sampling.end_ids:
             return "eos"
-        if self._sampling.stop:
+        if sampling.stop:
             data = self._token_bytes[token] or b""
             # a stop string that ends within the last token begins at most its own length before it
-            longest = max(map(len, self._sampling.stop))
-            text = self._texts[i] = (self._texts[i] + data)[-longest - len(data) :]
-            if any(text.find(stop, max(len(text) - len(data) - len(stop) + 1, 0)) >= 0 for stop in self._sampling.stop):
+            text = self._texts[i] = (self._texts[i] + data)[-max(map(len, sampling.stop)) - len(data) :]
+            if any(text.find(stop, max(len(text) - len(data) - len(stop) + 1, 0)) >= 0 for stop in sampling.stop):
                 return "stop"
         return "length" if length >= self._prompts[i].max_new_tokens else None
 

@@ -136,10 +136,11 @@ class RolloutStep(Record):
     """Sampled tokens, end tokens included."""
     num_bytes: int
     """Bytes of sampled text."""
-    divergence: float
-    """Divergence of the student from the fused target, in nats per token."""
-    cross_entropy: float
-    """Negative log-likelihood of the sampled tokens by the weights before the step, in nats per token."""
+    divergence: float | None
+    """Divergence of the student from the fused target, in nats per token; null without tokens."""
+    cross_entropy: float | None
+    """Negative log-likelihood of the sampled tokens by the weights before the step, in nats per token; null without
+    tokens."""
     own_bpb: float | None
     """Bits per byte of the rollouts by the weights that sampled them; null without bytes."""
     fused_bpb: float | None

@@ -18,6 +18,7 @@ from typing import Any
 from trainer.distributed import Ranks
 from trainer.errors import CheckpointError
 from trainer.manifest import MANIFEST, DamagedError, FileDigest, check_files, read_manifest, read_regular, write_synced
+from trainer.rollouts.batches import waiting_rollouts
 from trainer.training.identity import Identity
 
 log = logging.getLogger("tutelage.run")
@@ -199,6 +200,10 @@ def _read_state(path: Path) -> CheckpointMetadata:
     is_typed = all(isinstance(value, kind) for value, kind in zip(values, expected, strict=True))
     if not is_typed or metadata.precision not in ("bf16", "fp32"):
         raise DamagedError(f"{STATE_FILE} is not the state of a checkpoint")
+    try:
+        waiting_rollouts(metadata.rollouts)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{STATE_FILE} has rollouts of another form") from error
     if metadata.step != step_of(path):
         raise DamagedError(f"it is a checkpoint of step {metadata.step}")
     return metadata

@@ -62,7 +62,8 @@ RESUME_RULES = (
     ),
     ResumeRule(
         ALLOWED,
-        "speed and memory, with the number of processes. Results differ by rounding and by other masks of dropout",
+        "speed and memory, with the number of processes. Results differ by rounding, by other masks of dropout and, "
+        "with another number of processes, by other rollouts",
         (
             *(f"student.{key}" for key in ("device", "activation_checkpointing", "compile")),
             "loss.chunk_tokens",

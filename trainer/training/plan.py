@@ -45,7 +45,7 @@ def plan_step(config: RunConfig, step: int, num_steps: int, num_ranks: int = 1) 
         lr=learning_rate(step, num_steps, config.optim),
         objective=objective,
         gradient_accumulation_steps=min(
-            config.train.gradient_accumulation_steps, -(-config.train.batch_samples // num_ranks)
+            config.train.gradient_accumulation_steps, -(-config.max_batch_samples // num_ranks)
         ),
         clip_norm=config.optim.clip_norm,
         teachers=tuple(teacher.name for teacher in config.teachers),
@@ -68,4 +68,6 @@ def objective_at(loss: LossConfig, progress: float, fused_weight: float = 1.0) -
 
 def rollout_objective(rollout: RolloutConfig, loss: LossConfig) -> Objective:
     """Return the objective on text that the student has sampled: the divergence alone, without cross-entropy."""
-    return Objective(0.0, divergence(rollout.divergence), loss.temperature, loss.chunk_tokens)
+    return Objective(
+        0.0, divergence(rollout.divergence, rollout.alpha, rollout.beta), loss.temperature, loss.chunk_tokens
+    )

@@ -61,12 +61,12 @@ def step_event(
         "fallbacks": sum(collector.fallbacks for collector in collectors),
         "teachers": {name: _teacher_step(name, collectors, slowest, result.auxiliary) for name in plan.teachers},
     }
-    if result.rollout is not None:
+    if any(collector.rollouts.samples for collector in collectors):
         targets["rollouts"] = _rollout_step(collectors, result.rollout)
     return StepEvent.model_validate(values | targets)
 
 
-def _rollout_step(collectors: Sequence[Collector], loss: RolloutLoss) -> RolloutStep:
+def _rollout_step(collectors: Sequence[Collector], loss: RolloutLoss | None) -> RolloutStep:
     total = RolloutTelemetry()
     for collector in collectors:
         total.add(collector.rollouts)
@@ -75,8 +75,8 @@ def _rollout_step(collectors: Sequence[Collector], loss: RolloutLoss) -> Rollout
         samples=total.samples,
         tokens=total.tokens,
         num_bytes=total.num_bytes,
-        divergence=loss.divergence,
-        cross_entropy=loss.cross_entropy,
+        divergence=loss.divergence if loss else None,
+        cross_entropy=loss.cross_entropy if loss else None,
         own_bpb=_finite(bits_per_byte(-total.own_nats, total.num_bytes)),
         fused_bpb=_finite(bits_per_byte(-total.fused_nats, total.fused_bytes)),
         entropy=total.entropy / num_tokens,
