@@ -17,7 +17,7 @@ from teachers.client.load_balancer import LoadBalancerStats
 from tests.trainer.made_runs import write_run
 from tests.trainer.runs import run_config, served_models, write_corpus
 from trainer.cli.app import print_json
-from trainer.report.charts import chart_specs
+from trainer.report.chart_specs import chart_specs
 from trainer.report.history import read_history
 from trainer.report.summary import summarise
 from trainer.telemetry.event_records import PoolStep

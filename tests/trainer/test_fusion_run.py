@@ -20,10 +20,11 @@ from trainer.errors import CheckpointError, DataError
 from trainer.fusion.run_fuser import Fuser
 from trainer.fusion.running_bits_per_byte import RunningBitsPerByte
 from trainer.records import DistillationExample, Rollout, Sample, ScoredSample, TeacherScores, TokenizedSample
+from trainer.shortening import shorten_text
 from trainer.student.loading import load_student
 from trainer.telemetry.collector import Collector
 from trainer.telemetry.jsonl import read_metrics
-from trainer.tokenization import SampleTokenizer, shorten_text
+from trainer.tokenization import SampleTokenizer
 from trainer.training.loop import train
 from trainer.training.optimizer import make_optimizer
 from trainer.training.plan import plan_step

@@ -14,8 +14,9 @@ from trainer.chats.jinja_template import ChatError, JinjaTemplate
 from trainer.chats.json_values import Message
 from trainer.errors import DataError, UserError
 from trainer.records import Sample
+from trainer.shortening import Excess, fit_sample
 from trainer.sources.config import DataConfig, SourceConfig
-from trainer.tokenization import Excess, SampleTokenizer, fit_sample, tokenize_samples
+from trainer.tokenization import SampleTokenizer, tokenize_samples
 
 VOCABULARY = chat_vocabulary("byte_level")
 TOKENIZER = SampleTokenizer(VOCABULARY, VOCABULARY.prefix, chat_template(CHATML))

@@ -18,10 +18,11 @@ from trainer.chats.jinja_template import ChatError
 from trainer.query.background import in_thread
 from trainer.query.connect import ConnectedTeacher, TeacherConnection, gather
 from trainer.records import Sample, ScoredSample, TeacherScores, TokenizedSample
+from trainer.shortening import STUDENT_WINDOW, Excess, fit_sample
 from trainer.signals.base import Prepared, TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
-from trainer.tokenization import STUDENT_WINDOW, Excess, SampleTokenizer, fit_sample, raise_unless_skipped
+from trainer.tokenization import SampleTokenizer, raise_unless_skipped
 
 
 @dataclass(frozen=True, eq=False)

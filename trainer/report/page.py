@@ -12,11 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from trainer.errors import MetricsError, UserError
 from trainer.manifest import replace_file
 from trainer.paths import exists
+from trainer.report.chart_specs import TEACHERS, chart_specs
 from trainer.report.charts import (
     MAX_MARKERS,
-    TEACHERS,
     change_label,
-    chart_specs,
     common_x_axis,
     draw_chart,
     other_charts,

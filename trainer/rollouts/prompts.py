@@ -11,7 +11,8 @@ from trainer.chats.jinja_template import ChatError
 from trainer.records import Rollout, Sample
 from trainer.rollouts.base import Prompt, SampledTokens, Sampling
 from trainer.rollouts.config import RolloutConfig
-from trainer.tokenization import STUDENT_WINDOW, SampleTokenizer, is_character_end
+from trainer.shortening import STUDENT_WINDOW, is_character_end
+from trainer.tokenization import SampleTokenizer
 
 
 @dataclass(frozen=True)
