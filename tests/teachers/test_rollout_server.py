@@ -318,6 +318,22 @@ def test_a_client_that_did_not_synchronize_learns_the_weights_from_the_server(
     call(url, run)
 
 
+def test_a_client_learns_of_other_weights_of_the_same_version_by_one_conflict(
+    local: LocalRolloutServer, url: str, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    async def run(server: RolloutServer) -> None:
+        other = RolloutServer(url)
+        await server.sync(folder, 4)
+        await asyncio.to_thread(write_sync_folder, weights, folder)
+        await other.sync(folder, 4)
+        with pytest.raises(Conflict, match="expected the weights 4-"):
+            await server.generate(PROMPT, version=4)
+        assert (await server.generate(PROMPT, version=4)).version == 4
+        await other.aclose()
+
+    call(url, run)
+
+
 def test_a_text_during_whose_generation_the_weights_change_has_two_versions(
     local: LocalRolloutServer, url: str, folder: Path
 ) -> None:
