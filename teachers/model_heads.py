@@ -19,8 +19,8 @@ def check_head_files(folder: Path, is_tied: bool) -> None:
     """Raise ModelError if the files have another head than `is_tied` says. Quantized heads are not compared."""
     with model_errors(folder):
         tensors = read_weights(folder)
-        head = _find(tensors, HEADS)
-        embeddings = _find(tensors, EMBEDDINGS)
+        head = find_tensor(tensors, HEADS)
+        embeddings = find_tensor(tensors, EMBEDDINGS)
         if embeddings is None:
             return
         if is_tied and head is not None and not _are_equal(tensors[head], tensors[embeddings]):
@@ -35,7 +35,7 @@ def check_head_files(folder: Path, is_tied: bool) -> None:
             )
 
 
-def _find(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+def find_tensor(tensors: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
     """Return the shortest tensor name that is one of `names` or ends with a dot and one of them; None without one."""
     found = [t for t in tensors for name in names if t == name or t.endswith(f".{name}")]
     return min(found, key=len, default=None)

@@ -1,5 +1,6 @@
-"""vLLM processes on loopback: an OpenAI server with the plugin, and `tutelage serve`."""
+"""vLLM processes on loopback: an OpenAI server with the plugin, `tutelage serve`, and `tutelage serve --rollouts`."""
 
+import json
 import os
 import signal
 import subprocess
@@ -38,15 +39,26 @@ def vllm_openai_server(model: Path, max_top_k: int, max_tokens: int, batch_token
 
 
 @contextmanager
-def started(command: Sequence[str], port: int, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start a process and wait for its /ready. The process and its children are ended after the block."""
+def rollout_server(model: Path, sync_dir: Path, max_tokens: int, **vllm_args: object) -> Iterator[str]:
+    """Run `tutelage serve --rollouts` in bfloat16 with one thread and the key KEY. Yields its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "trainer.cli", "serve", str(model), "--rollouts", "--sync-dir", str(sync_dir)]
+    command += ["--port", str(port), "--dtype", "bfloat16", "--max-tokens", str(max_tokens), "--max-top-k", "17"]
+    command += ["--vllm-args", json.dumps({"enforce_eager": True} | vllm_args)]
+    with started(command, port, path="/health", TUTELAGE_KEY=KEY, OMP_NUM_THREADS="1"):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def started(command: Sequence[str], port: int, path: str = "/ready", **env: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Start a process and wait until `path` responds with 200. It and its children are ended after the block."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command, env=os.environ | ENV | env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             deadline = time.monotonic() + START_S
-            while not _ready(port):
+            while not _is_ready(port, path):
                 if process.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
                     raise AssertionError(f"the process is not ready: {output.read()[-4000:].decode(errors='replace')}")
@@ -62,9 +74,9 @@ def started(command: Sequence[str], port: int, **env: str) -> Iterator["subproce
                 process.wait()
 
 
-def _ready(port: int) -> bool:
+def _is_ready(port: int, path: str) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/ready", timeout=30).status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=30).status_code == 200
     except httpx.TransportError:
         return False
 

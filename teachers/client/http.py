@@ -22,6 +22,7 @@ from teachers.client.connection_errors import connection_error, speaks_tls, tls_
 from teachers.client.rate_limits import exhausted_s, retry_after_s
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import (
+    Conflict,
     NotDeployed,
     NotFound,
     Overloaded,
@@ -50,7 +51,8 @@ Sender = Callable[[str, str, Headers, bytes], Awaitable[Response]]  # method, pa
 class Transport:
     """Requests to one server, each with a total deadline in seconds. Close it when done.
 
-    Raises the errors of teachers.protocol.errors. Every message starts with the teacher's name and address.
+    Raises the errors of teachers.protocol.errors. Every message starts with the kind of server, its name and
+    its address.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Transport:
         key: str | None = None,
         ca_file: Path | None = None,
         sender: Sender | None = None,
+        *,
+        kind: str = "teacher",
     ) -> None:
-        self.url = url if sender else check_url(name, url)
-        self._label = f"teacher {name} at {self.url}"
+        self.url = url if sender else check_url(name, url, kind)
+        self._label = f"{kind} {name} at {self.url}"
         self._ca_file = ca_file
         self._may_need_tls = sender is None and self.url.startswith("http:")  # until the first valid response
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
@@ -84,18 +88,27 @@ class Transport:
 
     async def get(self, path: str, timeout_s: float, limit_bytes: int = MAX_SMALL_BYTES) -> bytes:
         """Return the body of a GET request, at most `limit_bytes`."""
-        return await self._request("GET", path, timeout_s, limit_bytes)
+        data, _ = await self._request("GET", path, timeout_s, limit_bytes)
+        return data
 
     async def post(
-        self, path: str, body: bytes, timeout_s: float, *, expect: str, limit_bytes: int, headers: dict[str, str] = {}
+        self, path: str, body: bytes, timeout_s: float, *, expect: str, limit_bytes: int, headers: Headers = {}
     ) -> bytes:
         """Send a JSON body and return the response, which must have media type `expect` and at most `limit_bytes`."""
+        limits: dict[str, Any] = {"expect": expect, "limit_bytes": limit_bytes}
+        data, _ = await self.post_with_headers(path, body, timeout_s, headers=headers, **limits)
+        return data
+
+    async def post_with_headers(
+        self, path: str, body: bytes, timeout_s: float, *, expect: str, limit_bytes: int, headers: Headers = {}
+    ) -> tuple[bytes, Headers]:
+        """Do what `post` does. Returns the response and its headers, whose names are in lower case."""
         headers = {"content-type": "application/json", **headers}
         return await self._request("POST", path, timeout_s, limit_bytes, expect=expect, content=body, headers=headers)
 
     async def _request(
         self, method: str, path: str, timeout_s: float, limit_bytes: int, *, expect: str | None = None, **content: Any
-    ) -> bytes:
+    ) -> tuple[bytes, Headers]:
         async with self._deadline(timeout_s):
             self._check_quota(method)
             async with self._http.stream(method, path, **content) as response:
@@ -105,7 +118,7 @@ class Transport:
                     await _raise_for_status(response, path)
                 self._may_need_tls = False
                 self._exhausted_until = time.monotonic() + exhausted_s(response.headers)
-                return await self._read(response, limit_bytes, expect)
+                return await self._read(response, limit_bytes, expect), dict(response.headers)
 
     def _check_quota(self, method: str) -> None:
         """Raise Overloaded if the last response stated that the quota is used up. A GET request uses no quota."""
@@ -126,7 +139,7 @@ class Transport:
         return await _read_body(response, limit_bytes)
 
     def named_errors(self) -> "_NamedErrors":
-        """Return a context manager that puts teacher and address in front of every TeacherError."""
+        """Return a context manager that puts server and address in front of every TeacherError."""
         return _NamedErrors(self._label)
 
     @asynccontextmanager
@@ -175,16 +188,16 @@ async def send_to_app(app: Any, method: str, path: str, headers: Headers, body: 
     return response.status_code, dict(response.headers), response.content
 
 
-def check_url(name: str, url: str) -> str:
+def check_url(name: str, url: str, kind: str = "teacher") -> str:
     """Return the URL without trailing slashes. Raises TeacherError if it is not an HTTP URL or contains secrets."""
     canonical_url(name, url)  # for its checks: a dialect may have added a path that ends in /v1
     if not url.lower().startswith(("http://", "https://")):
-        raise TeacherError(f"teacher {name}: {url!r} is not an address: expected http://HOST:PORT")
+        raise TeacherError(f"{kind} {name}: {url!r} is not an address: expected http://HOST:PORT")
     return str(httpx.URL(url)).rstrip("/")
 
 
 class _NamedErrors:
-    """Context manager that puts teacher and address in front of the message of a TeacherError, once."""
+    """Context manager that puts server and address in front of the message of a TeacherError, once."""
 
     def __init__(self, label: str) -> None:
         self._label = label
@@ -193,7 +206,7 @@ class _NamedErrors:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, TeacherError) and not str(error).startswith("teacher "):
+        if isinstance(error, TeacherError) and not str(error).startswith(("teacher ", self._label)):
             error.args = (f"{self._label}: {error}",)
 
 
@@ -214,6 +227,8 @@ async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
             )
         case 404:
             raise NotFound(f"{response.request.url.path}: {detail}")
+        case 409:
+            raise Conflict(detail)
         case 429 | 503:
             raise Overloaded(detail, retry_after_s(response.headers, time.time()))
         case status if status >= 500:

@@ -1,4 +1,4 @@
-"""Errors of a teacher, as seen by a client.
+"""Errors of a teacher or a rollout server, as seen by a client.
 
 TeacherError                     names the teacher and what to do
 ├── Unavailable                  no response now; the same request may be sent again
@@ -10,7 +10,8 @@ TeacherError                     names the teacher and what to do
 │   └── Truncated                the stream ended before the last sequence
 ├── Rejected                     the teacher refused the request; sending it again changes nothing
 │   ├── Unauthorized             401: no key, or a wrong one
-│   └── NotFound                 404: the server has no such route
+│   ├── NotFound                 404: the server has no such route
+│   └── Conflict                 409: a rollout server has other weights than the request expects
 └── ProtocolError                the response is invalid
     ├── VersionMismatch          another protocol version
     ├── RequestMismatch          the response to another request
@@ -65,6 +66,10 @@ class Unauthorized(Rejected):
 
 class NotFound(Rejected):
     """The server has no such route: it is not a teacher, or it uses another dialect."""
+
+
+class Conflict(Rejected):
+    """The rollout server has other weights than the request expects: synchronize it."""
 
 
 class ProtocolError(TeacherError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import pkgutil
 import time
 import warnings
 from importlib.metadata import entry_points
@@ -12,11 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from typer.testing import CliRunner
 
+from teachers.client.rollout_completions import MAX_BANNED_IDS
+from teachers.engines.rollout_worker import RolloutWorker
 from teachers.engines.vllm_options import VllmOptions
 from teachers.protocol.errors import EngineDead, InvalidRows, TeacherError
 from teachers.protocol.wire_format import as_received
+from teachers.server.rollout_options import RolloutServerOptions, vllm_arguments
 from teachers.server.vllm_plugin import TutelagePlugin
 from tests.needs import need
 from tests.teachers.test_protocol import CARD
@@ -212,3 +218,55 @@ def test_a_check_of_a_dead_engine_raises_engine_dead() -> None:
     client: Any = SimpleNamespace(check_health=check_health)
     with pytest.raises(EngineDead, match="restart this server"):
         asyncio.run(VllmEngine(client, CARD, {}, owned=False).check())
+
+
+# --- rollout servers ---
+
+
+def test_vllm_has_all_flags_of_a_rollout_server(tiny_byte_level: Path) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    options = RolloutServerOptions(VllmOptions(max_tokens=99), Path("/sync"))
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(vllm_arguments(tiny_byte_level, options))
+    assert (args.max_model_len, args.logprobs_mode, args.generation_config) == (99, "raw_logprobs", "vllm")
+    assert args.enable_prefix_caching is True
+    assert pkgutil.resolve_name(args.worker_extension_cls.replace(".RolloutWorker", ":RolloutWorker")) is RolloutWorker
+
+
+def test_the_worker_of_vllm_has_what_the_rollout_worker_uses_and_none_of_its_names() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    inspect.signature(Worker.reload_weights).bind(None, weights_iterator=iter(()))
+    inspect.signature(GPUModelRunner.reload_weights).bind(None, weights_iterator=iter(()))
+    names = [name for name in dir(RolloutWorker) if not name.startswith("__")]
+    assert sorted(names) == ["discard_rollout_weights", "load_rollout_weights", "read_rollout_weights"]
+    assert not [name for name in names if hasattr(Worker, name)]
+
+
+def test_the_gpu_runner_accepts_as_many_banned_ids_as_the_client_sends() -> None:
+    from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_LOGIT_BIAS_TOKENS
+
+    assert MAX_BANNED_IDS <= MAX_NUM_LOGIT_BIAS_TOKENS
+
+
+def test_a_rollout_server_has_other_routes_than_a_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def paths() -> set[str]:
+        fastapi = FastAPI()
+        TutelagePlugin().attach_router(fastapi)
+        return {route.path for route in fastapi.routes if isinstance(route, APIRoute)}
+
+    assert "/v1/score" in paths()
+    monkeypatch.setenv("TUTELAGE_SYNC_DIR", str(tmp_path))
+    assert paths() == {"/v1/rollouts/version", "/v1/rollouts/weights", "/v1/rollouts/adapter"}
+
+
+def test_vllm_loads_and_forgets_adapters_by_the_functions_that_a_rollout_server_uses() -> None:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+
+    inspect.signature(OpenAIServingModels.load_lora_adapter).bind(None, object())
+    inspect.signature(OpenAIServingModels.unload_lora_adapter).bind(None, object())
+    assert set(LoadLoRAAdapterRequest.model_fields) == {"lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"}
+    assert set(UnloadLoRAAdapterRequest.model_fields) == {"lora_name", "lora_int_id"}

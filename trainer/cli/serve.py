@@ -1,8 +1,8 @@
-"""`tutelage serve MODEL`: serve one model as a teacher."""
+"""`tutelage serve MODEL`: serve one model as a teacher, or with --rollouts as a writer of rollouts."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -40,6 +40,12 @@ def serve(
         int | None, typer.Option(help="GPUs that share the model (vllm).", show_default="1")
     ] = None,
     vllm_args: Annotated[str | None, typer.Option(help="Additional engine arguments (vllm).", metavar="JSON")] = None,
+    rollouts: Annotated[
+        bool, typer.Option("--rollouts", help="Serve a student that writes rollouts, with vLLM; needs --sync-dir.")
+    ] = False,
+    sync_dir: Annotated[
+        Path | None, typer.Option(help="Directory below which new weights are read (--rollouts).")
+    ] = None,
     key_file: Annotated[Path | None, typer.Option(help="File with the bearer keys to accept, one per line.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM); enables HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of --tls-cert (PEM).")] = None,
@@ -73,6 +79,10 @@ def serve(
             "vllm_args": None if vllm_args is None else _json_object(vllm_args, "--vllm-args"),
         }
         given = {name: value for name, value in options.items() if value is not None}
+        if rollouts:
+            _serve_rollouts(model, sync_dir, given, host=host, port=port, key_file=key_file, tls=(tls_cert, tls_key))
+        if sync_dir is not None:
+            raise UserError("--sync-dir is an option of --rollouts")
         validated = engine_options(engine, given)  # before the imports that load torch
 
         from teachers.server.serve import ServerOptions, serve_model
@@ -83,6 +93,30 @@ def serve(
         process = (tls_cert, tls_key, drain_s, request_log, stop_with_parent)
         server_options = ServerOptions(validated, host, port, key_file, limits, *process)
         serve_model(resolve_model_dir(model), server_options, lambda line: typer.echo(line, err=True))
+
+
+def _serve_rollouts(
+    model: str,
+    sync_dir: Path | None,
+    given: dict[str, Any],
+    *,
+    host: str,
+    port: int,
+    key_file: Path | None,
+    tls: tuple[Path | None, Path | None],
+) -> NoReturn:
+    """Replace this process by a vLLM server that writes rollouts. Raises UserError or TeacherError."""
+    from teachers.engines import engine_options
+    from teachers.server.rollout_options import RolloutServerOptions, run_rollout_server
+    from trainer.errors import UserError
+    from trainer.paths import resolve_model_dir
+
+    if sync_dir is None:
+        raise UserError("--rollouts needs --sync-dir, the directory below which the trainer writes new weights")
+    if "bos" in given:
+        raise UserError("--bos is no option of --rollouts: a prompt contains its BOS token")
+    options = RolloutServerOptions(engine_options("vllm", given), sync_dir, host, port, key_file, *tls)
+    run_rollout_server(resolve_model_dir(model), options)
 
 
 @app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

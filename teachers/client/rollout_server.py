@@ -1,0 +1,134 @@
+"""Client of one rollout server: new weights, texts that the student writes, and log-probabilities of a fixed text.
+
+Texts are token ids in both directions: nothing is decoded and encoded again. Every request for a text names the weights
+that it expects by their tag (teachers/protocol/rollouts.py), so that a restarted server does not write with the weights
+of its model directory. The tag is also the salt of the prefix cache, because vLLM keeps the cache of earlier weights.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from teachers.client.http import Headers, Transport
+from teachers.client.rollout_completions import (
+    MAX_TOKEN_BYTES,
+    GeneratedTokens,
+    GenerationRequest,
+    read_generated,
+    read_scored,
+    scoring_body,
+)
+from teachers.protocol.decoding import decoding
+from teachers.protocol.errors import Conflict, ProtocolError
+from teachers.protocol.rollouts import MANIFEST, WEIGHTS_HEADER, SyncRequest, WeightsVersion, version_of_tag
+
+JSON = "application/json"
+MAX_SMALL_BYTES = 64 * 1024
+TIMEOUT_S = 600.0  # of a synchronization, a text or a probe
+SHORT_TIMEOUT_S = 60.0
+
+
+class RolloutServer:
+    """One rollout server. Raises the errors of teachers.protocol.errors, which name the server. Close it when done."""
+
+    def __init__(self, url: str, key: str | None = None, ca_file: Path | None = None, name: str = "student") -> None:
+        self._http = Transport(name, url, key, ca_file, kind="rollout server of")
+        self._weights: WeightsVersion | None = None  # as last reported
+
+    @property
+    def url(self) -> str:
+        return self._http.url
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def ping(self, timeout_s: float = SHORT_TIMEOUT_S) -> None:
+        """Return if the engine works. Raises Unavailable."""
+        await self._http.get("/health", timeout_s)
+
+    async def version(self, timeout_s: float = SHORT_TIMEOUT_S) -> int | None:
+        """Return the version of the weights; None if they are those of the model directory, or damaged."""
+        return (await self._refresh(timeout_s)).version
+
+    async def _refresh(self, timeout_s: float) -> WeightsVersion:
+        """Ask the server for its weights."""
+        self._weights = weights = self._decode(await self._http.get("/v1/rollouts/version", timeout_s))
+        return weights
+
+    async def sync(self, folder: Path, version: int, timeout_s: float = TIMEOUT_S) -> None:
+        """Load the weights of a folder of `write_sync_folder`, which has the same path on the machine of the server.
+
+        Requests in flight continue with the new weights. Raises Rejected, with the weights unchanged, if the server
+        refuses the folder, and OSError if the folder has no manifest.
+        """
+        await self._sync("/v1/rollouts/weights", folder, version, timeout_s)
+
+    async def sync_adapter(self, folder: Path, version: int, timeout_s: float = TIMEOUT_S) -> None:
+        """Load the adapters of a folder of `write_adapter_folder` beside the weights of the model.
+
+        Texts in flight end with the adapters with which they began. Raises the errors of `sync`.
+        """
+        await self._sync("/v1/rollouts/adapter", folder, version, timeout_s)
+
+    async def _sync(self, path: str, folder: Path, version: int, timeout_s: float) -> None:
+        manifest = await asyncio.to_thread((folder / MANIFEST).read_bytes)
+        request = SyncRequest(version=version, path=str(folder.absolute()), digest=hashlib.sha256(manifest).hexdigest())
+        body, limit = request.model_dump_json().encode(), MAX_SMALL_BYTES
+        self._weights = None
+        weights = self._decode(await self._http.post(path, body, timeout_s, expect=JSON, limit_bytes=limit))
+        with self._http.named_errors():
+            if (weights.version, weights.digest) != (version, request.digest):
+                raise ProtocolError(f"expected the weights of version {version}, received {weights.tag}")
+        self._weights = weights
+
+    async def generate(
+        self, request: GenerationRequest, *, version: int | None, timeout_s: float = TIMEOUT_S
+    ) -> GeneratedTokens:
+        """Continue a prompt with the weights of this version; None: those of the model directory.
+
+        Raises Conflict if the server has other weights. Cancelling aborts the request in the server.
+        """
+        weights = await self._weights_of(version)
+        body, tag = request.body(weights.tag, weights.adapter), {WEIGHTS_HEADER: weights.tag}
+        data, headers = await self._complete(body, request.limit_bytes, timeout_s, tag)
+        last = version_of_tag(headers.get(WEIGHTS_HEADER, "")) if weights.adapter is None else version
+        with self._http.named_errors():
+            return read_generated(data, request, (version, last))
+
+    async def probe(self, ids: Sequence[int], timeout_s: float = TIMEOUT_S) -> NDArray[np.float32]:
+        """Return the log-probabilities of ids[1:], float32, with the current weights and without the prefix cache."""
+        weights = self._weights or await self._refresh(SHORT_TIMEOUT_S)
+        body, limit_bytes = scoring_body(ids, "probe", weights.adapter), (len(ids) + 16) * MAX_TOKEN_BYTES
+        data, _ = await self._complete(body, limit_bytes, timeout_s, {})
+        with self._http.named_errors():
+            return read_scored(data, ids)
+
+    async def _weights_of(self, version: int | None) -> WeightsVersion:
+        """Return the server's weights. Raises Conflict if they are not of this version."""
+        weights = self._weights
+        if weights is None or weights.version != version or weights.is_damaged:
+            weights = await self._refresh(SHORT_TIMEOUT_S)
+        with self._http.named_errors():
+            if weights.version != version or weights.is_damaged:
+                expected = "those of its model directory" if version is None else f"version {version}"
+                raise Conflict(f"expected the weights {expected}, the server has {weights.tag}: synchronize it")
+        return weights
+
+    async def _complete(
+        self, body: bytes, limit_bytes: int, timeout_s: float, headers: Headers
+    ) -> tuple[bytes, Headers]:
+        try:
+            return await self._http.post_with_headers(
+                "/v1/completions", body, timeout_s, expect=JSON, limit_bytes=limit_bytes, headers=headers
+            )
+        except Conflict:
+            self._weights = None
+            raise
+
+    def _decode(self, data: bytes) -> WeightsVersion:
+        with self._http.named_errors(), decoding("version of weights"):
+            return WeightsVersion.model_validate_json(data)

@@ -1,0 +1,42 @@
+"""Methods for the worker processes of vLLM (--worker-extension-cls) that replace the weights of the model.
+
+A worker first reads and checks all weights. They are loaded by a second call, after every worker has succeeded. Both
+calls are executed between two steps of the engine, so that no forward pass sees a part of the new weights. Requests in
+flight continue with the new weights and keep the KV cache that the old ones have computed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from teachers.protocol.errors import TeacherError
+from teachers.sync_folder import expected_shapes, read_sync_folder
+
+
+class RolloutWorker:
+    """Methods of a vLLM worker. vLLM adds this class to the bases of its own worker class."""
+
+    vllm_config: Any
+    reload_weights: Any
+    rollout_weights: dict[str, Tensor] | None
+
+    def read_rollout_weights(self, folder: str, digest: str) -> str | None:
+        """Read and check a folder of weights and keep them for `load_rollout_weights`. Returns an error, or None."""
+        self.rollout_weights = None
+        try:
+            expected = expected_shapes(Path(self.vllm_config.model_config.model))
+            self.rollout_weights = read_sync_folder(Path(folder), digest, expected)
+        except (TeacherError, ValueError, MemoryError) as error:
+            return str(error) or type(error).__name__
+        return None
+
+    def load_rollout_weights(self) -> None:
+        """Load the weights that were read. `reload_weights` of vLLM can be repeated for all kinds of layers."""
+        weights, self.rollout_weights = self.rollout_weights, None
+        assert weights is not None, "read_rollout_weights has succeeded"
+        self.reload_weights(weights_iterator=iter(weights.items()))
+
+    def discard_rollout_weights(self) -> None:
+        """Release the weights that were read, because another worker has refused them."""
+        self.rollout_weights = None

@@ -1,0 +1,58 @@
+"""JSON messages between a trainer and a rollout server: the weights that the server has, and new weights to load.
+
+A rollout server generates texts with the current weights of the student. Weights are identified by a tag: the version
+that the trainer has given them and a digest of the folder that they were read from. Two weights of the same version,
+for example before and after a resumed run, have different tags.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from teachers.protocol.messages import RequestMessage, ResponseMessage, Sha256, Text
+
+WEIGHTS_HEADER = "tutelage-weights"
+"""In a request: the tag of the weights that the client expects; the server refuses another one (409). In a response:
+the tag of the weights that the server had at the end of the request."""
+MANIFEST = "manifest.json"
+BASE_TAG = "base"
+DAMAGED_TAG = "damaged"
+
+Version = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+class SyncRequest(RequestMessage):
+    """Weights to load."""
+
+    version: Version
+    """Version of the weights. Only compared for equality."""
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    """Absolute path of the folder, as the server sees it."""
+    digest: Sha256
+    """SHA-256 of the manifest in the folder."""
+
+
+class WeightsVersion(ResponseMessage):
+    """The weights of a server."""
+
+    version: Version | None
+    """Version of the last successful synchronization, None if the server has the weights that it was started with."""
+    digest: Sha256 | None = None
+    """Digest of the folder from which they were read."""
+    adapter: Text | None = None
+    """Name of the adapter with which texts are written, in the field `model` of their requests; None: no adapter."""
+    is_damaged: bool = False
+    """Whether loading failed after some weights were replaced. Only another synchronization repairs it."""
+
+    @property
+    def tag(self) -> str:
+        """The version and the first 16 digits of the digest; `base` or `damaged` if there is no version."""
+        if self.is_damaged:
+            return DAMAGED_TAG
+        return BASE_TAG if self.version is None else f"{self.version}-{(self.digest or '')[:16]}"
+
+
+def version_of_tag(tag: str) -> int | None:
+    """Return the version in a tag; None for `base`, `damaged` and texts that are no tags."""
+    number = tag.partition("-")[0]
+    return int(number) if number.isascii() and number.isdigit() and len(number) <= 16 else None

@@ -1,0 +1,168 @@
+"""Routes of a rollout server under /v1/rollouts: which weights it has, and loading new ones from a folder.
+
+They are part of a vLLM server (vllm_plugin.py), whose --api-key guards /v1. The server reads folders below one
+directory only. A request with the header of teachers/protocol/rollouts.py is refused (409) if the server has other
+weights than the client expects, for example because it was restarted.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from teachers.adapter_folder import check_adapter_folder
+from teachers.protocol.decoding import decoding
+from teachers.protocol.errors import ProtocolError, TeacherError
+from teachers.protocol.rollouts import WEIGHTS_HEADER, SyncRequest, WeightsVersion
+from teachers.protocol.untrusted_text import clean
+from teachers.server.admission import Rejection
+from teachers.server.problems import documented, problem_response
+from teachers.sync_folder import expected_shapes
+
+MAX_BODY_BYTES = 16 * 1024
+
+AdapterCall = Callable[[str, str], Awaitable[str | None]]
+"""Load an adapter (name, folder). Returns an error, or None."""
+WorkerCall = Callable[..., Awaitable[list[Any]]]
+"""Call a method of all workers (name, arguments) and return their results."""
+
+
+class Weights:
+    """The weights of a server.
+
+    call          set when the engine runs
+    load_adapter  set if the server accepts adapters
+    model         directory of the model, set when the engine runs
+    """
+
+    def __init__(self, sync_dir: Path) -> None:
+        self.sync_dir = sync_dir
+        self.current = WeightsVersion(version=None)
+        self.call: WorkerCall | None = None
+        self.load_adapter: AdapterCall | None = None
+        self.model = Path()
+        self._lock = asyncio.Lock()
+
+    async def sync(self, request: SyncRequest) -> WeightsVersion:
+        """Load the weights of a folder, in all workers or in none. Raises Rejection."""
+        folder = await asyncio.to_thread(allowed_folder, request.path, self.sync_dir)
+        if self.call is None:
+            raise Rejection(503, "Starting", "the engine is being started", retry_after_s=1)
+        async with self._lock:
+            refused = [e for e in await self.call("read_rollout_weights", str(folder), request.digest) if e is not None]
+            if refused:
+                await self.call("discard_rollout_weights")
+                raise Rejection(422, "Weights refused", f"{folder}: {refused[0]}; the weights are unchanged")
+            try:
+                await self.call("load_rollout_weights")
+            except Exception as error:  # vLLM passes on an error of any class, as its text
+                self.current = WeightsVersion(version=None, is_damaged=True)
+                detail = f"{folder}: loading failed ({clean(error, 150)}): synchronize again or restart the server"
+                raise Rejection(500, "Weights damaged", detail) from error
+            self.current = WeightsVersion(version=request.version, digest=request.digest)
+            return self.current
+
+    async def sync_adapter(self, request: SyncRequest) -> WeightsVersion:
+        """Load the adapters of a folder under a new name. The weights of the model stay. Raises Rejection."""
+        folder = await asyncio.to_thread(allowed_folder, request.path, self.sync_dir)
+        if self.load_adapter is None:
+            detail = "this server accepts no adapters: start it with --vllm-args '{\"enable_lora\": true}'"
+            raise Rejection(422, "No adapters", detail)
+        async with self._lock:
+            loaded = WeightsVersion(version=request.version, digest=request.digest)
+            name = f"student-{loaded.tag}"
+            try:
+                base = await asyncio.to_thread(expected_shapes, self.model)
+                await asyncio.to_thread(check_adapter_folder, folder, request.digest, base)
+            except (TeacherError, ValueError) as error:
+                raise Rejection(422, "Weights refused", f"{folder}: {error}; the weights are unchanged") from error
+            refused = None if name == self.current.adapter else await self.load_adapter(name, str(folder))
+            if refused is not None:
+                raise Rejection(422, "Weights refused", f"{folder}: {clean(refused, 150)}; the weights are unchanged")
+            self.current = loaded.model_copy(update={"adapter": name})
+            return self.current
+
+
+def allowed_folder(path: str, sync_dir: Path) -> Path:
+    """Return the folder if it is below `sync_dir` also after links are resolved. Raises Rejection (403 or 422)."""
+    folder = Path(path)
+    outside = Rejection(403, "Outside of --sync-dir", f"expected a folder below {sync_dir}, received {path}")
+    if "\0" in path or ".." in folder.parts or sync_dir not in folder.parents:
+        raise outside
+    resolved = folder.resolve()
+    if sync_dir.resolve() not in resolved.parents:
+        raise outside
+    if not resolved.is_dir():
+        raise Rejection(422, "Weights refused", f"{path} is not a folder on this machine; the weights are unchanged")
+    return resolved
+
+
+def attach_rollout_routes(app: FastAPI, weights: Weights) -> None:
+    """Add the routes and the check of the header to an application."""
+    app.add_middleware(WeightsHeader, weights=weights)
+
+    @app.get("/v1/rollouts/version")
+    async def version() -> WeightsVersion:
+        return weights.current
+
+    for path, sync in (("/v1/rollouts/weights", weights.sync), ("/v1/rollouts/adapter", weights.sync_adapter)):
+        responses = documented(403, 409, 413, 415, 422, 500)
+        app.post(path, response_model=WeightsVersion, responses=responses)(_handler(sync))
+
+
+def _handler(sync: Callable[[SyncRequest], Awaitable[WeightsVersion]]) -> Callable[[Request], Awaitable[Any]]:
+    """Return a route that validates the request and converts a Rejection to a problem."""
+
+    async def handle(request: Request) -> Any:
+        try:
+            return await sync(await _sync_request(request))
+        except Rejection as rejection:
+            return problem_response(rejection)
+
+    return handle
+
+
+async def _sync_request(request: Request) -> SyncRequest:
+    """Receive and validate the body. Raises Rejection."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Rejection(415, "Not JSON", "send the request with content-type: application/json")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise Rejection(413, "Too large", f"the body has over {MAX_BODY_BYTES} bytes", close=True)
+    try:
+        with decoding("request"):
+            return SyncRequest.model_validate_json(bytes(body))
+    except ProtocolError as error:
+        raise Rejection(422, "Malformed", str(error)) from error
+
+
+class WeightsHeader:
+    """ASGI middleware that compares the header of a request with the weights, and adds it to every response."""
+
+    def __init__(self, app: ASGIApp, weights: Weights) -> None:
+        self._app, self._weights = app, weights
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_tag(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[WEIGHTS_HEADER] = self._weights.current.tag
+            await send(message)
+
+        expected, tag = Headers(scope=scope).get(WEIGHTS_HEADER), self._weights.current.tag
+        if expected in (None, tag):
+            await self._app(scope, receive, send_with_tag)
+            return
+        detail = f"expected the weights {expected}, this server has {tag}: synchronize it"
+        response: Response = problem_response(Rejection(409, "Other weights", detail))
+        await response(scope, receive, send_with_tag)

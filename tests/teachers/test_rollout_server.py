@@ -1,0 +1,373 @@
+"""The client of a rollout server against its routes and its worker class, over HTTP."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from teachers.adapter_folder import write_adapter_folder
+from teachers.client.rollout_completions import GenerationRequest
+from teachers.client.rollout_server import RolloutServer
+from teachers.protocol.errors import Conflict, ProtocolError, Rejected, TeacherError, Unavailable
+from teachers.protocol.rollouts import WEIGHTS_HEADER
+from teachers.sync_folder import write_sync_folder
+from tests.rollout_servers import LocalRolloutServer, completion
+from tests.tiny import save_tiny_model
+
+T = TypeVar("T")
+PROMPT = GenerationRequest([5, 6, 7], max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def weights(model: Path) -> dict[str, Tensor]:
+    return load_file(model / "model.safetensors")
+
+
+@pytest.fixture
+def local(model: Path, tmp_path: Path) -> LocalRolloutServer:
+    (tmp_path / "sync").mkdir()
+    return LocalRolloutServer(model, tmp_path / "sync", num_workers=2)
+
+
+@pytest.fixture
+def url(local: LocalRolloutServer) -> Iterator[str]:
+    with local.serving() as url:
+        yield url
+
+
+@pytest.fixture
+def folder(local: LocalRolloutServer, weights: dict[str, Tensor]) -> Path:
+    """Weights below the allowed directory."""
+    write_sync_folder(weights, local.weights.sync_dir / "v1")
+    return local.weights.sync_dir / "v1"
+
+
+def call(url: str, do: Callable[[RolloutServer], Awaitable[T]]) -> T:
+    async def run() -> T:
+        server = RolloutServer(url)
+        try:
+            return await do(server)
+        finally:
+            await server.aclose()
+
+    return asyncio.run(run())
+
+
+def test_a_new_server_has_no_version_and_a_synchronized_one_has_that_of_the_request(
+    local: LocalRolloutServer, url: str, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    async def sync(server: RolloutServer) -> list[int | None]:
+        await server.ping()
+        before = await server.version()
+        await server.sync(folder, 7)
+        return [before, await server.version()]
+
+    assert call(url, sync) == [None, 7]
+    for worker in local.workers:
+        assert worker.loaded.keys() == weights.keys() | {"lm_head.weight"}
+        assert torch.equal(worker.loaded["model.norm.weight"], weights["model.norm.weight"].bfloat16())
+        assert worker.rollout_weights is None
+
+
+def test_refused_weights_are_loaded_by_no_worker_and_released(
+    local: LocalRolloutServer, url: str, folder: Path, model: Path, tmp_path: Path
+) -> None:
+    other = save_tiny_model(tmp_path / "other", head_dim=16)
+    local.workers[1].vllm_config.model_config.model = str(other)  # the second worker refuses what the first accepts
+    with pytest.raises(Rejected, match=r"rollout server of student at http.*k_proj.* has shape .* are unchanged"):
+        call(url, lambda server: server.sync(folder, 1))
+    assert [worker.loaded for worker in local.workers] == [{}, {}]
+    assert [worker.rollout_weights for worker in local.workers] == [None, None]
+    assert call(url, lambda server: server.version()) is None
+
+
+def test_a_worker_that_fails_while_it_loads_leaves_damaged_weights_until_the_next_synchronization(
+    local: LocalRolloutServer, url: str, folder: Path
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    async def run(server: RolloutServer) -> None:
+        await server.sync(folder, 1)
+        local.workers[1].on_load = fail
+        with pytest.raises(Unavailable, match=r"loading failed \(out of memory\)"):
+            await server.sync(folder, 2)
+        for version in (1, 2, None):
+            with pytest.raises(Conflict, match="the server has damaged"):
+                await server.generate(PROMPT, version=version)
+        local.workers[1].on_load = lambda: None
+        await server.sync(folder, 3)
+        assert (await server.generate(PROMPT, version=3)).version == 3
+
+    call(url, run)
+
+
+def test_two_synchronizations_at_once_follow_one_another(
+    local: LocalRolloutServer, url: str, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    other = folder.with_name("v2")
+    write_sync_folder({name: weight + 1 for name, weight in weights.items()}, other)
+
+    async def run(server: RolloutServer) -> int | None:
+        await asyncio.gather(server.sync(folder, 1), server.sync(other, 2))
+        return await server.version()
+
+    version = call(url, run)
+    first, second = (worker.loaded["model.norm.weight"] for worker in local.workers)
+    assert torch.equal(first, second)
+    assert torch.equal(first, weights["model.norm.weight"].bfloat16() + (version == 2))
+
+
+# --- the folder ---
+
+
+def test_folders_outside_of_the_allowed_directory_are_refused_whether_they_exist_or_not(
+    local: LocalRolloutServer, url: str, folder: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    folder.rename(outside)
+    (local.weights.sync_dir / "link").symlink_to(outside)
+    paths = [outside, tmp_path / "nothing", local.weights.sync_dir, local.weights.sync_dir / "link", Path("v1")]
+    paths += [local.weights.sync_dir / ".." / "outside", local.weights.sync_dir / ".." / "sync" / "v1", Path("/")]
+    for path in paths:
+        received = post(url, path=str(path))
+        assert (received.status_code, received.json()["title"]) == (403, "Outside of --sync-dir"), path
+    assert [worker.loaded for worker in local.workers] == [{}, {}]
+
+
+def test_a_missing_or_empty_folder_and_a_file_are_refused(local: LocalRolloutServer, url: str, folder: Path) -> None:
+    (folder.parent / "empty").mkdir()
+    for path, reason in [
+        (folder.parent / "nothing", "not a folder"),
+        (folder / "model.safetensors", "not a folder"),
+        (folder.parent / "empty", "manifest.json cannot be read: No such file"),
+    ]:
+        received = post(url, path=str(path))
+        assert received.status_code == 422
+        assert reason in received.json()["detail"]
+        assert received.headers["content-type"] == "application/problem+json"
+    with pytest.raises(OSError, match=r"manifest\.json"):
+        call(url, lambda server: server.sync(folder.parent / "empty", 1))
+
+
+def post(url: str, **fields: Any) -> httpx.Response:
+    body = {"version": 1, "path": "/nowhere", "digest": "0" * 64} | fields
+    return httpx.post(f"{url}/v1/rollouts/weights", json=body, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"version": -1}, {"version": "1"}, {"version": True}, {"path": ""}, {"digest": "abc"}, {"more": 1}],
+)
+def test_malformed_requests_are_problems(url: str, fields: dict[str, Any]) -> None:
+    received = post(url, **fields)
+    assert (received.status_code, received.json()["title"]) == (422, "Malformed")
+
+
+def test_requests_that_are_no_json_or_too_large_are_problems(url: str) -> None:
+    for content, media_type, status in [
+        (b"{}", "text/plain", 415),
+        (b"{", "application/json", 422),
+        (b"[" * 20_000, "application/json", 413),
+    ]:
+        headers = {"content-type": media_type}
+        assert httpx.post(f"{url}/v1/rollouts/weights", content=content, headers=headers).status_code == status
+
+
+def test_a_path_with_a_null_byte_is_refused(url: str, folder: Path) -> None:
+    assert post(url, path=f"{folder}\0").status_code == 403
+
+
+# --- adapters ---
+
+
+def test_adapters_are_named_by_their_weights_and_used_by_texts_and_probes(
+    local: LocalRolloutServer, url: str, folder: Path, model: Path
+) -> None:
+    loaded, bodies = list[tuple[str, str]](), list[dict[str, Any]]()
+
+    async def load_adapter(name: str, path: str) -> None:
+        loaded.append((name, path))
+
+    def complete(body: dict[str, Any]) -> Any:
+        bodies.append(body)
+        return completion(body, [3], [-1.0], prompt_logprobs=[None, {"6": {"logprob": -1.0}}])
+
+    async def run(server: RolloutServer) -> None:
+        await server.sync_adapter(adapter_folder, 4)
+        await server.sync_adapter(adapter_folder, 4)  # is loaded once, because vLLM refuses a second time
+        tokens = await server.generate(PROMPT, version=4)
+        await server.probe([5, 6])
+        await server.sync(folder, 5)
+        await server.generate(PROMPT, version=5)
+        assert (tokens.version, tokens.last_version) == (4, 4)
+
+    adapter_folder = folder.with_name("adapter")
+    write_adapter_folder(query_adapters(), adapter_folder, alpha=16.0)
+    local.weights.model, local.weights.load_adapter, local.complete = model, load_adapter, complete
+    call(url, run)
+    ((name, path),) = loaded
+    assert name.startswith("student-4-")
+    assert path == str(adapter_folder)
+    assert [body.get("model") for body in bodies] == [name, name, None]
+    assert bodies[0]["cache_salt"] == name.removeprefix("student-")
+
+
+def query_adapters() -> dict[str, Tensor]:
+    layer = "model.layers.0.self_attn.q_proj"
+    return {f"{layer}.lora_A.default.weight": torch.ones(4, 32), f"{layer}.lora_B.default.weight": torch.ones(32, 4)}
+
+
+def test_adapters_that_the_engine_refuses_change_nothing(
+    local: LocalRolloutServer, url: str, folder: Path, model: Path
+) -> None:
+    async def refuse(name: str, path: str) -> str:
+        return "rank 4 exceeds 2"
+
+    adapter_folder = folder.with_name("adapter")
+    write_adapter_folder(query_adapters(), adapter_folder, alpha=16.0)
+    with pytest.raises(Rejected, match=r"start it with --vllm-args '\{\"enable_lora\": true\}'"):
+        call(url, lambda server: server.sync_adapter(adapter_folder, 4))
+    local.weights.model, local.weights.load_adapter = model, refuse
+    with pytest.raises(Rejected, match="rank 4 exceeds 2; the weights are unchanged"):
+        call(url, lambda server: server.sync_adapter(adapter_folder, 4))
+    with pytest.raises(Rejected, match=r"embed_tokens\.weight belongs to no layer"):
+        call(url, lambda server: server.sync_adapter(folder, 4))
+    assert call(url, lambda server: server.version()) is None
+
+
+# --- texts ---
+
+
+def test_a_request_names_the_weights_and_uses_them_as_the_salt_of_the_prefix_cache(
+    local: LocalRolloutServer, url: str, folder: Path
+) -> None:
+    bodies = list[dict[str, Any]]()
+
+    def complete(body: dict[str, Any]) -> Any:
+        bodies.append(body)
+        return completion(body, [3, 1], [-1.5, -0.25])
+
+    async def run(server: RolloutServer) -> None:
+        first = await server.generate(PROMPT, version=None)
+        await server.sync(folder, 4)
+        second = await server.generate(PROMPT, version=4)
+        assert [(t.version, t.last_version) for t in (first, second)] == [(None, None), (4, 4)]
+        assert (second.ids, second.logprobs.tolist(), second.finish) == ([3, 1], [-1.5, -0.25], "eos")
+
+    local.complete = complete
+    call(url, run)
+    base, salt = (body["cache_salt"] for body in bodies)
+    assert base == "base"
+    assert salt.startswith("4-")
+    assert salt == local.weights.current.tag
+
+
+def test_other_weights_of_the_same_version_have_another_salt(
+    local: LocalRolloutServer, url: str, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    async def run(server: RolloutServer) -> None:
+        await server.sync(folder, 4)
+
+    call(url, run)
+    first = local.weights.current.tag
+    write_sync_folder(weights, folder)
+    call(url, run)
+    assert local.weights.current.tag != first
+    assert local.weights.current.version == 4
+
+
+def test_a_restarted_server_writes_nothing_until_it_is_synchronized(
+    model: Path, local: LocalRolloutServer, folder: Path
+) -> None:
+    async def run(server: RolloutServer) -> None:
+        await server.sync(folder, 4)
+        local.weights.current = local.weights.current.model_copy(update={"version": None, "digest": None})
+        for _ in range(2):  # the first one is refused by the server, the second one by the client
+            with pytest.raises(Conflict, match=r"expected the weights .*4.*, .*server has base"):
+                await server.generate(PROMPT, version=4)
+        await server.sync(folder, 4)
+        await server.generate(PROMPT, version=4)
+
+    with local.serving() as url:
+        call(url, run)
+
+
+def test_a_client_that_did_not_synchronize_learns_the_weights_from_the_server(
+    local: LocalRolloutServer, url: str, folder: Path
+) -> None:
+    async def run(server: RolloutServer) -> None:
+        other = RolloutServer(url)
+        await other.sync(folder, 4)
+        assert (await server.generate(PROMPT, version=4)).version == 4
+        await other.sync(folder, 5)
+        assert (await server.generate(PROMPT, version=5)).version == 5
+        await other.aclose()
+
+    call(url, run)
+
+
+def test_a_client_learns_of_other_weights_of_the_same_version_by_one_conflict(
+    local: LocalRolloutServer, url: str, folder: Path, weights: dict[str, Tensor]
+) -> None:
+    async def run(server: RolloutServer) -> None:
+        other = RolloutServer(url)
+        await server.sync(folder, 4)
+        await asyncio.to_thread(write_sync_folder, weights, folder)
+        await other.sync(folder, 4)
+        with pytest.raises(Conflict, match="expected the weights 4-"):
+            await server.generate(PROMPT, version=4)
+        assert (await server.generate(PROMPT, version=4)).version == 4
+        await other.aclose()
+
+    call(url, run)
+
+
+def test_a_text_during_whose_generation_the_weights_change_has_two_versions(
+    local: LocalRolloutServer, url: str, folder: Path
+) -> None:
+    def complete(body: dict[str, Any]) -> Any:
+        local.weights.current = local.weights.current.model_copy(update={"version": 5})
+        return completion(body, [3], [-1.0])
+
+    async def run(server: RolloutServer) -> None:
+        await server.sync(folder, 4)
+        local.complete = complete
+        tokens = await server.generate(PROMPT, version=4)
+        assert (tokens.version, tokens.last_version) == (4, 5)
+
+    call(url, run)
+
+
+def test_requests_without_the_header_are_served_with_any_weights(url: str) -> None:
+    received = httpx.post(f"{url}/v1/completions", json={"prompt": [1]})
+    assert received.status_code == 200
+    assert received.headers[WEIGHTS_HEADER] == "base"
+
+
+def test_a_server_that_confirms_other_weights_is_an_error(
+    local: LocalRolloutServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def confirm_other(_: object) -> object:
+        return local.weights.current
+
+    monkeypatch.setattr(local.weights, "sync", confirm_other)
+    with local.serving() as url:
+        with pytest.raises(ProtocolError, match="expected the weights of version 4, received base"):
+            call(url, lambda server: server.sync(folder, 4))
+
+
+def test_an_address_that_is_none_names_the_rollout_server() -> None:
+    with pytest.raises(TeacherError, match="rollout server of student: 'serve://x' is not an address"):
+        RolloutServer("serve://x")
