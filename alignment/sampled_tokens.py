@@ -1,8 +1,9 @@
 """Tokens that a model sampled, which can differ from the tokenizer's own tokens of the same text.
 
 A model may write `can't` as `can · ' · t`, where its tokenizer writes `can · 't`. The tokenizer's own tokens of a text
-are its canonical tokens. `sampled_tokens` locates sampled ids in their text without tokenizing the text again, and
-`transfer_target` moves the rows of a target from the canonical tokens to the sampled tokens.
+are its canonical tokens. `complete_length` returns how many sampled ids have a text, `Tokens.continued` appends them to
+the tokens of their prompt without tokenizing the text again, and `transfer_target` moves the rows of a target from the
+canonical tokens to the sampled tokens.
 
 Both tokenizations write the same bytes. The text between two neighbouring common boundaries is a block, as in
 byte-chain alignment. A block of one and the same token keeps its row. In any other block, the rows of the canonical
@@ -17,49 +18,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.offsets import AlignmentError, Tokens
-from alignment.placement import locate_tokens
 from alignment.target import Target
 from alignment.tokenizers.vocabulary import Vocabulary
 
 NO_ROW = -1
 
 
-def sampled_tokens(vocabulary: Vocabulary, ids: Sequence[int]) -> Tokens:
-    """Locate sampled ids in the text that they write, as `Vocabulary.encode` locates its own.
-
-    A leading space is left out of the text if the tokenizer adds one in front of every text.
-
-    ids  tokens of a whole text without BOS, for example of a prompt and its continuation. EOS at the end closes the
-         text and has no bytes
-    Raises AlignmentError for an id that is not in the vocabulary or has no bytes, and for bytes that are not UTF-8;
-    `complete_length` returns how many of the ids have a text.
-    """
-    written, is_closed = _without_end(vocabulary, ids)
-    pieces = _pieces(vocabulary, written)
-    data = b"".join(pieces)
-    num_complete = _complete_length(data, pieces)
-    if num_complete < len(pieces):
-        raise AlignmentError(
-            f"{vocabulary.name}: expected sampled tokens that end at a whole character, received {len(pieces)} tokens "
-            f"of which the first {num_complete} do"
-        )
-    text = data.removeprefix(b" ") if vocabulary.adds_space else data
-    tokens = locate_tokens(text.decode(), np.array(written, dtype=np.int64), pieces, (), frozenset())
-    return tokens.with_end_token(vocabulary.roles["eos"]) if is_closed else tokens
-
-
 def complete_length(vocabulary: Vocabulary, ids: Sequence[int]) -> int:
     """Return the largest number of leading ids whose bytes are UTF-8 text that ends at a whole character.
 
     A text may end inside a character because its length is limited, and a model may sample bytes that are no UTF-8.
-    The text is cut before the first such byte, at the end of a token. EOS counts only if nothing before it is cut.
+    The text is cut before the first such byte, at the end of a token.
 
+    ids  sampled tokens without an end token
     Raises AlignmentError for an id that is not in the vocabulary or has no bytes.
     """
-    written, _ = _without_end(vocabulary, ids)
-    pieces = _pieces(vocabulary, written)
-    num_complete = _complete_length(b"".join(pieces), pieces)
-    return len(ids) if num_complete == len(pieces) else num_complete
+    pieces = _pieces(vocabulary, ids)
+    data = b"".join(pieces)
+    try:
+        data.decode()
+        return len(pieces)
+    except UnicodeDecodeError as error:
+        num_bytes = error.start  # of whole characters
+    begins_character = (np.frombuffer(data[:num_bytes], dtype=np.uint8) & 0xC0) != 0x80
+    ends = np.cumsum([len(piece) for piece in pieces])
+    is_whole = np.append(begins_character, True)[ends[ends <= num_bytes]]
+    return int(np.flatnonzero(is_whole).max(initial=-1)) + 1
 
 
 def transfer_target(target: Target, canonical: Tokens, sampled: Tokens) -> Target:
@@ -96,13 +80,17 @@ def transfer_target(target: Target, canonical: Tokens, sampled: Tokens) -> Targe
 
 
 def num_noncanonical(canonical: Tokens, sampled: Tokens) -> int:
-    """Return the number of sampled tokens to which `transfer_target` gives no row, valid or not."""
+    """Return the number of sampled tokens to which `transfer_target` gives no row, valid or not.
+
+    The number is also 0 for different tokens if every block has one sampled token: `are_equal` compares the tokens.
+    """
     if are_equal(canonical, sampled):
         return 0
     return int((_rows_of(canonical, sampled) == NO_ROW).sum())
 
 
 def are_equal(canonical: Tokens, sampled: Tokens) -> bool:
+    """Return whether two tokenizations of a text are the same."""
     return (
         canonical.text == sampled.text
         and np.array_equal(canonical.ids, sampled.ids)
@@ -143,12 +131,6 @@ def _begins(tokens: Tokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return index, starts[index]
 
 
-def _without_end(vocabulary: Vocabulary, ids: Sequence[int]) -> tuple[Sequence[int], bool]:
-    """Return the ids without EOS at the end, and whether there was one."""
-    is_closed = len(ids) > 0 and ids[-1] == vocabulary.roles.get("eos")
-    return (ids[:-1] if is_closed else ids), is_closed
-
-
 def _pieces(vocabulary: Vocabulary, ids: Sequence[int]) -> list[bytes]:
     """Return the bytes of each id. Raises AlignmentError for an id without bytes."""
     pieces = []
@@ -161,21 +143,8 @@ def _pieces(vocabulary: Vocabulary, ids: Sequence[int]) -> list[bytes]:
         piece = vocabulary.token_bytes[i]
         if not piece:
             raise AlignmentError(
-                f"{vocabulary.name}: expected sampled tokens that write text, and EOS only at the end, received "
+                f"{vocabulary.name}: expected sampled tokens that write text, received "
                 f"{vocabulary.tokens[i]!r} (id {i}) at position {position}"
             )
         pieces.append(piece)
     return pieces
-
-
-def _complete_length(data: bytes, pieces: Sequence[bytes]) -> int:
-    """Return the largest number of leading pieces that are UTF-8 text and end at a whole character."""
-    try:
-        data.decode()
-        return len(pieces)
-    except UnicodeDecodeError as error:
-        num_bytes = error.start  # of whole characters
-    begins_character = (np.frombuffer(data[:num_bytes], dtype=np.uint8) & 0xC0) != 0x80
-    ends = np.cumsum([len(piece) for piece in pieces])
-    is_whole = np.append(begins_character, True)[ends[ends <= num_bytes]]
-    return int(np.flatnonzero(is_whole).max(initial=-1)) + 1

@@ -168,11 +168,6 @@ class Vocabulary:
         """The string that stands for a leading space in a token: "Ġ" or "▁"."""
         return self.kind.space_mark
 
-    @cached_property
-    def adds_space(self) -> bool:
-        """Whether the tokenizer adds a space in front of every text, which is part of the first token."""
-        return bool(self.encode("a").own_space[:1].any())
-
     @property
     def prefix(self) -> list[int]:
         """Token ids in front of every text: BOS if the model expects it; empty otherwise."""
