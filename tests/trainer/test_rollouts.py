@@ -1,6 +1,7 @@
 """Whole runs in which a tiny student learns from tiny teachers on its own rollouts."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,13 +10,15 @@ from typing import Any
 
 import pytest
 
+from teachers.protocol.errors import Unavailable
 from tests.trainer.ranks import train_on_ranks
 from tests.trainer.runs import losses, run_config, served_models, write_corpus
 from tests.trainer.test_chat_run import chat_config, write_chats
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
-from trainer.rollouts.base import Sampling
+from trainer.rollouts.base import SampledTokens, Sampling
 from trainer.rollouts.prompts import PromptBuilder
+from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.telemetry.jsonl import read_metrics
 from trainer.training.loop import train
 
@@ -152,6 +155,23 @@ def test_a_run_with_rollouts_cannot_continue_without_them(tmp_path: Path, tiny_b
             train(run_config(tiny_byte_level, corpus, tmp_path / "on", urls), resume=True)
         with pytest.raises(CheckpointError, match=r"\[rollout\] = None, this run has True"):
             train(rollout_config(tiny_byte_level, corpus, tmp_path / "off", urls), resume=True)
+
+
+def test_an_error_of_a_teacher_ends_the_sampling(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def sample_until_stopped(*arguments: Any) -> list[SampledTokens]:
+        while not arguments[-1]():
+            time.sleep(0.01)
+        asked.append(True)
+        return []
+
+    monkeypatch.setattr(TransformersEngine, "sample", sample_until_stopped)
+    with pytest.raises(Unavailable):
+        train(rollout_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", ["http://127.0.0.1:9"]))
+    assert asked
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ class ExampleStream:
         self._scorer: SampleScorer | None = None
         self._cards: dict[str, TeacherCard] = {}
         self._tokenizers: dict[str, SampleTokenizer] = {}
-        self._stopping = self._closing = False
+        self._stopping = self._closing = self._failed = False
         self._began = self._connected = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
@@ -115,6 +115,10 @@ class ExampleStream:
     def is_stopped(self) -> bool:
         """Whether `stop` or `close` was called."""
         return self._stopping
+
+    def has_ended(self) -> bool:
+        """Return whether the iteration ends before another batch: after `stop` or `close`, or by an error."""
+        return self._stopping or self._failed
 
     @property
     def connect_s(self) -> float:
@@ -181,7 +185,11 @@ class ExampleStream:
         try:
             asyncio.run(self._produce())
         except BaseException as error:  # a Rust panic in a tokenizer is not an Exception; the step would wait forever
-            self._ready.put(error)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failed = True
+        self._ready.put(error)
 
     async def _produce(self) -> None:
         self._main, self._loop = asyncio.current_task(), asyncio.get_running_loop()
@@ -206,7 +214,7 @@ class ExampleStream:
                 finally:
                     self._main = None  # a second cancellation must not interrupt the closing of connections
         except Exception as error:  # raised from the iteration
-            self._ready.put(error)
+            self._fail(error)
 
     async def _produce_batches(self, scorer: SampleScorer, connection: TeacherConnection) -> None:
         prefetcher = Prefetcher(prefetch_limits(self._config), scorer, self._batches)

@@ -15,7 +15,7 @@ from trainer.student.model import Student
 
 
 class TransformersEngine:
-    """Samples with the weights in training. A RolloutEngine.
+    """Sample with the weights in training, in the process that trains them. A RolloutEngine.
 
     generation_batch  number of prompts per call of `generate`
     """

@@ -55,7 +55,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
     ):
         items = iter(stream)
         with on_stop(stream.stop):  # the first batch may wait for a teacher
-            is_ready = batches.advance(done, stream.is_stopped)
+            is_ready = batches.advance(done, stream.has_ended)
             first = list(islice(items, 1))  # nothing is written before every teacher has been checked
         if stream.is_stopped() or not is_ready:
             return RunResult(done, (), None, terminated=True)
@@ -81,7 +81,7 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
                 if _is_due(done, config.output.checkpoint_every_steps):
                     run.save(metrics, done, fusion_state, batches.state(done))
                 run.finish_save(metrics)
-                batches.advance(done, stream.is_stopped)
+                batches.advance(done, stream.has_ended)
             run.save_last(metrics, done, fusion_state, batches.state(done))
             ended = done == run.num_steps or evaluator.early_stopped
             if ended:
