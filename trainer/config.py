@@ -104,6 +104,8 @@ class RunConfig(Section):
             raise ValueError("rollout: the student learns nothing from its own text without teachers; add [[teachers]]")
         if rollout.eval_prompts and not self.eval.held_out_documents:
             raise ValueError("rollout.eval_prompts: there is no held-out text; set eval.held_out_documents")
+        if self.train.deterministic and rollout.top_p < 1 and not self.student.device.startswith("cpu"):
+            raise ValueError("train.deterministic: torch has no deterministic implementation for rollout.top_p below 1")
         if (rollout.prompt_tokens or 0) >= self.data.window_tokens:
             raise ValueError(
                 "rollout.prompt_tokens: expected less than data.window_tokens, to leave room for a rollout"

@@ -33,8 +33,8 @@ def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | Non
     """Tokenize a sample with `attempt`. If it is too long and data.too_long is "shorten", use a prefix that fits.
 
     A text is cut after about `limit` tokens, at the end of a character and after its prompt. A chat is cut after a
-    supervised assistant message. Bisection finds the last message with which the chat fits. A rollout is always
-    shortened, because its length in the tokens of a teacher is not known before it is sampled.
+    supervised assistant message. Bisection finds the last message with which the chat fits. The text of a rollout is
+    always shortened, because its length in the tokens of a teacher is not known before it is sampled.
 
     attempt  tokenizes a sample for all models, and returns the excess if it is too long
     Raises DataError for a text, and ChatError for a chat and for a text with a prompt, if data.too_long is "refuse" or
@@ -43,7 +43,7 @@ def fit_sample(sample: Sample, attempt: Callable[[Sample], tuple[T, Excess | Non
     result, excess = attempt(sample)
     if excess is None:
         return result
-    ends = _turn_ends(sample) if data.too_long == "shorten" else []
+    ends = _turn_ends(sample) if data.too_long == "shorten" and sample.rollout is None else []
     fitting, too_long = -1, len(ends)  # indices of ends; the end of the whole sample follows the last one
     while too_long - fitting > 1:
         middle = (fitting + too_long) // 2
@@ -80,6 +80,8 @@ def _too_long(sample: Sample, excess: Excess, data: DataConfig) -> ChatError | D
     """Return the error for a sample that is too long, with the settings that help."""
     may_shorten, (tokenized, limit, limited_by) = data.too_long == "shorten", excess
     problem = f"sample {sample.name}: {limited_by} takes {limit} tokens, the sample has {len(tokenized)}"
+    if sample.rollout is not None:
+        return ChatError(problem if sample.is_chat else f"{problem}; its prompt alone is too long")
     if sample.is_chat or sample.prompt_bytes:
         remedies = ["raise data.window_tokens"] if limited_by == STUDENT_WINDOW else []
         if may_shorten or _has_long_prompt(sample, excess):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from alignment import Tokens, Vocabulary
-from trainer.chats.chat_template import ChatTemplate
+from trainer.chats.chat_template import OPEN_THOUGHT, ChatTemplate
 from trainer.chats.config import SupervisionConfig
 from trainer.chats.jinja_template import ChatError
 from trainer.chats.rendered_chat import RenderedChat, supervised_mask
@@ -42,40 +42,45 @@ class SampleTokenizer:
     def tokenize(self, sample: Sample) -> TokenizedSample:
         """Tokenize a text or a chat. Raises ChatError for a chat that the model's template cannot render.
 
-        The text of a rollout keeps its sampled tokens for every model with the student's tokenizer.
+        A rollout keeps its sampled tokens for every model with the student's tokenizer.
         """
         rollout = sample.rollout
+        if sample.is_chat and rollout is not None:
+            return self._answered_chat(sample, reads_sampled_tokens(sample, self.vocabulary))
         if sample.is_chat:
-            template = self._template(sample)
-            if rollout is not None:
-                return self._sampled_chat(sample, template.turn_end)
-            return self._tokenized_chat(template.render(sample.messages, sample.tools, sample=sample.name))
-        if rollout is not None and rollout.fingerprint == self.vocabulary.fingerprint:
+            rendered = self._template(sample).render(sample.messages, sample.tools, sample=sample.name)
+            return self._tokenized_chat(rendered)
+        if rollout is not None and reads_sampled_tokens(sample, self.vocabulary):
             return self._tokenized_text(self._with_eos(sample, _sampled_tokens(sample, rollout)), sample.prompt_bytes)
         return self._tokenized_text(self.vocabulary.encode(sample.text, close=sample.closes), sample.prompt_bytes)
 
-    def tokenize_rollout(self, sample: Sample, *, canonical: bool = False) -> TokenizedSample:
-        """Tokenize a rollout for the student, with its sampled tokens; or with those that its tokenizer writes.
+    def tokenize_canonical(self, sample: Sample) -> TokenizedSample:
+        """Tokenize a rollout with the tokens that the tokenizer writes, not with those that were sampled."""
+        return self._answered_chat(sample, False) if sample.is_chat else self.tokenize(replace(sample, rollout=None))
 
-        Raises ChatError for an answer without a token.
+    def _answered_chat(self, sample: Sample, has_sampled_tokens: bool) -> TokenizedSample:
+        """Tokenize a chat whose last answer was sampled, behind the beginning of an answer in this model's template.
+
+        has_sampled_tokens  whether the answer has its sampled tokens, or those that the tokenizer writes
         """
-        assert sample.rollout is not None
-        if not sample.is_chat:
-            return self.tokenize(replace(sample, rollout=None) if canonical else sample)
-        tokens = None if canonical else _sampled_tokens(sample, sample.rollout)
-        return self._sampled_chat(sample, sample.rollout.ids[-1] if sample.closes else None, tokens)
-
-    def _sampled_chat(self, sample: Sample, end: int | None, tokens: Tokens | None = None) -> TokenizedSample:
-        """Tokenize a chat whose last answer was sampled.
-
-        end     token that ends the turn, if the student has ended it
-        tokens  tokens of the chat without `end`; by default those of this model's tokenizer and template
-        """
-        template, (*messages, answer) = self._template(sample), sample.messages
-        if tokens is None:
-            tokens, start = template.continue_chat(messages, sample.tools, answer["content"], sample=sample.name)
-        else:
-            start = tokens.num_bytes - len(answer["content"].encode())
+        template, rollout, prompt = self._template(sample), sample.rollout, sample.prompt
+        assert rollout is not None
+        assert prompt is not None
+        *messages, answer = sample.messages
+        thought = OPEN_THOUGHT.search(prompt.text.decode())
+        tokens, start = template.continue_chat(
+            messages,
+            sample.tools,
+            "" if has_sampled_tokens else answer["content"],
+            opening=thought[0] if thought else "",
+            sample=sample.name,
+        )
+        if has_sampled_tokens:
+            length = len(rollout.ids) - sample.closes
+            tokens = tokens.continued(answer["content"].encode(), rollout.ids[:length], rollout.num_bytes[:length])
+        end = template.turn_end(bool(sample.tools))
+        if reads_sampled_tokens(sample, self.vocabulary) and rollout.ids and rollout.ids[-1] in template.answer_ends:
+            end = rollout.ids[-1]
         rendered = sampled_chat(
             template,
             tokens,
@@ -116,12 +121,16 @@ class SampleTokenizer:
         return TokenizedSample(without_bos, supervised_T[hidden_bos:], num_bytes_T[hidden_bos:], rendered, hidden_bos)
 
 
+def reads_sampled_tokens(sample: Sample, vocabulary: Vocabulary) -> bool:
+    """Return whether a model receives the tokens that the student has sampled: if it has the student's tokenizer."""
+    return sample.rollout is not None and sample.rollout.fingerprint == vocabulary.fingerprint
+
+
 def _sampled_tokens(sample: Sample, rollout: Rollout) -> Tokens:
-    """Return the tokens of a prompt and of the text that was sampled after it, without an end token."""
+    """Return the tokens of a prompt and of the text that was sampled after it, without EOS."""
     assert sample.prompt is not None
-    text = sample.messages[-1]["content"] if sample.is_chat else sample.text.encode()[sample.prompt_bytes :].decode()
-    length = len(rollout.ids) - sample.closes
-    return sample.prompt.continued(text.encode(), rollout.ids[:length], rollout.num_bytes[:length])
+    text, length = sample.text.encode()[sample.prompt_bytes :], len(rollout.ids) - sample.closes
+    return sample.prompt.continued(text, rollout.ids[:length], rollout.num_bytes[:length])
 
 
 def tokenize_samples(

@@ -14,9 +14,11 @@ from teachers.protocol.errors import Unavailable
 from tests.trainer.ranks import train_on_ranks
 from tests.trainer.runs import losses, run_config, served_models, write_corpus
 from tests.trainer.test_chat_run import chat_config, write_chats
+from trainer.chats.jinja_template import ChatError
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.rollouts.base import SampledTokens, Sampling
+from trainer.rollouts.batches import OnPolicyBatches
 from trainer.rollouts.prompts import PromptBuilder
 from trainer.rollouts.transformers_engine import TransformersEngine
 from trainer.telemetry.jsonl import read_metrics
@@ -157,6 +159,28 @@ def test_a_run_with_rollouts_cannot_continue_without_them(tmp_path: Path, tiny_b
             train(rollout_config(tiny_byte_level, corpus, tmp_path / "off", urls), resume=True)
 
 
+def test_an_error_of_a_later_batch_is_raised_although_the_first_batch_is_complete(
+    tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, calls = OnPolicyBatches._batch, list[int]()
+
+    def batch(self: OnPolicyBatches, step: int, version: int, should_stop: Callable[[], bool]) -> Any:
+        calls.append(step)
+        if step == 2:
+            while not should_stop():
+                time.sleep(0.01)
+        samples = own(self, step, version, should_stop)
+        refusal = ChatError("the second batch is refused")
+        return [replace(each, refusal=refusal) for each in samples or ()] if step == 1 else samples
+
+    monkeypatch.setattr(OnPolicyBatches, "_batch", batch)
+    with served_models(tiny_byte_level) as urls:
+        config = rollout_config(tiny_byte_level, write_corpus(tmp_path), tmp_path / "out", urls, max_staleness_steps=3)
+        with pytest.raises(ChatError, match="the second batch is refused"):
+            train(config)
+    assert calls == [0, 1, 2]
+
+
 def test_an_error_of_a_teacher_ends_the_sampling(
     tmp_path: Path, tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +225,8 @@ def test_answers_of_chats_are_scored_in_the_template_of_each_teacher(
     steps = steps_of(tmp_path / "out")
     assert sum(step["rollouts"]["samples"] for step in steps) == 16
     assert sum(step["skipped"] for step in steps) == 0, "empty and unfinished answers are scored, too"
+    # A teacher with the student's weights and template reads every answer as the student wrote it.
+    assert steps[0]["teachers"]["t0"]["rollout_bpb"] == pytest.approx(steps[0]["rollouts"]["own_bpb"], rel=1e-4)
     first = steps[0]["rollouts"]
     own_nats = first["own_bpb"] * math.log(2) * first["num_bytes"]
     assert first["cross_entropy"] * first["tokens"] == pytest.approx(own_nats, rel=1e-4)
@@ -208,17 +234,21 @@ def test_answers_of_chats_are_scored_in_the_template_of_each_teacher(
 
 
 @pytest.mark.slow
-def test_chats_that_the_student_cannot_continue_are_skipped(tmp_path: Path, tiny_byte_level: Path) -> None:
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_chats_that_the_student_cannot_continue_are_skipped(
+    tmp_path: Path, tiny_byte_level: Path, share: float
+) -> None:
     spelled = [{"role": "user", "content": "What is <|eos|>?"}, {"role": "assistant", "content": "A token."}]
     long = [{"role": "user", "content": "How long? " * 200}, {"role": "assistant", "content": "Long."}]
     with served_models(tiny_byte_level) as urls:
         chats = write_chats(tmp_path, extra=(spelled, long))
         raw = chat_config(tmp_path, tiny_byte_level, {urls[0]: "byte_level"}, chats).model_dump()
-        raw["rollout"] = {"max_new_tokens": 16}
+        raw["rollout"] = {"max_new_tokens": 16, "share": share}
         raw["data"]["invalid_chats"] = "skip"
         raw["eval"]["held_out_documents"] = 0
         train(RunConfig.model_validate(raw))
     steps = steps_of(tmp_path / "out")
     assert sum(step["skipped"] for step in steps) == 4, "two chats in two epochs"
-    assert all(step["cross_entropy"] is None for step in steps), "they are not trained on as given text"
-    assert sum(step["rollouts"]["samples"] for step in steps) == 20
+    if share == 1.0:
+        assert all(step["cross_entropy"] is None for step in steps), "they are not trained on as given text"
+        assert sum(step["rollouts"]["samples"] for step in steps) == 20

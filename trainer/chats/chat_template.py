@@ -31,6 +31,7 @@ from trainer.chats.turn_regions import Region, regions
 from trainer.chats.turn_syntax import TurnEnds, TurnSyntax, turn_ends, turn_syntax
 
 END_OF_TURN = "end_of_turn"
+OPEN_THOUGHT = re.compile(r"<think>\s*\Z")  # at the end of a generation prompt
 _TURN_MARKER = re.compile(r"<[|｜].+[|｜]>")  # tokens such as <|user|>, whether or not the tokenizer calls them special
 
 
@@ -90,18 +91,25 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
         answer: str = "",
         *,
+        opening: str | None = None,
         sample: str = "chat",
     ) -> tuple[Tokens, int]:
         """Tokenize a chat up to the beginning of the next answer of the assistant, and a part of this answer.
 
         The template does not render the answer, so that it changes nothing in it; special tokens that the answer spells
-        are ordinary text. Returns the tokens, without a BOS that the template does not write, and the byte at which the
+        are ordinary text.
+
+        opening  beginning of a thought with which the prompt shall end, or ""; by default as the template writes it
+        Returns the tokens, without a BOS that the template does not write, and the byte at which the
         answer begins. Raises ChatError.
         """
         label = f"sample {sample}, model {self.name}"
         try:
             chat, escape, (syntax, _) = self._chat(*normalize_chat(messages, tools), label)
-            plain = plain_text(chat.answer_prompt() + syntax.header, (), escape)
+            prompt = chat.answer_prompt(syntax.has_prompt)
+            if opening is not None:
+                prompt = OPEN_THOUGHT.sub("", prompt) + opening
+            plain = plain_text(prompt, (), escape)
             start = len(plain.text.encode())
             spelled = [
                 (start + len(answer[: match.start()].encode()), start + len(answer[: match.end()].encode()))
@@ -112,11 +120,19 @@ class ChatTemplate:
             raise ChatError(f"{label}: {error}") from error
 
     @property
-    def turn_end(self) -> int | None:
-        """Id of the token with which the template ends an answer; without one, that of the vocabulary, or None."""
+    def answer_ends(self) -> frozenset[int]:
+        """Return the ids of all tokens that may end an answer."""
+        ends = {*self.turn_ends, self.turn_end(False), self.turn_end(True)}
+        return frozenset(end for end in ends if end is not None)
+
+    def turn_end(self, has_tools: bool) -> int | None:
+        """Return the id of the token with which the template ends an answer in chats with or without tools.
+
+        Without one, it is the end of turn or EOS of the vocabulary, or None.
+        """
         if self.end_of_turn is not None:
             return self.end_of_turn
-        _, ends = self._without_tools
+        _, ends = self._with_tools if has_tools else self._without_tools
         if ends.token:
             return self.vocabulary.tokens.index(ends.token)
         return self.vocabulary.roles.get(END_OF_TURN, self.vocabulary.roles.get("eos"))

@@ -78,10 +78,22 @@ class Chat:
             raise self.error(f"the template reorders the assistant messages {sorted(set(order))}")
         return RenderedText(text, chat, parts, tuple(omissions))
 
-    def answer_prompt(self) -> str:
-        """Render the chat up to the beginning of the next answer of the assistant. Raises ChatError."""
-        chat, _ = self._fold_system_message()
-        return chat._render_text(generation_prompt=True)
+    def answer_prompt(self, has_prompt: bool) -> str:
+        """Render the chat up to the beginning of the next answer of the assistant.
+
+        has_prompt  whether the template has a generation prompt; if not, the chat is rendered with an answer
+        Raises ChatError, also for a part that the template does not render if `changed_content` is "refuse".
+        """
+        chat, text = self._fold_system_message()
+        marker = _unused_marker(text)
+        list(chat._dropped(marker, ()))  # raises
+        if has_prompt:
+            return chat._render_text(generation_prompt=True)
+        answer = {"role": "assistant", "content": marker}
+        before, found, _ = replace(chat, messages=(*chat.messages, answer))._render_text().partition(marker)
+        if not found:
+            raise self.error("the template does not render an answer")
+        return before.rstrip(" ")  # a space in front of the answer belongs to its first token
 
     def error(self, problem: str, kind: type[ChatError] = ChatError) -> ChatError:
         """Build an error that names sample and model."""

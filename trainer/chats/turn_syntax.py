@@ -28,7 +28,7 @@ class TurnSyntax:
     after_calls    text after the arguments of the last tool call of the last message; empty if it is unknown
     reasoning_key  key of a message by which the template reads its reasoning
     call_style     how the template expects messages with tool calls
-    header         text in front of an answer, if the template does not write it as a generation prompt; else empty
+    has_prompt     whether the template writes the beginning of an answer if `add_generation_prompt` is set
     """
 
     openings: Mapping[str, str]
@@ -36,7 +36,7 @@ class TurnSyntax:
     after_calls: str
     reasoning_key: str
     call_style: CallStyle
-    header: str = ""
+    has_prompt: bool = True
 
 
 def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax:
@@ -48,11 +48,10 @@ def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax
     probe = _Probe(template, tools)
     user, assistant = {"role": "user", "content": _USER}, {"role": "assistant", "content": _CONTENT}
     plain, earlier = probe.render([user, assistant]), probe.render([user, assistant, user])
-    after_user, prompt = (probe.render([user], is_prompt).rpartition(_USER)[2] for is_prompt in (False, True))
-    header = ""
-    if prompt == after_user:  # the template has no generation prompt
+    header, prompt = (probe.render([user], is_prompt).rpartition(_USER)[2] for is_prompt in (False, True))
+    has_prompt = prompt != header
+    if not has_prompt:
         prompt = _between(earlier, _CONTENT) or _between(plain, _CONTENT)
-        header = prompt.removeprefix(after_user)
     call_style, calls = probe.tool_call(user)
     inline = probe.render([user, assistant | {"content": f"<think>{_REASONING}</think>{_CONTENT}"}])
     reasoning_key, reasoning = probe.reasoning(user, assistant)
@@ -67,7 +66,7 @@ def turn_syntax(template: JinjaTemplate, tools: Sequence[Message]) -> TurnSyntax
         after_calls=calls.rpartition(_CALL)[2] if _CALL in calls else "",
         reasoning_key=reasoning_key,
         call_style=call_style,
-        header=header,
+        has_prompt=has_prompt,
     )
 
 

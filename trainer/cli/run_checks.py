@@ -183,18 +183,19 @@ def _evenly_spaced(corpus: Corpus) -> list[Sample]:
 
 
 async def _check_teachers(config: RunConfig, examined: _Data, wait: bool) -> list[Finding]:
-    groups = await asyncio.gather(*(_check_teacher(t, examined, config.data, wait) for t in config.teachers))
+    groups = await asyncio.gather(*(_check_teacher(t, examined, config, wait) for t in config.teachers))
     return [finding for group in groups for finding in group]
 
 
-async def _check_teacher(config: TeacherConfig, examined: _Data, data: DataConfig, wait: bool) -> list[Finding]:
+async def _check_teacher(config: TeacherConfig, examined: _Data, run: RunConfig, wait: bool) -> list[Finding]:
     """Check card, tokenizer, top_k, sample lengths and chats, then score a probe sentence with and without BOS."""
     findings: list[Finding] = []
+    data = run.data
     subject = f"teacher {config.name}"
     try:
         async with TeacherPool([teacher_address(config, wait=wait)]) as pool:
             has_chats = any(sample.is_chat for sample in examined.samples)
-            teacher = await connect_teacher(pool, config, data, has_chats)
+            teacher = await connect_teacher(pool, config, data, has_chats, closes_texts=run.rollout is not None)
             card = teacher.card
             detail = f"{card.model} on {card.engine}, dtype {card.dtype}, up to K = {card.max_top_k}"
             findings.append(Finding(subject, True, detail))

@@ -72,10 +72,9 @@ async def connect_teachers(
     """
     async with TeacherPool([teacher_address(config) for config in configs], on_event) as pool:
         has_chats = student.template is not None
-        teachers = await gather(connect_teacher(pool, config, data, has_chats) for config in configs)
-        for teacher in teachers:
-            if closes_texts and "eos" not in teacher.tokenizer.vocabulary.roles:
-                raise _no_eos(teacher.config.name, "rollouts")
+        teachers = await gather(
+            connect_teacher(pool, config, data, has_chats, closes_texts=closes_texts) for config in configs
+        )
         signals = [await asyncio.to_thread(_signal, teacher, student.vocabulary) for teacher in teachers]
         try:
             yield TeacherConnection(pool, tuple(teachers), tuple(signals))
@@ -85,11 +84,12 @@ async def connect_teachers(
 
 
 async def connect_teacher(
-    pool: TeacherPool, config: TeacherConfig, data: DataConfig, has_chats: bool
+    pool: TeacherPool, config: TeacherConfig, data: DataConfig, has_chats: bool, *, closes_texts: bool = False
 ) -> ConnectedTeacher:
     """Request one teacher's card and tokenizer files, and check them against the run file and its data.
 
-    has_chats  the data has chats, so that the teacher needs a chat template
+    has_chats     the data has chats, so that the teacher needs a chat template
+    closes_texts  EOS may follow a text, as after a rollout
     Raises TeacherError, TokenizerError or ChatError naming the teacher.
     """
     card, files = await pool.connect(config.name)
@@ -99,18 +99,16 @@ async def connect_teacher(
             f"which signal {config.signal} does not support: set teachers.{config.name}.signal to byte_chain"
         )
     vocabulary = checked_vocabulary(config, card, files)
-    if data.close_documents and "eos" not in vocabulary.roles:
-        raise _no_eos(config.name, "documents (data.close_documents)")
+    if (data.close_documents or closes_texts) and "eos" not in vocabulary.roles:
+        ends = "documents (data.close_documents)" if data.close_documents else "rollouts"
+        raise TokenizerError(
+            f"teacher {config.name}: its tokenizer has no EOS for the ends of {ends}; set eos in the roles of this "
+            "teacher"
+        )
     template = None
     if has_chats:
         template = load_chat_template(files, vocabulary, config.roles, config.chat_template, data.supervision)
     return ConnectedTeacher(config, card, SampleTokenizer(vocabulary, card.prefix, template))
-
-
-def _no_eos(teacher: str, texts: str) -> TokenizerError:
-    return TokenizerError(
-        f"teacher {teacher}: its tokenizer has no EOS for the ends of {texts}; set eos in the roles of this teacher"
-    )
 
 
 def check_chat_support(teachers: Sequence[TeacherConfig], corpus: Corpus) -> None:

@@ -87,7 +87,7 @@ class _ScoreCache:
 
     async def get(self, sample: Sample, score: Callable[[], Coroutine[Any, Any, Scored]]) -> Scored:
         """Return cached scores, or the result of a request in flight, or that of a new request."""
-        if sample.rollout is not None:  # no other rollout has its text
+        if sample.rollout is not None or sample.refusal is not None:  # the index is that of the given text
             return await score()
         if sample.index in self._kept:
             return self._kept[sample.index]

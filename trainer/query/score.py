@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignment import AlignmentError, Target, Vocabulary
+from alignment import AlignmentError, Target
 from alignment.report import AlignmentReport
 from alignment.sampled_tokens import are_equal, num_noncanonical, transfer_target
 from teachers.protocol.errors import TeacherError, TeacherLost
@@ -22,7 +22,7 @@ from trainer.shortening import STUDENT_WINDOW, Excess, fit_sample
 from trainer.signals.base import Prepared, TeacherSignal
 from trainer.sources.config import DataConfig
 from trainer.telemetry.collector import Collector, ResponseTime
-from trainer.tokenization import SampleTokenizer, raise_unless_skipped
+from trainer.tokenization import SampleTokenizer, raise_unless_skipped, reads_sampled_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class SampleScorer:
                 raise sample.refusal
             tokenizations, seconds = await in_thread(self._tokenize, sample)
         except ChatError as error:
-            if sample.rollout is None or not sample.is_chat:  # nobody can correct an answer that was sampled
+            if sample.rollout is None or not sample.is_chat:  # the user cannot correct a sampled answer
                 raise_unless_skipped(error, self._data)
             collector.skipped, collector.skip_reason = collector.skipped + 1, str(error)
             return None
@@ -90,8 +90,7 @@ class SampleScorer:
 
     def _tokenize(self, original: Sample) -> Tokenizations:
         def attempt(sample: Sample) -> tuple[Tokenizations, Excess | None]:
-            is_given = sample.rollout is None
-            student = self._student.tokenize(sample) if is_given else self._student.tokenize_rollout(sample)
+            student = self._student.tokenize(sample)
             teachers = tuple(teacher.tokenizer.tokenize(sample) for teacher in self._connection.teachers)
             tokenizations = Tokenizations(sample, student, teachers, self._canonical(sample, student))
             return tokenizations, self._first_excess(sample, student, teachers)
@@ -100,9 +99,9 @@ class SampleScorer:
 
     def _canonical(self, sample: Sample, student: TokenizedSample) -> TokenizedSample | None:
         vocabularies = [teacher.tokenizer.vocabulary for teacher in self._connection.teachers]
-        if sample.rollout is None or all(_reads_sampled_tokens(sample, each) for each in vocabularies):
+        if sample.rollout is None or all(reads_sampled_tokens(sample, each) for each in vocabularies):
             return None
-        canonical = self._student.tokenize_rollout(sample, canonical=True)
+        canonical = self._student.tokenize_canonical(sample)
         return None if are_equal(canonical.tokens, student.tokens) else canonical
 
     def _first_excess(
@@ -174,15 +173,10 @@ def _prepare(
     aligned to the canonical tokens, and the target is moved to the sampled ones.
     """
     canonical, student = tokenizations.canonical, tokenizations.student
-    if canonical is None or _reads_sampled_tokens(tokenizations.sample, teacher.tokenizer.vocabulary):
+    if canonical is None or reads_sampled_tokens(tokenizations.sample, teacher.tokenizer.vocabulary):
         return signal.prepare(*response, student)
     prepared = signal.prepare(*response, canonical)
     return prepared._replace(target=transfer_target(prepared.target, canonical.tokens, student.tokens))
-
-
-def _reads_sampled_tokens(sample: Sample, teacher: Vocabulary) -> bool:
-    """Return whether a teacher receives the tokens that the student has sampled: in texts, with the same tokenizer."""
-    return sample.rollout is not None and not sample.is_chat and sample.rollout.fingerprint == teacher.fingerprint
 
 
 def _first_position(teacher: ConnectedTeacher, tokenized: TokenizedSample) -> int:

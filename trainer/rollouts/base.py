@@ -63,6 +63,6 @@ class RolloutEngine(Protocol):
         """Return the continuation of each prompt. All processes must call this together, also without prompts.
 
         The same weights, prompts and seed give the same tokens. After `should_stop` has returned true, the call returns
-        soon, with rollouts that are not complete or not there.
+        soon, with incomplete or missing rollouts.
         """
         ...

@@ -36,7 +36,7 @@ class OnPolicyBatches:
 
     steps    steps of this start of the run
     waiting  rollouts that were sampled before the run was resumed
-    engine   what samples the tokens; by default that of the run file
+    engine   the engine that samples; by default that of the run file
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class OnPolicyBatches:
         while self._next < min(done + self._rollout.max_staleness_steps + 1, self._num_steps):
             batch = self._batch(self._next, done, should_stop)
             if self._ranks.any(batch is None):
+                self._waiting.pop(self._next, None)  # incomplete
                 self.close()
                 return False
             if batch is not None and self._next in self._steps:  # a later start of the run uses the others
@@ -101,7 +102,6 @@ class OnPolicyBatches:
         return {
             str(step): {str(position): [asdict(each) for each in rollouts] for position, rollouts in batch.items()}
             for step, batch in self._waiting.items()
-            if step < self._next  # complete in all processes
         }
 
     def _batch(self, step: int, version: int, should_stop: Callable[[], bool]) -> list[Sample] | None:
@@ -134,9 +134,17 @@ class OnPolicyBatches:
         ]
 
     def _fits(self, step: int, prompts: Mapping[int, Sample]) -> bool:
-        """Return whether the waiting rollouts of a step continue these prompts, which a changed run file changes."""
-        pairs = [(prompt, one) for i, prompt in prompts.items() for one in self._waiting[step][i]]
-        return all(prompt.refusal is None and one.prompt_crc == prompt_crc(prompt) for prompt, one in pairs)
+        """Return whether the waiting rollouts of a step continue these prompts and are recent enough.
+
+        They may not, if the run file was changed before the run was resumed.
+        """
+        oldest = step - self._rollout.max_staleness_steps
+        return all(
+            bool(rollouts) == (prompts[i].refusal is None)
+            and all(one.version >= oldest and one.prompt_crc == prompt_crc(prompts[i]) for one in rollouts)
+            for i, rollouts in self._waiting[step].items()
+            if i in prompts
+        )
 
     def _sample(
         self, prompts: Mapping[int, Sample], step_and_version: tuple[int, int], should_stop: Callable[[], bool]

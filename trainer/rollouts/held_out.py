@@ -4,7 +4,6 @@ The prompts and the random numbers are the same at every evaluation, so that the
 of its steps cannot: each step has other prompts.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,6 +18,7 @@ from trainer.rollouts.prompts import PromptBuilder
 from trainer.sources.corpus import Samples
 from trainer.sources.sample_order import HELD_OUT
 from trainer.student.model import Student
+from trainer.telemetry.event_records import finite
 from trainer.telemetry.events import RolloutEvalEvent
 from trainer.telemetry.jsonl import Metrics
 from trainer.tokenization import SampleTokenizer
@@ -55,13 +55,13 @@ class HeldOutRollouts:
         sums = self._ranks.all_reduce_sum([*_own_sums(samples), *_teacher_sums(score(samples), len(self._names))])
         num_samples, num_tokens, num_bytes, nats, entropy, finished, *by_teacher = sums
         teachers = {
-            name: _finite(bits_per_byte(logprob, int(covered)))
+            name: finite(bits_per_byte(logprob, int(covered)))
             for name, logprob, covered in zip(self._names, by_teacher[::2], by_teacher[1::2], strict=True)
         }
         event = RolloutEvalEvent(
             step=step,
             samples=int(num_samples),
-            own_bpb=_finite(bits_per_byte(-nats, int(num_bytes))),
+            own_bpb=finite(bits_per_byte(-nats, int(num_bytes))),
             entropy=entropy / max(num_tokens, 1),
             length=num_tokens / max(num_samples, 1),
             finished=finished / max(num_samples, 1),
@@ -98,7 +98,3 @@ def _teacher_sums(scored: Sequence[ScoredSample], num_teachers: int) -> list[flo
     for sample in scored:
         sums += [scores.supervised_text for scores in sample.scores]
     return sums.ravel().tolist()
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -20,7 +20,7 @@ class PromptBuilder:
     """Makes prompts and samples for one student.
 
     EOS ends a text. An answer of a chat ends with the tokens with which the student's template ends a turn, or with EOS
-    if there are none. Other special tokens have no text and are never sampled.
+    if there are none. Other special tokens have no text and are never sampled, EOS in chats included.
 
     window_tokens  maximum number of tokens of a prompt and its rollout, without BOS and EOS
     """
@@ -37,8 +37,9 @@ class PromptBuilder:
     @cached_property
     def _chat_sampling(self) -> Sampling:
         template = self.tokenizer.template
-        ends = template.turn_ends if template is not None else frozenset()
-        return self._sampling(ends) if ends else self._text_sampling
+        if template is None:
+            return self._text_sampling
+        return self._sampling(template.answer_ends)
 
     def _sampling(self, end_ids: frozenset[int]) -> Sampling:
         token_bytes = self.tokenizer.vocabulary.token_bytes
@@ -56,21 +57,20 @@ class PromptBuilder:
         except ChatError as error:
             return replace(sample, refusal=error)
         assert prompted.prompt is not None
-        if len(prompted.prompt) < self.window_tokens:
+        num_tokens = len(prompted.prompt)
+        if 0 < num_tokens < self.window_tokens:
             return prompted
         refusal = ChatError(
-            f"sample {sample.name}: its prompt has {len(prompted.prompt)} tokens and leaves no room for a rollout in "
-            f"{STUDENT_WINDOW} of {self.window_tokens} tokens: raise data.window_tokens, or set data.invalid_chats = "
-            '"skip" to skip it'
+            f"sample {sample.name}: its prompt has {num_tokens} tokens, expected 1 to {self.window_tokens - 1}, so "
+            f"that {STUDENT_WINDOW} has room for a rollout: raise data.window_tokens if it is too long"
         )
         return replace(sample, refusal=refusal)
 
     def _text_prompt(self, sample: Sample) -> Sample:
         vocabulary = self.tokenizer.vocabulary
-        if sample.prompt_bytes:
+        if sample.prompt_bytes or self.config.prompt_tokens is None:  # a record with a prompt, which may be empty
             prompt = sample.text.encode()[: sample.prompt_bytes]
         else:
-            assert self.config.prompt_tokens is not None, "checked at the start of the run"
             prompt = _first_tokens(vocabulary.encode(sample.text), self.config.prompt_tokens)
         text = prompt.decode()
         return replace(sample, text=text, prompt_bytes=len(prompt), closes=False, prompt=vocabulary.encode(text))

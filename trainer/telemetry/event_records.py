@@ -1,6 +1,13 @@
 """Records nested in the events of metrics.jsonl. The docstring under each field is its entry in docs/metrics.md."""
 
+import math
+
 from pydantic import BaseModel, ConfigDict, Field
+
+
+def finite(value: float) -> float | None:
+    """Return None for NaN, the mean of no values, and for infinity."""
+    return value if math.isfinite(value) else None
 
 
 class Record(BaseModel):

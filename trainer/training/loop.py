@@ -58,6 +58,8 @@ def _train(run: Run, stop_at: int | None, listener: Listener | None, on_stop: St
             is_ready = batches.advance(done, stream.has_ended)
             first = list(islice(items, 1))  # nothing is written before every teacher has been checked
         if stream.is_stopped() or not is_ready:
+            for _ in items:  # raises the error, if one has ended the sampling
+                pass
             return RunResult(done, (), None, terminated=True)
         run.check_teachers(evaluator.snapshot_teachers(stream))
         remarks = run.check_chats(stream.tokenizers)

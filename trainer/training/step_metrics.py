@@ -1,12 +1,11 @@
 """The event of one step: its result and the telemetry of all processes."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.report import bits_per_byte
 from trainer.telemetry.collector import Collector, TeacherTelemetry
-from trainer.telemetry.event_records import PoolStep, RolloutStep, TeacherStep
+from trainer.telemetry.event_records import PoolStep, RolloutStep, TeacherStep, finite
 from trainer.telemetry.events import StepEvent
 from trainer.telemetry.rollout_telemetry import RolloutTelemetry
 from trainer.training.plan import StepPlan
@@ -77,8 +76,8 @@ def _rollout_step(collectors: Sequence[Collector], loss: RolloutLoss | None) -> 
         num_bytes=total.num_bytes,
         divergence=loss.divergence if loss else None,
         cross_entropy=loss.cross_entropy if loss else None,
-        own_bpb=_finite(bits_per_byte(-total.own_nats, total.num_bytes)),
-        fused_bpb=_finite(bits_per_byte(-total.fused_nats, total.fused_bytes)),
+        own_bpb=finite(bits_per_byte(-total.own_nats, total.num_bytes)),
+        fused_bpb=finite(bits_per_byte(-total.fused_nats, total.fused_bytes)),
         entropy=total.entropy / num_tokens,
         length=total.tokens / max(total.samples, 1),
         finished=total.finished / max(total.samples, 1),
@@ -111,16 +110,11 @@ def _teacher_step(
         missing=total.missing,
         unavailable=total.unavailable,
         masked=total.masked,
-        mass=_finite(total.report.mean_mass),
-        own_bpb=_finite(total.report.teacher_bpb),
-        aligned_bpb=_finite(total.report.aligned_bpb),
+        mass=finite(total.report.mean_mass),
+        own_bpb=finite(total.report.teacher_bpb),
+        aligned_bpb=finite(total.report.aligned_bpb),
         wait_s=slowest.teacher(name).wait_s,
         tokens_per_s=sum(telemetry.pool.get("tokens_per_s", 0.0) for telemetry in of_ranks),
         pool=PoolStep.model_validate(pool),
         **optional,
     )
-
-
-def _finite(value: float) -> float | None:
-    """Return None for NaN, the mean of no values, and for infinity."""
-    return value if math.isfinite(value) else None
