@@ -47,7 +47,6 @@ COMPONENT_KINDS = (
         "trainer.sources.record_formats:RECORD_FORMATS",
         "A source has the format whose columns it has. Set `record_format` in `[[data.sources]]` if several fit.",
     ),
-    ComponentKind("Rollout engines", "trainer.rollouts:ENGINES", "Set `rollout.engine`."),
     ComponentKind("Trackers", "trainer.telemetry.trackers:TRACKERS", "Set the key of this name in `[tracking]`."),
 )
 INTRODUCTION = """\

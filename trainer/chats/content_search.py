@@ -125,8 +125,8 @@ class Chat:
         try:
             plain = [self._for_template(message) for message in messages]
             return self.template.render(plain, self.tools, generation_prompt)
-        except TemplateError as error:
-            raise self.error(str(error), TemplateError) from error
+        except ChatError as error:
+            raise self.error(str(error), type(error)) from error
 
     def _for_template(self, message: Message) -> Message:
         """Return a message as the template expects it, without the key "train", which only this project defines."""

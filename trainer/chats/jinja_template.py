@@ -11,7 +11,7 @@ from datetime import date
 from typing import Any
 
 from trainer.chats.json_values import Message
-from trainer.chats.template_worker import WORKER, RenderError
+from trainer.chats.template_worker import WORKER, LimitError, RenderError
 from trainer.errors import UserError
 
 TODAY = date(2026, 1, 1)  # the date that templates insert: the same for all models and for every run
@@ -67,7 +67,8 @@ class JinjaTemplate:
     def render(self, messages: Sequence[Message], tools: Sequence[Message], generation_prompt: bool = False) -> str:
         """Render a chat as text, with `generation_prompt` up to the beginning of the next assistant message.
 
-        Raises TemplateError with the message of the template.
+        Raises TemplateError with the message of the template, and ChatError if the subprocess that renders takes too
+        long or ends: that says nothing about what the template accepts.
         """
         source = self.sources.get(TOOL_USE) if tools else None
         request = {
@@ -80,6 +81,8 @@ class JinjaTemplate:
         }
         try:
             return WORKER.render(request)
+        except LimitError as error:
+            raise ChatError(f"the chat template {error}") from error
         except RenderError as error:
             raise TemplateError(f"the chat template {error}") from error
 

@@ -30,6 +30,10 @@ class RenderError(Exception):
     """Raised if a template raises an error or exceeds a limit. The message continues "the chat template …"."""
 
 
+class LimitError(RenderError):
+    """Raised if the subprocess takes too long or ends. The template may render other chats."""
+
+
 class TemplateWorker:
     """Handle of the subprocess. It is started at the first rendering, and again after it has ended or after a fork."""
 
@@ -41,7 +45,7 @@ class TemplateWorker:
         atexit.register(self.close)
 
     def render(self, request: Mapping[str, Any]) -> str:
-        """Render {"source", "messages", "tools", "variables", "today"} as text. Raises RenderError."""
+        """Render {"source", "messages", "tools", "variables", "today"} as text. Raises RenderError or LimitError."""
         try:
             data = json.dumps(request)
             data = f'{data[:-1]}, "max_chars": {MAX_CHARS + MAX_GROWTH * len(data)}}}'
@@ -69,7 +73,7 @@ class TemplateWorker:
         except (OSError, EOFError, TimeoutError) as error:
             self._end()
             ended = "ended the process that renders, which has limits of memory and time"
-            raise RenderError(f"took more than {RENDER_S:g} s" if isinstance(error, TimeoutError) else ended) from error
+            raise LimitError(f"took more than {RENDER_S:g} s" if isinstance(error, TimeoutError) else ended) from error
         except BaseException:  # an interrupted exchange would leave its response to the next request
             self._end()
             raise
