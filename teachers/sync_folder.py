@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 from uuid import uuid4
@@ -71,32 +71,26 @@ def write_sync_folder(weights: Mapping[str, Tensor], folder: Path) -> str:
     An existing folder is replaced; a server that reads it at the same time refuses it. Floating-point tensors are cast
     to bfloat16. Raises ValueError if the weights have neither a head nor embeddings, and OSError if the disk is full.
     """
-    tensors = {name: copied(tensor) for name, tensor in weights.items()}
+    tensors = {name: _copied(tensor) for name, tensor in weights.items()}
     if not _has_head(tensors):
         embeddings = find_tensor(tensors, EMBEDDINGS)
         if embeddings is None:
             raise ValueError(f"expected weights with {HEAD}, or with {' or '.join(EMBEDDINGS)}")
         tensors[HEAD] = tensors[embeddings].clone()
-    return write_tensors(tensors, folder, WEIGHTS)
-
-
-def write_tensors(tensors: dict[str, Tensor], folder: Path, name: str, other_files: Mapping[str, bytes] = {}) -> str:
-    """Write tensors to the file `name` of a folder, with a manifest. Returns the digest of the manifest."""
-    shapes = {tensor_name: tuple(tensor.shape) for tensor_name, tensor in tensors.items()}
-    manifest = Manifest(id=uuid4().hex, files=[name], tensors=shapes)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    manifest = Manifest(id=uuid4().hex, files=[WEIGHTS], tensors=shapes)
     data = manifest.model_dump_json().encode()
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(tensors, partial / name, metadata={"id": manifest.id})
-    for other, content in ({MANIFEST: data} | dict(other_files)).items():
-        (partial / other).write_bytes(content)
+    save_file(tensors, partial / WEIGHTS, metadata={"id": manifest.id})
+    (partial / MANIFEST).write_bytes(data)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return hashlib.sha256(data).hexdigest()
 
 
-def copied(tensor: Tensor) -> Tensor:
+def _copied(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU, which shares no memory with another tensor, as safetensors requires."""
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
@@ -119,14 +113,7 @@ def read_sync_folder(folder: Path, digest: str, expected: Mapping[str, Shape]) -
 
     Raises SyncFolderError, which names the first file or tensors that are not.
     """
-    return read_tensors(folder, digest, lambda shapes, where: _compare(shapes, expected, where))
-
-
-def read_tensors(
-    folder: Path, digest: str, check_shapes: Callable[[Mapping[str, Shape], str], None]
-) -> dict[str, Tensor]:
-    """Return the tensors of a folder. `check_shapes` receives the shapes and the name of the place that states them."""
-    data = read_file(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    data = _read(folder / MANIFEST, MAX_MANIFEST_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
         raise SyncFolderError(f"{MANIFEST} is another one than that of the request: write each version to a new folder")
     try:
@@ -134,11 +121,11 @@ def read_tensors(
             manifest = Manifest.model_validate_json(data)
     except ProtocolError as error:
         raise SyncFolderError(str(error)) from error
-    check_shapes(manifest.tensors, MANIFEST)
+    _compare(manifest.tensors, expected, MANIFEST)
     tensors: dict[str, Tensor] = {}
     for name in manifest.files:
         tensors |= _tensors_of(folder / name, manifest.id)
-    _compare({name: tuple(tensor.shape) for name, tensor in tensors.items()}, manifest.tensors, "the files of weights")
+    _compare({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, "the files of weights")
     try:
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
@@ -169,7 +156,7 @@ def _listed(names: list[str]) -> str:
 
 def _tensors_of(path: Path, folder_id: str) -> dict[str, Tensor]:
     """Read one file of weights. Raises SyncFolderError if it is damaged or belongs to another manifest."""
-    data = read_file(path)
+    data = _read(path)
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -180,7 +167,7 @@ def _tensors_of(path: Path, folder_id: str) -> dict[str, Tensor]:
     return tensors
 
 
-def read_file(path: Path, limit_bytes: int | None = None) -> bytes:
+def _read(path: Path, limit_bytes: int | None = None) -> bytes:
     """Return the content of a regular file; links are not followed. Raises SyncFolderError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would wait for a writer

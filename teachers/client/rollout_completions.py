@@ -58,8 +58,8 @@ class GenerationRequest:
         per_token = MAX_TOKEN_BYTES + (self.num_top + 2) * MAX_CANDIDATE_BYTES
         return (len(self.prompt_ids) + self.max_new_tokens + 16) * per_token
 
-    def body(self, cache_salt: str, model: str | None = None) -> bytes:
-        """Return the JSON body. `model` is the name of an adapter."""
+    def body(self, cache_salt: str) -> bytes:
+        """Return the JSON body."""
         sampling: dict[str, Any] = {
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -72,20 +72,19 @@ class GenerationRequest:
         }
         if self.banned_ids:
             sampling["logit_bias"] = dict.fromkeys(map(str, self.banned_ids), BANNED_BIAS)
-        return msgspec.json.encode(_fields(self.prompt_ids, cache_salt, model) | sampling)
+        return msgspec.json.encode(_fields(self.prompt_ids, cache_salt) | sampling)
 
 
-def scoring_body(ids: Sequence[int], cache_salt: str, model: str | None = None) -> bytes:
+def scoring_body(ids: Sequence[int], cache_salt: str) -> bytes:
     """Return the body of a request for the log-probabilities of a text. vLLM generates at least one token."""
     scoring = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-    return msgspec.json.encode(_fields(ids, cache_salt, model) | scoring)
+    return msgspec.json.encode(_fields(ids, cache_salt) | scoring)
 
 
-def _fields(prompt_ids: Sequence[int], cache_salt: str, model: str | None) -> dict[str, Any]:
+def _fields(prompt_ids: Sequence[int], cache_salt: str) -> dict[str, Any]:
     neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     tokens = {"add_special_tokens": False, "skip_special_tokens": False, "return_tokens_as_token_ids": True}
-    named = {} if model is None else {"model": model}
-    return {"prompt": list(prompt_ids), "return_token_ids": True, "cache_salt": cache_salt} | neutral | tokens | named
+    return {"prompt": list(prompt_ids), "return_token_ids": True, "cache_salt": cache_salt} | neutral | tokens
 
 
 @dataclass(frozen=True)

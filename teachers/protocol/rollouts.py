@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from teachers.protocol.messages import RequestMessage, ResponseMessage, Sha256, Text
+from teachers.protocol.messages import RequestMessage, ResponseMessage, Sha256
 
 WEIGHTS_HEADER = "tutelage-weights"
 """In a request: the tag of the weights that the client expects; the server refuses another one (409). In a response:
@@ -39,8 +39,6 @@ class WeightsVersion(ResponseMessage):
     """Version of the last successful synchronization, None if the server has the weights that it was started with."""
     digest: Sha256 | None = None
     """Digest of the folder from which they were read."""
-    adapter: Text | None = None
-    """Name of the adapter with which texts are written, in the field `model` of their requests; None: no adapter."""
     is_damaged: bool = False
     """Whether loading failed after some weights were replaced. Only another synchronization repairs it."""
 

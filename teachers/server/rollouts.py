@@ -15,37 +15,26 @@ from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from teachers.adapter_folder import check_adapter_folder
 from teachers.protocol.decoding import decoding
-from teachers.protocol.errors import ProtocolError, TeacherError
+from teachers.protocol.errors import ProtocolError
 from teachers.protocol.rollouts import WEIGHTS_HEADER, SyncRequest, WeightsVersion
 from teachers.protocol.untrusted_text import clean
 from teachers.server.admission import Rejection
 from teachers.server.problems import documented, problem_response
-from teachers.sync_folder import expected_shapes
 
 MAX_BODY_BYTES = 16 * 1024
 
-AdapterCall = Callable[[str, str], Awaitable[str | None]]
-"""Load an adapter (name, folder). Returns an error, or None."""
 WorkerCall = Callable[..., Awaitable[list[Any]]]
 """Call a method of all workers (name, arguments) and return their results."""
 
 
 class Weights:
-    """The weights of a server.
-
-    call          set when the engine runs
-    load_adapter  set if the server accepts adapters
-    model         directory of the model, set when the engine runs
-    """
+    """The weights of a server. `call` is set when the engine runs."""
 
     def __init__(self, sync_dir: Path) -> None:
         self.sync_dir = sync_dir
         self.current = WeightsVersion(version=None)
         self.call: WorkerCall | None = None
-        self.load_adapter: AdapterCall | None = None
-        self.model = Path()
         self._lock = asyncio.Lock()
 
     async def sync(self, request: SyncRequest) -> WeightsVersion:
@@ -65,26 +54,6 @@ class Weights:
                 detail = f"{folder}: loading failed ({clean(error, 150)}): synchronize again or restart the server"
                 raise Rejection(500, "Weights damaged", detail) from error
             self.current = WeightsVersion(version=request.version, digest=request.digest)
-            return self.current
-
-    async def sync_adapter(self, request: SyncRequest) -> WeightsVersion:
-        """Load the adapters of a folder under a new name. The weights of the model stay. Raises Rejection."""
-        folder = await asyncio.to_thread(allowed_folder, request.path, self.sync_dir)
-        if self.load_adapter is None:
-            detail = "this server accepts no adapters: start it with --vllm-args '{\"enable_lora\": true}'"
-            raise Rejection(422, "No adapters", detail)
-        async with self._lock:
-            loaded = WeightsVersion(version=request.version, digest=request.digest)
-            name = f"student-{loaded.tag}"
-            try:
-                base = await asyncio.to_thread(expected_shapes, self.model)
-                await asyncio.to_thread(check_adapter_folder, folder, request.digest, base)
-            except (TeacherError, ValueError) as error:
-                raise Rejection(422, "Weights refused", f"{folder}: {error}; the weights are unchanged") from error
-            refused = None if name == self.current.adapter else await self.load_adapter(name, str(folder))
-            if refused is not None:
-                raise Rejection(422, "Weights refused", f"{folder}: {clean(refused, 150)}; the weights are unchanged")
-            self.current = loaded.model_copy(update={"adapter": name})
             return self.current
 
 
@@ -110,21 +79,12 @@ def attach_rollout_routes(app: FastAPI, weights: Weights) -> None:
     async def version() -> WeightsVersion:
         return weights.current
 
-    for path, sync in (("/v1/rollouts/weights", weights.sync), ("/v1/rollouts/adapter", weights.sync_adapter)):
-        responses = documented(403, 409, 413, 415, 422, 500)
-        app.post(path, response_model=WeightsVersion, responses=responses)(_handler(sync))
-
-
-def _handler(sync: Callable[[SyncRequest], Awaitable[WeightsVersion]]) -> Callable[[Request], Awaitable[Any]]:
-    """Return a route that validates the request and converts a Rejection to a problem."""
-
-    async def handle(request: Request) -> Any:
+    @app.post("/v1/rollouts/weights", response_model=WeightsVersion, responses=documented(403, 409, 413, 415, 422, 500))
+    async def sync(request: Request) -> Any:
         try:
-            return await sync(await _sync_request(request))
+            return await weights.sync(await _sync_request(request))
         except Rejection as rejection:
             return problem_response(rejection)
-
-    return handle
 
 
 async def _sync_request(request: Request) -> SyncRequest:

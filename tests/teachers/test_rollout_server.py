@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from teachers.adapter_folder import write_adapter_folder
 from teachers.client.rollout_completions import GenerationRequest
 from teachers.client.rollout_server import RolloutServer
 from teachers.protocol.errors import Conflict, ProtocolError, Rejected, TeacherError, Unavailable
@@ -189,64 +188,6 @@ def test_a_path_with_a_null_byte_is_refused(url: str, folder: Path) -> None:
     assert post(url, path=f"{folder}\0").status_code == 403
 
 
-# --- adapters ---
-
-
-def test_adapters_are_named_by_their_weights_and_used_by_texts_and_probes(
-    local: LocalRolloutServer, url: str, folder: Path, model: Path
-) -> None:
-    loaded, bodies = list[tuple[str, str]](), list[dict[str, Any]]()
-
-    async def load_adapter(name: str, path: str) -> None:
-        loaded.append((name, path))
-
-    def complete(body: dict[str, Any]) -> Any:
-        bodies.append(body)
-        return completion(body, [3], [-1.0], prompt_logprobs=[None, {"6": {"logprob": -1.0}}])
-
-    async def run(server: RolloutServer) -> None:
-        await server.sync_adapter(adapter_folder, 4)
-        await server.sync_adapter(adapter_folder, 4)  # is loaded once, because vLLM refuses a second time
-        tokens = await server.generate(PROMPT, version=4)
-        await server.probe([5, 6])
-        await server.sync(folder, 5)
-        await server.generate(PROMPT, version=5)
-        assert (tokens.version, tokens.last_version) == (4, 4)
-
-    adapter_folder = folder.with_name("adapter")
-    write_adapter_folder(query_adapters(), adapter_folder, alpha=16.0)
-    local.weights.model, local.weights.load_adapter, local.complete = model, load_adapter, complete
-    call(url, run)
-    ((name, path),) = loaded
-    assert name.startswith("student-4-")
-    assert path == str(adapter_folder)
-    assert [body.get("model") for body in bodies] == [name, name, None]
-    assert bodies[0]["cache_salt"] == name.removeprefix("student-")
-
-
-def query_adapters() -> dict[str, Tensor]:
-    layer = "model.layers.0.self_attn.q_proj"
-    return {f"{layer}.lora_A.default.weight": torch.ones(4, 32), f"{layer}.lora_B.default.weight": torch.ones(32, 4)}
-
-
-def test_adapters_that_the_engine_refuses_change_nothing(
-    local: LocalRolloutServer, url: str, folder: Path, model: Path
-) -> None:
-    async def refuse(name: str, path: str) -> str:
-        return "rank 4 exceeds 2"
-
-    adapter_folder = folder.with_name("adapter")
-    write_adapter_folder(query_adapters(), adapter_folder, alpha=16.0)
-    with pytest.raises(Rejected, match=r"start it with --vllm-args '\{\"enable_lora\": true\}'"):
-        call(url, lambda server: server.sync_adapter(adapter_folder, 4))
-    local.weights.model, local.weights.load_adapter = model, refuse
-    with pytest.raises(Rejected, match="rank 4 exceeds 2; the weights are unchanged"):
-        call(url, lambda server: server.sync_adapter(adapter_folder, 4))
-    with pytest.raises(Rejected, match=r"embed_tokens\.weight belongs to no layer"):
-        call(url, lambda server: server.sync_adapter(folder, 4))
-    assert call(url, lambda server: server.version()) is None
-
-
 # --- texts ---
 
 
@@ -357,15 +298,14 @@ def test_requests_without_the_header_are_served_with_any_weights(url: str) -> No
 
 
 def test_a_server_that_confirms_other_weights_is_an_error(
-    local: LocalRolloutServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    local: LocalRolloutServer, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def confirm_other(_: object) -> object:
         return local.weights.current
 
     monkeypatch.setattr(local.weights, "sync", confirm_other)
-    with local.serving() as url:
-        with pytest.raises(ProtocolError, match="expected the weights of version 4, received base"):
-            call(url, lambda server: server.sync(folder, 4))
+    with pytest.raises(ProtocolError, match="expected the weights of version 4, received base"):
+        call(url, lambda server: server.sync(folder, 4))
 
 
 def test_an_address_that_is_none_names_the_rollout_server() -> None:

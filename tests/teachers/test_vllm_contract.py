@@ -259,14 +259,4 @@ def test_a_rollout_server_has_other_routes_than_a_teacher(monkeypatch: pytest.Mo
 
     assert "/v1/score" in paths()
     monkeypatch.setenv("TUTELAGE_SYNC_DIR", str(tmp_path))
-    assert paths() == {"/v1/rollouts/version", "/v1/rollouts/weights", "/v1/rollouts/adapter"}
-
-
-def test_vllm_loads_and_forgets_adapters_by_the_functions_that_a_rollout_server_uses() -> None:
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
-
-    inspect.signature(OpenAIServingModels.load_lora_adapter).bind(None, object())
-    inspect.signature(OpenAIServingModels.unload_lora_adapter).bind(None, object())
-    assert set(LoadLoRAAdapterRequest.model_fields) == {"lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"}
-    assert set(UnloadLoRAAdapterRequest.model_fields) == {"lora_name", "lora_int_id"}
+    assert paths() == {"/v1/rollouts/version", "/v1/rollouts/weights"}
