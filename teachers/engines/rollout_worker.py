@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from teachers.protocol.errors import TeacherError
+from teachers.protocol.untrusted_text import clean
 from teachers.sync_folder import expected_shapes, read_sync_folder
 
 
@@ -27,8 +28,10 @@ class RolloutWorker:
         try:
             expected = expected_shapes(Path(self.vllm_config.model_config.model))
             self.rollout_weights = read_sync_folder(Path(folder), digest, expected)
-        except (TeacherError, ValueError, MemoryError) as error:
-            return str(error) or type(error).__name__
+        except TeacherError as error:
+            return str(error)
+        except Exception as error:  # libraries raise errors of any class
+            return f"the weights cannot be read ({type(error).__name__}: {clean(error, 150)})"
         return None
 
     def load_rollout_weights(self) -> None:

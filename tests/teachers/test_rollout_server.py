@@ -223,7 +223,7 @@ def test_other_weights_of_the_same_version_have_another_salt(
 
     call(url, run)
     first = local.weights.current.tag
-    write_sync_folder(weights, folder)
+    write_sync_folder({name: weight + 1 for name, weight in weights.items()}, folder)
     call(url, run)
     assert local.weights.current.tag != first
     assert local.weights.current.version == 4
@@ -265,7 +265,7 @@ def test_a_client_learns_of_other_weights_of_the_same_version_by_one_conflict(
     async def run(server: RolloutServer) -> None:
         other = RolloutServer(url)
         await server.sync(folder, 4)
-        await asyncio.to_thread(write_sync_folder, weights, folder)
+        await asyncio.to_thread(write_sync_folder, {name: weight + 1 for name, weight in weights.items()}, folder)
         await other.sync(folder, 4)
         with pytest.raises(Conflict, match="expected the weights 4-"):
             await server.generate(PROMPT, version=4)
