@@ -72,7 +72,12 @@ def text_ids(model: Path, num: int) -> list[int]:
 
 
 def probe(url: str, ids: list[int]) -> Logprobs:
-    return call(url, lambda server: server.probe(ids))
+    """Return log-probabilities with the current weights, whatever they are."""
+
+    async def run(server: RolloutServer) -> Logprobs:
+        return await server.probe(ids, await server.version())
+
+    return call(url, run)
 
 
 def sync(served: Served, n: int, version: int) -> None:
@@ -173,7 +178,7 @@ def test_a_broken_synchronization_is_refused_and_changes_nothing(
 def test_the_key_is_required_and_there_are_no_routes_of_the_development_mode(server: Served) -> None:
     assert httpx.get(f"{server.url}/v1/rollouts/version").status_code == 401
     assert httpx.post(f"{server.url}/v1/rollouts/weights", json={}).status_code == 401
-    for do in (lambda c: c.version(), lambda c: c.sync(server.sync_dir / "1", 1), lambda c: c.probe([1, 2])):
+    for do in (lambda c: c.version(), lambda c: c.sync(server.sync_dir / "1", 1), lambda c: c.probe([1, 2], None)):
         with pytest.raises(Unauthorized):
             call(server.url, do, key="another")
     headers = {"authorization": f"Bearer {KEY}"}
