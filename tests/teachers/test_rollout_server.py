@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,6 +190,20 @@ def test_an_error_of_any_class_while_a_worker_reads_is_one_sentence(
     with pytest.raises(Rejected, match=r"the weights cannot be read \(AttributeError: .*; the weights are unchanged"):
         call(url, lambda server: server.sync(folder, 1))
     assert [worker.rollout_weights for worker in local.workers] == [None, None]
+
+
+def test_parameters_that_vllm_does_not_load_are_an_error(
+    local: LocalRolloutServer, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+    monkeypatch.setattr(logger, "level", logging.ERROR)  # like VLLM_LOGGING_LEVEL=ERROR
+    local.workers[0].on_load = lambda: logger.warning("Following weights were not loaded from checkpoint: %s", {"a.b"})
+    with pytest.raises(Unavailable, match=r"loading failed \(Following weights were not loaded from .*'a\.b'"):
+        call(url, lambda server: server.sync(folder, 1))
+    assert local.weights.current.is_damaged
+    assert (logger.handlers, logger.level) == ([], logging.ERROR)
+    local.workers[0].on_load = lambda: logger.warning("another message")
+    call(url, lambda server: server.sync(folder, 2))
 
 
 def test_two_synchronizations_at_once_follow_one_another(

@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from typer.testing import CliRunner
 
 from teachers.client.rollout_completions import MAX_BANNED_IDS
-from teachers.engines.rollout_worker import RolloutWorker
+from teachers.engines.rollout_worker import NOT_LOADED, RELOAD_LOGGER, RolloutWorker
 from teachers.engines.vllm_options import VllmOptions
 from teachers.protocol.errors import EngineDead, InvalidRows, TeacherError
 from teachers.protocol.wire_format import as_received
@@ -243,6 +243,13 @@ def test_the_worker_of_vllm_has_what_the_rollout_worker_uses_and_none_of_its_nam
     names = [name for name in dir(RolloutWorker) if not name.startswith("__")]
     assert sorted(names) == ["discard_rollout_weights", "load_rollout_weights", "read_rollout_weights"]
     assert not [name for name in names if hasattr(Worker, name)]
+
+
+def test_vllm_warns_of_parameters_that_were_not_loaded_in_the_words_that_the_worker_looks_for() -> None:
+    from vllm.model_executor.model_loader.reload import inplace
+
+    assert inplace.logger.name == RELOAD_LOGGER
+    assert f'logger.warning(\n                "{NOT_LOADED}' in inspect.getsource(inplace.reload_weights)
 
 
 def test_the_gpu_runner_accepts_as_many_banned_ids_as_the_client_sends() -> None:
