@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.client.http import Transport
+from teachers.client.http import MAX_SMALL_BYTES, Transport
 from teachers.client.rollout_completions import (
     MAX_TOKEN_BYTES,
     GeneratedTokens,
@@ -28,7 +28,6 @@ from teachers.protocol.errors import Conflict, ProtocolError
 from teachers.protocol.rollouts import MANIFEST, WEIGHTS_HEADER, SyncRequest, WeightsVersion, version_of_tag
 
 JSON = "application/json"
-MAX_SMALL_BYTES = 64 * 1024
 TIMEOUT_S = 600.0  # of a synchronization, a text or a probe
 SHORT_TIMEOUT_S = 60.0
 

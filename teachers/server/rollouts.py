@@ -101,7 +101,9 @@ def attach_rollout_routes(app: FastAPI, weights: Weights) -> None:
     async def version() -> WeightsVersion:
         return weights.current
 
-    @app.post("/v1/rollouts/weights", response_model=WeightsVersion, responses=documented(403, 409, 413, 415, 422, 500))
+    @app.post(
+        "/v1/rollouts/weights", response_model=WeightsVersion, responses=documented(403, 409, 413, 415, 422, 500, 503)
+    )
     async def sync(request: Request) -> Any:
         try:
             return await weights.sync(await _sync_request(request))
