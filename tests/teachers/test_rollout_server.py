@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teachers.client.rollout_completions import GenerationRequest
 from teachers.client.rollout_server import RolloutServer
-from teachers.protocol.errors import Conflict, ProtocolError, Rejected, TeacherError, Unavailable
+from teachers.protocol.errors import Conflict, ProtocolError, Rejected, TeacherError, Unauthorized, Unavailable
 from teachers.protocol.rollouts import WEIGHTS_HEADER, SyncRequest, WeightsVersion
 from teachers.server.rollouts import Weights, allowed_folder
 from teachers.sync_folder import write_sync_folder
@@ -246,6 +246,13 @@ def test_folders_outside_of_the_allowed_directory_are_refused_whether_they_exist
         received = post(url, path=str(path))
         assert (received.status_code, received.json()["title"]) == (403, "Outside of --sync-dir"), path
     assert [worker.loaded for worker in local.workers] == [{}, {}]
+
+
+def test_the_client_names_the_allowed_directory_and_not_the_key(url: str, folder: Path, tmp_path: Path) -> None:
+    folder.rename(tmp_path / "outside")
+    with pytest.raises(Rejected, match=r"^rollout server of student at [^ ]+: expected a folder below") as raised:
+        call(url, lambda server: server.sync(tmp_path / "outside", 1))
+    assert not isinstance(raised.value, Unauthorized)
 
 
 def test_a_missing_or_empty_folder_and_a_file_are_refused(local: LocalRolloutServer, url: str, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """`tutelage serve`: options, and commands that users confuse with it."""
 
+import asyncio
 import json
 import shutil
+from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ from teachers.server.rollout_options import (
     checked_sync_dir,
     vllm_arguments,
 )
+from teachers.server.vllm_plugin import TutelagePlugin
 from trainer.cli.__main__ import app
 
 
@@ -200,6 +203,15 @@ def test_the_sync_dir_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert checked_sync_dir(Path(path)) == (tmp_path / "sync").resolve()
     with pytest.raises(TeacherError, match="--sync-dir loop cannot be read"):
         checked_sync_dir(Path("loop"))
+
+
+def test_an_existing_server_does_not_start_without_its_sync_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTELAGE_SYNC_DIR", str(tmp_path / "nothing"))
+    client = SimpleNamespace(vllm_config=None)
+    with pytest.raises(TeacherError, match=r"--sync-dir .*/nothing is not a directory"):
+        asyncio.run(TutelagePlugin().init_state(client, None, Namespace()))
 
 
 CONFIG = {
