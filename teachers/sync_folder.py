@@ -1,7 +1,7 @@
 """Folders of weights that a trainer writes and a rollout server reads: safetensors in bfloat16, and a manifest.
 
     model.safetensors   all weights, named as in the files of the model directory, and `lm_head.weight`
-    manifest.json       a random id, which the metadata of the other files repeat, and name and shape of every tensor
+    manifest.json       size and SHA-256 of every file of weights, and name and shape of every tensor
 
 `lm_head.weight` is also written for a model whose head is tied to its embeddings: vLLM on a CPU computes with a packed
 copy of the head, which only a tensor of this name replaces. The reader checks everything before it returns anything,
@@ -9,14 +9,14 @@ and never maps a file into memory: a mapped file that becomes shorter ends the p
 """
 
 import hashlib
-import json
+import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
-from uuid import uuid4
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,25 +24,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from teachers.model_checks import read_weights
+from teachers.model_checks import read_json, read_weights
+from teachers.model_dirs import file_sha256
 from teachers.model_heads import EMBEDDINGS, HEADS, find_tensor
 from teachers.model_loading import check_finite
 from teachers.protocol.decoding import decoding
 from teachers.protocol.errors import ProtocolError, TeacherError
+from teachers.protocol.messages import Sha256
 from teachers.protocol.rollouts import MANIFEST
 from teachers.protocol.untrusted_text import clean
 
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 MAX_MANIFEST_BYTES = 1 << 26
+ENTRY_BYTES = 1024  # of one tensor in the header of a file
 COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # in old model directories; models compute them
 NUM_NAMES = 3  # that an error lists
 
 Shape = tuple[int, ...]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")]
 
 
 class SyncFolderError(TeacherError):
-    """Raised if a folder of weights cannot be used. The message names the file or the tensor."""
+    """Raised if a folder of weights cannot be written or used. The message names the file or the tensor."""
+
+
+class StoredFile(BaseModel):
+    """Size and digest of a file of weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_bytes: Annotated[int, Field(ge=0)]
+    """Size of the file."""
+    sha256: Sha256
+    """SHA-256 of its content."""
 
 
 class Manifest(BaseModel):
@@ -50,10 +66,8 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    """Random number of this folder."""
-    files: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$")]]
-    """Names of the files with weights."""
+    files: dict[FileName, StoredFile]
+    """Files of weights, by name."""
     tensors: dict[str, Shape]
     """Shape of every tensor."""
 
@@ -69,34 +83,43 @@ def write_sync_folder(weights: Mapping[str, Tensor], folder: Path) -> str:
     """Write unsharded weights to a folder, which appears when it is complete. Returns the digest of its manifest.
 
     An existing folder is replaced; a server that reads it at the same time refuses it. Floating-point tensors are cast
-    to bfloat16. Raises ValueError if the weights have neither a head nor embeddings, and OSError if the disk is full.
+    to bfloat16. Equal weights have equal digests. Raises ValueError if the weights have neither a head nor embeddings,
+    and SyncFolderError, with nothing left behind, if the folder is a link or cannot be written, for example to a full
+    disk.
     """
-    tensors = {name: copied(tensor) for name, tensor in weights.items()}
+    tensors = {name: _copied(tensor) for name, tensor in weights.items()}
     if not _has_head(tensors):
         embeddings = find_tensor(tensors, EMBEDDINGS)
         if embeddings is None:
             raise ValueError(f"expected weights with {HEAD}, or with {' or '.join(EMBEDDINGS)}")
         tensors[HEAD] = tensors[embeddings].clone()
-    return write_tensors(tensors, folder, WEIGHTS)
-
-
-def write_tensors(tensors: dict[str, Tensor], folder: Path, name: str, other_files: Mapping[str, bytes] = {}) -> str:
-    """Write tensors to the file `name` of a folder, with a manifest. Returns the digest of the manifest."""
-    shapes = {tensor_name: tuple(tensor.shape) for tensor_name, tensor in tensors.items()}
-    manifest = Manifest(id=uuid4().hex, files=[name], tensors=shapes)
-    data = manifest.model_dump_json().encode()
+    if folder.is_symlink():
+        raise SyncFolderError(f"cannot write {folder}: it is a link")
     partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / name, metadata={"id": manifest.id})
-    for other, content in ({MANIFEST: data} | dict(other_files)).items():
-        (partial / other).write_bytes(content)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        data = _write_files(tensors, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:  # safetensors has errors of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SyncFolderError(f"cannot write {folder}: {clean(error, 150)}") from error
     return hashlib.sha256(data).hexdigest()
 
 
-def copied(tensor: Tensor) -> Tensor:
+def _write_files(tensors: dict[str, Tensor], folder: Path) -> bytes:
+    """Write tensors and manifest to a new folder. Returns the content of the manifest."""
+    folder.mkdir(parents=True)
+    path = folder / WEIGHTS
+    save_file(tensors, path)
+    stored = StoredFile(num_bytes=path.stat().st_size, sha256=file_sha256(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+    data = Manifest(files={WEIGHTS: stored}, tensors=shapes).model_dump_json().encode()
+    (folder / MANIFEST).write_bytes(data)
+    return data
+
+
+def _copied(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU, which shares no memory with another tensor, as safetensors requires."""
     dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
     return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
@@ -106,8 +129,19 @@ def copied(tensor: Tensor) -> Tensor:
 
 
 def expected_shapes(model: Path) -> dict[str, Shape]:
-    """Return name and shape of the weights of a model directory, with `lm_head.weight` also if the head is tied."""
-    shapes = {name: tuple(entry["shape"]) for name, entry in read_weights(model).items() if not name.endswith(COMPUTED)}
+    """Return name and shape of the weights of a model directory, with `lm_head.weight` also if the head is tied.
+
+    The weights are those that the index lists. Without an index, they are those of all files, except for a copy of the
+    weights in consolidated*.safetensors. Raises ValueError if the directory has no valid weights.
+    """
+    entries = {name: entry for name, entry in read_weights(model).items() if not name.endswith(COMPUTED)}
+    if (model / INDEX).exists():
+        listed = read_json(model / INDEX)["weight_map"]
+        entries = {name: entry for name, entry in entries.items() if name in listed}
+    else:
+        hf = {name: e for name, e in entries.items() if not e["file"].name.startswith("consolidated")}
+        entries = hf or entries
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     embeddings = find_tensor(shapes, EMBEDDINGS)
     if not _has_head(shapes) and embeddings is not None:
         shapes[HEAD] = shapes[embeddings]
@@ -115,37 +149,30 @@ def expected_shapes(model: Path) -> dict[str, Shape]:
 
 
 def read_sync_folder(folder: Path, digest: str, expected: Mapping[str, Shape]) -> dict[str, Tensor]:
-    """Return all weights of a folder, if its manifest has this digest and all tensors are as expected and finite.
+    """Return all weights of a folder.
 
-    Raises SyncFolderError, which names the first file or tensors that are not.
+    Raises SyncFolderError, which names the file or the tensors, unless the manifest has this digest, the files are
+    those of the manifest, and all tensors have the expected names and shapes, are bfloat16 and finite.
     """
-    return read_tensors(folder, digest, lambda shapes, where: _compare(shapes, expected, where))
-
-
-def read_tensors(
-    folder: Path, digest: str, check_shapes: Callable[[Mapping[str, Shape], str], None]
-) -> dict[str, Tensor]:
-    """Return the tensors of a folder. `check_shapes` receives the shapes and the name of the place that states them."""
-    data = read_file(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    data = _read(folder / MANIFEST, MAX_MANIFEST_BYTES)
     if hashlib.sha256(data).hexdigest() != digest:
-        raise SyncFolderError(f"{MANIFEST} is another one than that of the request: write each version to a new folder")
-    try:
-        with decoding(MANIFEST):
-            manifest = Manifest.model_validate_json(data)
-    except ProtocolError as error:
-        raise SyncFolderError(str(error)) from error
-    check_shapes(manifest.tensors, MANIFEST)
+        raise SyncFolderError(
+            f"the digest of {MANIFEST} differs from the digest in the request: write each version to a new folder"
+        )
+    with _refusing(MANIFEST):
+        manifest = Manifest.model_validate_json(data)
+    _compare(manifest.tensors, expected, MANIFEST)
+    limit_bytes = sum(2 * math.prod(shape) + ENTRY_BYTES for shape in expected.values())
+    num_bytes = sum(file.num_bytes for file in manifest.files.values())
+    if num_bytes > limit_bytes:
+        raise SyncFolderError(f"the files of weights have {num_bytes} bytes, expected at most {limit_bytes}")
     tensors: dict[str, Tensor] = {}
-    for name in manifest.files:
-        tensors |= _tensors_of(folder / name, manifest.id)
-    _compare({name: tuple(tensor.shape) for name, tensor in tensors.items()}, manifest.tensors, "the files of weights")
-    try:
-        for name, tensor in tensors.items():
-            if not tensor.is_floating_point():
-                raise ValueError(f"the weight {clean(name, 80)} is stored as {tensor.dtype}, expected bfloat16")
-            check_finite(name, tensor)
-    except ValueError as error:
-        raise SyncFolderError(str(error)) from error
+    for name, stored in manifest.files.items():
+        loaded = _tensors_of(folder / name, stored)
+        if repeated := sorted(tensors.keys() & loaded.keys()):
+            raise SyncFolderError(f"{name}: {clean(repeated[0], 80)} is also in another file")
+        tensors |= loaded
+    _compare({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, "the files of weights")
     return tensors
 
 
@@ -167,29 +194,43 @@ def _listed(names: list[str]) -> str:
     return ", ".join(clean(name, 80) for name in names[:NUM_NAMES]) + more
 
 
-def _tensors_of(path: Path, folder_id: str) -> dict[str, Tensor]:
-    """Read one file of weights. Raises SyncFolderError if it is damaged or belongs to another manifest."""
-    data = read_file(path)
-    try:
+def _tensors_of(path: Path, stored: StoredFile) -> dict[str, Tensor]:
+    """Read and check one file of weights. Raises SyncFolderError."""
+    data = _read(path, stored.num_bytes)
+    if len(data) != stored.num_bytes or hashlib.sha256(data).hexdigest() != stored.sha256:
+        raise SyncFolderError(f"{path.name} is damaged: its size or SHA-256 differs from {MANIFEST}")
+    with _refusing(path.name):
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise SyncFolderError(f"{path.name} is damaged or truncated: {clean(error, 100)}") from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # valid, as load has succeeded
-    if header.get("__metadata__", {}).get("id") != folder_id:
-        raise SyncFolderError(f"{path.name} was not written together with {MANIFEST}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.bfloat16:
+            raise SyncFolderError(f"the weight {clean(name, 80)} is stored as {tensor.dtype}, expected torch.bfloat16")
+        try:
+            check_finite(clean(name, 80), tensor)
+        except ValueError as error:
+            raise SyncFolderError(str(error)) from error
     return tensors
 
 
-def read_file(path: Path, limit_bytes: int | None = None) -> bytes:
-    """Return the content of a regular file; links are not followed. Raises SyncFolderError."""
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Convert every error of decoding a file into SyncFolderError."""
+    try:
+        with decoding(name):
+            yield
+    except ProtocolError as error:
+        raise SyncFolderError(str(error)) from error
+
+
+def _read(path: Path, limit_bytes: int) -> bytes:
+    """Return the content of a regular file of at most `limit_bytes`; links are not followed. Raises SyncFolderError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would wait for a writer
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise SyncFolderError(f"{path.name} is not a regular file")
+            if status.st_size > limit_bytes:
+                raise SyncFolderError(f"{path.name} has {status.st_size} bytes, expected at most {limit_bytes}")
+            return file.read(status.st_size)
     except OSError as error:
         raise SyncFolderError(f"{path.name} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SyncFolderError(f"{path.name} is not a regular file")
-        if limit_bytes is not None and status.st_size > limit_bytes:
-            raise SyncFolderError(f"{path.name} has {status.st_size} bytes, expected at most {limit_bytes}")
-        return file.read()

@@ -34,7 +34,7 @@ from teachers.protocol.errors import (
     Unauthorized,
     Unavailable,
 )
-from teachers.protocol.messages import Problem
+from teachers.protocol.messages import PROBLEM, Problem
 from teachers.protocol.untrusted_text import clean
 
 KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 s; a request on a connection that is being closed fails
@@ -215,6 +215,8 @@ async def _raise_for_status(response: httpx.Response, route: str) -> NoReturn:
     data = await _read_body(response, MAX_SMALL_BYTES)
     detail = _error_detail(response.status_code, data)
     match response.status_code:
+        case 403 if response.headers.get("content-type") == PROBLEM:  # of Tutelage, which refuses a key by 401
+            raise Rejected(detail)
         case 401 | 403:
             has_key = "authorization" in response.request.headers
             reason = "the server rejects the key" if has_key else "the server requires a key, see key_env and key_file"

@@ -4,6 +4,7 @@ Format of vLLM 0.32. All settings that influence sampling are sent, so that no d
 come from `token_ids`; the strings of `logprobs` are requested as `token_id:N`, so that the candidates have ids too.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,7 +31,8 @@ MAX_CANDIDATE_BYTES = 64  # "token_id:262143": -12.345678901234567
 class GenerationRequest:
     """A prompt as token ids, BOS included, and how to sample its continuation.
 
-    temperature     0 selects the most probable token
+    temperature     at least 0; 0 selects the most probable token
+    top_p           above 0, at most 1
     seed            None: another continuation for every request
     stop            texts that end the continuation
     stop_token_ids  ids that end it, besides the EOS of the tokenizer
@@ -51,6 +53,10 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if len(self.banned_ids) > MAX_BANNED_IDS:
             raise ValueError(f"expected at most {MAX_BANNED_IDS} banned ids, received {len(self.banned_ids)}")
+        if not 0 <= self.temperature < math.inf:  # NaN compares as false
+            raise ValueError(f"expected a finite temperature of at least 0, received {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"expected top_p above 0 and at most 1, received {self.top_p}")
 
     @property
     def limit_bytes(self) -> int:
@@ -58,8 +64,8 @@ class GenerationRequest:
         per_token = MAX_TOKEN_BYTES + (self.num_top + 2) * MAX_CANDIDATE_BYTES
         return (len(self.prompt_ids) + self.max_new_tokens + 16) * per_token
 
-    def body(self, cache_salt: str, model: str | None = None) -> bytes:
-        """Return the JSON body. `model` is the name of an adapter."""
+    def body(self, cache_salt: str) -> bytes:
+        """Return the JSON body."""
         sampling: dict[str, Any] = {
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -72,20 +78,19 @@ class GenerationRequest:
         }
         if self.banned_ids:
             sampling["logit_bias"] = dict.fromkeys(map(str, self.banned_ids), BANNED_BIAS)
-        return msgspec.json.encode(_fields(self.prompt_ids, cache_salt, model) | sampling)
+        return msgspec.json.encode(_fields(self.prompt_ids, cache_salt) | sampling)
 
 
-def scoring_body(ids: Sequence[int], cache_salt: str, model: str | None = None) -> bytes:
+def scoring_body(ids: Sequence[int], cache_salt: str) -> bytes:
     """Return the body of a request for the log-probabilities of a text. vLLM generates at least one token."""
     scoring = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-    return msgspec.json.encode(_fields(ids, cache_salt, model) | scoring)
+    return msgspec.json.encode(_fields(ids, cache_salt) | scoring)
 
 
-def _fields(prompt_ids: Sequence[int], cache_salt: str, model: str | None) -> dict[str, Any]:
+def _fields(prompt_ids: Sequence[int], cache_salt: str) -> dict[str, Any]:
     neutral = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
     tokens = {"add_special_tokens": False, "skip_special_tokens": False, "return_tokens_as_token_ids": True}
-    named = {} if model is None else {"model": model}
-    return {"prompt": list(prompt_ids), "return_token_ids": True, "cache_salt": cache_salt} | neutral | tokens | named
+    return {"prompt": list(prompt_ids), "return_token_ids": True, "cache_salt": cache_salt} | neutral | tokens
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def _checked(logprobs: Sequence[float], least: float) -> NDArray[np.float32]:
     wrong = ~((values >= least) & (values <= TOLERANCE))  # NaN compares as false
     if wrong.any():
         at = int(wrong.argmax())
-        raise ProtocolError(f"position {at} of {len(values)}: {values[at]:g} is no log-probability of a token")
+        raise ProtocolError(f"position {at} of {len(values)}: {values[at]:g} is not a log-probability of a token")
     return np.minimum(values, 0.0).astype(np.float32)
 
 

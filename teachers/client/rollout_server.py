@@ -7,13 +7,14 @@ of its model directory. The tag is also the salt of the prefix cache, because vL
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from teachers.client.http import Headers, Transport
+from teachers.client.http import MAX_SMALL_BYTES, Transport
 from teachers.client.rollout_completions import (
     MAX_TOKEN_BYTES,
     GeneratedTokens,
@@ -27,7 +28,6 @@ from teachers.protocol.errors import Conflict, ProtocolError
 from teachers.protocol.rollouts import MANIFEST, WEIGHTS_HEADER, SyncRequest, WeightsVersion, version_of_tag
 
 JSON = "application/json"
-MAX_SMALL_BYTES = 64 * 1024
 TIMEOUT_S = 600.0  # of a synchronization, a text or a probe
 SHORT_TIMEOUT_S = 60.0
 
@@ -52,12 +52,8 @@ class RolloutServer:
 
     async def version(self, timeout_s: float = SHORT_TIMEOUT_S) -> int | None:
         """Return the version of the weights; None if they are those of the model directory, or damaged."""
-        return (await self._refresh(timeout_s)).version
-
-    async def _refresh(self, timeout_s: float) -> WeightsVersion:
-        """Ask the server for its weights."""
-        self._weights = weights = self._decode(await self._http.get("/v1/rollouts/version", timeout_s))
-        return weights
+        self._weights = self._decode(await self._http.get("/v1/rollouts/version", timeout_s))
+        return self._weights.version
 
     async def sync(self, folder: Path, version: int, timeout_s: float = TIMEOUT_S) -> None:
         """Load the weights of a folder of `write_sync_folder`, which has the same path on the machine of the server.
@@ -65,20 +61,12 @@ class RolloutServer:
         Requests in flight continue with the new weights. Raises Rejected, with the weights unchanged, if the server
         refuses the folder, and OSError if the folder has no manifest.
         """
-        await self._sync("/v1/rollouts/weights", folder, version, timeout_s)
-
-    async def sync_adapter(self, folder: Path, version: int, timeout_s: float = TIMEOUT_S) -> None:
-        """Load the adapters of a folder of `write_adapter_folder` beside the weights of the model.
-
-        Texts in flight end with the adapters with which they began. Raises the errors of `sync`.
-        """
-        await self._sync("/v1/rollouts/adapter", folder, version, timeout_s)
-
-    async def _sync(self, path: str, folder: Path, version: int, timeout_s: float) -> None:
+        folder = Path(os.path.abspath(folder))  # without "..", which the server refuses
         manifest = await asyncio.to_thread((folder / MANIFEST).read_bytes)
-        request = SyncRequest(version=version, path=str(folder.absolute()), digest=hashlib.sha256(manifest).hexdigest())
-        body, limit = request.model_dump_json().encode(), MAX_SMALL_BYTES
+        request = SyncRequest(version=version, path=str(folder), digest=hashlib.sha256(manifest).hexdigest())
+        body = request.model_dump_json().encode()
         self._weights = None
+        path, limit = "/v1/rollouts/weights", MAX_SMALL_BYTES
         weights = self._decode(await self._http.post(path, body, timeout_s, expect=JSON, limit_bytes=limit))
         with self._http.named_errors():
             if (weights.version, weights.digest) != (version, request.digest):
@@ -90,41 +78,51 @@ class RolloutServer:
     ) -> GeneratedTokens:
         """Continue a prompt with the weights of this version; None: those of the model directory.
 
-        Raises Conflict if the server has other weights. Cancelling aborts the request in the server.
+        Raises Conflict if the server has other weights, and Unavailable if they are damaged. Cancelling aborts the
+        request in the server.
         """
-        weights = await self._weights_of(version)
-        body, tag = request.body(weights.tag, weights.adapter), {WEIGHTS_HEADER: weights.tag}
-        data, headers = await self._complete(body, request.limit_bytes, timeout_s, tag)
-        last = version_of_tag(headers.get(WEIGHTS_HEADER, "")) if weights.adapter is None else version
+        tag = await self._tag(version)
+        data, last = await self._complete(request.body(tag), request.limit_bytes, timeout_s, tag)
         with self._http.named_errors():
-            return read_generated(data, request, (version, last))
+            return read_generated(data, request, (version, version_of_tag(last)))
 
-    async def probe(self, ids: Sequence[int], timeout_s: float = TIMEOUT_S) -> NDArray[np.float32]:
-        """Return the log-probabilities of ids[1:], float32, with the current weights and without the prefix cache."""
-        weights = self._weights or await self._refresh(SHORT_TIMEOUT_S)
-        body, limit_bytes = scoring_body(ids, "probe", weights.adapter), (len(ids) + 16) * MAX_TOKEN_BYTES
-        data, _ = await self._complete(body, limit_bytes, timeout_s, {})
+    async def probe(self, ids: Sequence[int], version: int | None, timeout_s: float = TIMEOUT_S) -> NDArray[np.float32]:
+        """Return the log-probabilities of ids[1:], float32, with the weights of this version, without the prefix cache.
+
+        Raises Conflict if the server has other weights, also if they were replaced during the request, and Unavailable
+        if they are damaged.
+        """
+        tag = await self._tag(version)
+        body, limit_bytes = scoring_body(ids, "probe"), (len(ids) + 16) * MAX_TOKEN_BYTES
+        data, last = await self._complete(body, limit_bytes, timeout_s, tag)
         with self._http.named_errors():
+            version_of_tag(last)
+            if last != tag:
+                self._weights = None
+                raise Conflict(f"its weights {tag} were replaced by {last} during the request")
             return read_scored(data, ids)
 
-    async def _weights_of(self, version: int | None) -> WeightsVersion:
-        """Return the server's weights. Raises Conflict if they are not of this version."""
+    async def _tag(self, version: int | None) -> str:
+        """Return the tag of the server's weights. Raises Conflict or Unavailable if they are not of this version."""
         weights = self._weights
         if weights is None or weights.version != version or weights.is_damaged:
-            weights = await self._refresh(SHORT_TIMEOUT_S)
+            await self.version()
+            weights = self._weights
+        assert weights is not None, "set by version()"
         with self._http.named_errors():
-            if weights.version != version or weights.is_damaged:
+            version_of_tag(weights.tag)
+            if weights.version != version:
                 expected = "those of its model directory" if version is None else f"version {version}"
                 raise Conflict(f"expected the weights {expected}, the server has {weights.tag}: synchronize it")
-        return weights
+        return weights.tag
 
-    async def _complete(
-        self, body: bytes, limit_bytes: int, timeout_s: float, headers: Headers
-    ) -> tuple[bytes, Headers]:
+    async def _complete(self, body: bytes, limit_bytes: int, timeout_s: float, tag: str) -> tuple[bytes, str | None]:
+        """Return the response to a request for the weights `tag`, and the tag of the weights at its end."""
         try:
-            return await self._http.post_with_headers(
-                "/v1/completions", body, timeout_s, expect=JSON, limit_bytes=limit_bytes, headers=headers
+            data, headers = await self._http.post_with_headers(
+                "/v1/completions", body, timeout_s, expect=JSON, limit_bytes=limit_bytes, headers={WEIGHTS_HEADER: tag}
             )
+            return data, headers.get(WEIGHTS_HEADER)
         except Conflict:
             self._weights = None
             raise

@@ -5,13 +5,20 @@ calls are executed between two steps of the engine, so that no forward pass sees
 flight continue with the new weights and keep the KV cache that the old ones have computed.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from teachers.protocol.errors import TeacherError
+from teachers.protocol.untrusted_text import clean
 from teachers.sync_folder import expected_shapes, read_sync_folder
+
+RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.inplace"
+NOT_LOADED = "Following weights were not loaded"
 
 
 class RolloutWorker:
@@ -27,16 +34,44 @@ class RolloutWorker:
         try:
             expected = expected_shapes(Path(self.vllm_config.model_config.model))
             self.rollout_weights = read_sync_folder(Path(folder), digest, expected)
-        except (TeacherError, ValueError, MemoryError) as error:
-            return str(error) or type(error).__name__
+        except TeacherError as error:
+            return str(error)
+        except Exception as error:  # libraries raise errors of any class
+            return f"the weights cannot be read ({type(error).__name__}: {clean(error, 150)})"
         return None
 
     def load_rollout_weights(self) -> None:
-        """Load the weights that were read. `reload_weights` of vLLM can be repeated for all kinds of layers."""
+        """Load the weights that were read. `reload_weights` of vLLM can be repeated for all kinds of layers.
+
+        Raises RuntimeError if some parameters of the model were not loaded, of which vLLM only warns.
+        """
         weights, self.rollout_weights = self.rollout_weights, None
         assert weights is not None, "read_rollout_weights has succeeded"
-        self.reload_weights(weights_iterator=iter(weights.items()))
+        with _messages_of(RELOAD_LOGGER) as messages:
+            self.reload_weights(weights_iterator=iter(weights.items()))
+        for message in messages:
+            if message.startswith(NOT_LOADED):
+                raise RuntimeError(message)
 
     def discard_rollout_weights(self) -> None:
         """Release the weights that were read, because another worker has refused them."""
         self.rollout_weights = None
+
+
+@contextmanager
+def _messages_of(name: str) -> Iterator[list[str]]:
+    """Collect the warnings that a logger writes within the block, whatever its level is."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    messages, collector, logger = list[str](), Collector(logging.WARNING), logging.getLogger(name)
+    level = logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.WARNING)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)

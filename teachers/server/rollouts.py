@@ -2,50 +2,42 @@
 
 They are part of a vLLM server (vllm_plugin.py), whose --api-key guards /v1. The server reads folders below one
 directory only. A request with the header of teachers/protocol/rollouts.py is refused (409) if the server has other
-weights than the client expects, for example because it was restarted.
+weights than the client expects, for example because it was restarted. While the weights are damaged, all requests that
+could use them are refused (503).
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from teachers.adapter_folder import check_adapter_folder
 from teachers.protocol.decoding import decoding
-from teachers.protocol.errors import ProtocolError, TeacherError
+from teachers.protocol.errors import ProtocolError
 from teachers.protocol.rollouts import WEIGHTS_HEADER, SyncRequest, WeightsVersion
 from teachers.protocol.untrusted_text import clean
 from teachers.server.admission import Rejection
 from teachers.server.problems import documented, problem_response
-from teachers.sync_folder import expected_shapes
 
 MAX_BODY_BYTES = 16 * 1024
+OPEN_PATHS = ("/v1/rollouts/", "/health", "/metrics", "/ping", "/version")
+"""Paths that respond while the weights are damaged. All others could compute with them."""
 
-AdapterCall = Callable[[str, str], Awaitable[str | None]]
-"""Load an adapter (name, folder). Returns an error, or None."""
 WorkerCall = Callable[..., Awaitable[list[Any]]]
 """Call a method of all workers (name, arguments) and return their results."""
 
 
 class Weights:
-    """The weights of a server.
-
-    call          set when the engine runs
-    load_adapter  set if the server accepts adapters
-    model         directory of the model, set when the engine runs
-    """
+    """The weights of a server. `call` is set when the engine runs."""
 
     def __init__(self, sync_dir: Path) -> None:
-        self.sync_dir = sync_dir
+        self.sync_dir = sync_dir.resolve()
         self.current = WeightsVersion(version=None)
         self.call: WorkerCall | None = None
-        self.load_adapter: AdapterCall | None = None
-        self.model = Path()
         self._lock = asyncio.Lock()
 
     async def sync(self, request: SyncRequest) -> WeightsVersion:
@@ -54,50 +46,49 @@ class Weights:
         if self.call is None:
             raise Rejection(503, "Starting", "the engine is being started", retry_after_s=1)
         async with self._lock:
-            refused = [e for e in await self.call("read_rollout_weights", str(folder), request.digest) if e is not None]
-            if refused:
-                await self.call("discard_rollout_weights")
-                raise Rejection(422, "Weights refused", f"{folder}: {refused[0]}; the weights are unchanged")
+            await self._read(self.call, folder, request.digest)
+            loaded = WeightsVersion(version=None, is_damaged=True)
             try:
                 await self.call("load_rollout_weights")
+                loaded = WeightsVersion(version=request.version, digest=request.digest)
             except Exception as error:  # vLLM passes on an error of any class, as its text
-                self.current = WeightsVersion(version=None, is_damaged=True)
                 detail = f"{folder}: loading failed ({clean(error, 150)}): synchronize again or restart the server"
                 raise Rejection(500, "Weights damaged", detail) from error
-            self.current = WeightsVersion(version=request.version, digest=request.digest)
-            return self.current
+            finally:
+                self.current = loaded
+            return loaded
 
-    async def sync_adapter(self, request: SyncRequest) -> WeightsVersion:
-        """Load the adapters of a folder under a new name. The weights of the model stay. Raises Rejection."""
-        folder = await asyncio.to_thread(allowed_folder, request.path, self.sync_dir)
-        if self.load_adapter is None:
-            detail = "this server accepts no adapters: start it with --vllm-args '{\"enable_lora\": true}'"
-            raise Rejection(422, "No adapters", detail)
-        async with self._lock:
-            loaded = WeightsVersion(version=request.version, digest=request.digest)
-            name = f"student-{loaded.tag}"
-            try:
-                base = await asyncio.to_thread(expected_shapes, self.model)
-                await asyncio.to_thread(check_adapter_folder, folder, request.digest, base)
-            except (TeacherError, ValueError) as error:
-                raise Rejection(422, "Weights refused", f"{folder}: {error}; the weights are unchanged") from error
-            refused = None if name == self.current.adapter else await self.load_adapter(name, str(folder))
-            if refused is not None:
-                raise Rejection(422, "Weights refused", f"{folder}: {clean(refused, 150)}; the weights are unchanged")
-            self.current = loaded.model_copy(update={"adapter": name})
-            return self.current
+    async def _read(self, call: WorkerCall, folder: Path, digest: str) -> None:
+        """Read and check a folder in all workers. Raises Rejection, with the weights released in all of them."""
+        reason: str | None = "interrupted"
+        try:
+            refused = [e for e in await call("read_rollout_weights", str(folder), digest) if e is not None]
+            reason = refused[0] if refused else None
+        except Exception as error:  # as above
+            detail = f"{folder}: reading failed ({clean(error, 150)}); the weights are unchanged"
+            raise Rejection(500, "Reading failed", detail) from error
+        finally:
+            if reason is not None:
+                with suppress(Exception):  # the first error is the one to report
+                    await call("discard_rollout_weights")
+        if reason is not None:
+            raise Rejection(422, "Weights refused", f"{folder}: {reason}; the weights are unchanged")
 
 
 def allowed_folder(path: str, sync_dir: Path) -> Path:
-    """Return the folder if it is below `sync_dir` also after links are resolved. Raises Rejection (403 or 422)."""
+    """Return the folder if it is below `sync_dir` after links are resolved. Raises Rejection (403 or 422)."""
     folder = Path(path)
     outside = Rejection(403, "Outside of --sync-dir", f"expected a folder below {sync_dir}, received {path}")
-    if "\0" in path or ".." in folder.parts or sync_dir not in folder.parents:
+    if not folder.is_absolute() or ".." in folder.parts:
         raise outside
-    resolved = folder.resolve()
-    if sync_dir.resolve() not in resolved.parents:
-        raise outside
-    if not resolved.is_dir():
+    try:
+        resolved = folder.resolve()
+        if sync_dir not in resolved.parents:
+            raise outside
+        is_folder = resolved.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a loop of links, a null byte
+        raise outside from error
+    if not is_folder:
         raise Rejection(422, "Weights refused", f"{path} is not a folder on this machine; the weights are unchanged")
     return resolved
 
@@ -110,21 +101,14 @@ def attach_rollout_routes(app: FastAPI, weights: Weights) -> None:
     async def version() -> WeightsVersion:
         return weights.current
 
-    for path, sync in (("/v1/rollouts/weights", weights.sync), ("/v1/rollouts/adapter", weights.sync_adapter)):
-        responses = documented(403, 409, 413, 415, 422, 500)
-        app.post(path, response_model=WeightsVersion, responses=responses)(_handler(sync))
-
-
-def _handler(sync: Callable[[SyncRequest], Awaitable[WeightsVersion]]) -> Callable[[Request], Awaitable[Any]]:
-    """Return a route that validates the request and converts a Rejection to a problem."""
-
-    async def handle(request: Request) -> Any:
+    @app.post(
+        "/v1/rollouts/weights", response_model=WeightsVersion, responses=documented(403, 409, 413, 415, 422, 500, 503)
+    )
+    async def sync(request: Request) -> Any:
         try:
-            return await sync(await _sync_request(request))
+            return await weights.sync(await _sync_request(request))
         except Rejection as rejection:
             return problem_response(rejection)
-
-    return handle
 
 
 async def _sync_request(request: Request) -> SyncRequest:
@@ -144,7 +128,7 @@ async def _sync_request(request: Request) -> SyncRequest:
 
 
 class WeightsHeader:
-    """ASGI middleware that compares the header of a request with the weights, and adds it to every response."""
+    """ASGI middleware that refuses requests for other or damaged weights, and adds the tag to every response."""
 
     def __init__(self, app: ASGIApp, weights: Weights) -> None:
         self._app, self._weights = app, weights
@@ -159,10 +143,19 @@ class WeightsHeader:
                 MutableHeaders(scope=message)[WEIGHTS_HEADER] = self._weights.current.tag
             await send(message)
 
-        expected, tag = Headers(scope=scope).get(WEIGHTS_HEADER), self._weights.current.tag
-        if expected in (None, tag):
-            await self._app(scope, receive, send_with_tag)
-            return
-        detail = f"expected the weights {expected}, this server has {tag}: synchronize it"
-        response: Response = problem_response(Rejection(409, "Other weights", detail))
-        await response(scope, receive, send_with_tag)
+        rejection = self._rejection(scope)
+        respond = self._app if rejection is None else problem_response(rejection)
+        await respond(scope, receive, send_with_tag)
+
+    def _rejection(self, scope: Scope) -> Rejection | None:
+        """Return why the request is refused, or None."""
+        current, path = self._weights.current, scope["path"].removeprefix(scope.get("root_path", ""))
+        if current.is_damaged and not path.startswith(OPEN_PATHS):
+            detail = "loading weights failed midway, and the weights are damaged: synchronize the server or restart it"
+            return Rejection(503, "Weights damaged", detail)
+        expected = Headers(scope=scope).get(WEIGHTS_HEADER)
+        if expected in (None, current.tag):
+            return None
+        return Rejection(
+            409, "Other weights", f"expected the weights {expected}, this server has {current.tag}: synchronize it"
+        )

@@ -17,8 +17,7 @@ from prometheus_client import REGISTRY
 
 from teachers.protocol.errors import TeacherError
 from teachers.server.app import teacher_router
-from teachers.server.rollout_engine import set_engine
-from teachers.server.rollout_options import SYNC_DIR_VARIABLE, check_rollout_server
+from teachers.server.rollout_options import SYNC_DIR_VARIABLE, check_rollout_server, checked_sync_dir
 from teachers.server.rollouts import Weights, attach_rollout_routes
 from teachers.server.service import Service
 
@@ -40,13 +39,14 @@ class TutelagePlugin:
         else:
             app.include_router(teacher_router(self._service))
 
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+    async def init_state(self, engine_client: Any, state: object, args: Namespace) -> None:
         """Set the engine. Raises TeacherError, which stops the server, if the server lacks what it needs."""
         if engine_client is None:
             raise TeacherError("this vLLM server has no engine: a teacher needs a model that generates text")
         if self._weights is not None:
+            checked_sync_dir(self._weights.sync_dir)
             check_rollout_server(engine_client.vllm_config, args)
-            set_engine(self._weights, engine_client, state)
+            self._weights.call = lambda method, *arguments: engine_client.collective_rpc(method, args=arguments)
             return
         from teachers.engines.vllm import VllmEngine
 

@@ -43,6 +43,23 @@ def test_more_banned_ids_than_a_server_takes_are_refused() -> None:
         GenerationRequest([5], 3, banned_ids=range(1025))
 
 
+@pytest.mark.parametrize("values", [{"temperature": 0.0}, {"temperature": 2.5}, {"top_p": 1e-3}, {"top_p": 1.0}])
+def test_valid_settings_of_sampling_are_accepted(values: dict[str, float]) -> None:
+    GenerationRequest([5], 3, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (float("nan"), float("inf"), -0.1)),
+        *(("top_p", value) for value in (float("nan"), float("inf"), 0.0, -1.0, 1.1)),
+    ],
+)
+def test_invalid_settings_of_sampling_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*received {value}"):
+        GenerationRequest([5], 3, **{name: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("finish_reason", "stop_reason", "finish"),
     [("stop", None, "eos"), ("stop", 8, "eos"), ("stop", "\n\n", "stop"), ("length", None, "length")],
@@ -71,9 +88,9 @@ def test_rounding_above_0_is_0() -> None:
         ([1, 2, 3, 4], [-1.0] * 4, {}, "expected 1 to 3 sampled ids, received 4"),
         ([3, 4], [-1.0], {}, "log-probabilities of 2 sampled ids"),
         ([3], [-1.0], {"logprobs": None}, "log-probabilities of 1 sampled ids"),
-        ([3], [0.5], {}, "position 0 of 1: 0.5 is no log-probability"),
+        ([3], [0.5], {}, "position 0 of 1: 0.5 is not a log-probability"),
         ([3, 4], [-1.0, float("nan")], {}, "position 1 of 2: nan"),
-        ([3], [-9999.0], {}, "-9999 is no log-probability"),
+        ([3], [-9999.0], {}, "-9999 is not a log-probability"),
         ([9], [-1.0], {}, "the banned id 9 was sampled"),
         ([3], [None], {}, "malformed completion"),
         ([-3], [-1.0], {}, "malformed completion"),
@@ -127,7 +144,7 @@ def test_candidates_are_in_descending_order_without_a_sampled_id_below_them() ->
     [
         (candidates({7: -3.0}), "expected 2 candidates"),
         (candidates({7: -3.0, 1: -1.0, 2: -0.5, 3: -0.7}), "expected 2 candidates"),
-        (candidates({7: -3.0, 1: 2.0}), "no log-probability"),
+        (candidates({7: -3.0, 1: 2.0}), "not a log-probability"),
         ({"logprobs": {"token_logprobs": [-3.0], "top_logprobs": []}}, "expected 2 candidates"),
         ({"logprobs": {"token_logprobs": [-3.0], "top_logprobs": [{"a": -3.0, "b": -1.0}]}}, "malformed candidate"),
     ],
@@ -158,7 +175,7 @@ def test_a_text_of_three_ids_has_two_log_probabilities() -> None:
         ([None, {"6": {"logprob": -0.5}}], "prompt_logprobs of 3 tokens"),
         ([None, {"6": {"logprob": -0.5}}, {"8": {"logprob": -0.5}}], "position 2: expected the log-probability"),
         ([None, {"6": {"logprob": -0.5}}, None], "position 2"),
-        ([None, {"6": {"logprob": 3.0}}, {"7": {"logprob": -0.5}}], "3 is no log-probability"),
+        ([None, {"6": {"logprob": 3.0}}, {"7": {"logprob": -0.5}}], "3 is not a log-probability"),
     ],
 )
 def test_malformed_scores_are_refused(positions: Any, message: str) -> None:

@@ -1,6 +1,8 @@
 """The client of a rollout server against its routes and its worker class, over HTTP."""
 
 import asyncio
+import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,16 +10,19 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 from safetensors.torch import load_file
 from torch import Tensor
 
-from teachers.adapter_folder import write_adapter_folder
 from teachers.client.rollout_completions import GenerationRequest
 from teachers.client.rollout_server import RolloutServer
-from teachers.protocol.errors import Conflict, ProtocolError, Rejected, TeacherError, Unavailable
-from teachers.protocol.rollouts import WEIGHTS_HEADER
+from teachers.protocol.errors import Conflict, ProtocolError, Rejected, TeacherError, Unauthorized, Unavailable
+from teachers.protocol.rollouts import WEIGHTS_HEADER, SyncRequest, WeightsVersion
+from teachers.server.rollouts import Weights, allowed_folder
 from teachers.sync_folder import write_sync_folder
 from tests.rollout_servers import LocalRolloutServer, completion
+from tests.serve import serving_app
 from tests.tiny import save_tiny_model
 
 T = TypeVar("T")
@@ -104,13 +109,101 @@ def test_a_worker_that_fails_while_it_loads_leaves_damaged_weights_until_the_nex
         with pytest.raises(Unavailable, match=r"loading failed \(out of memory\)"):
             await server.sync(folder, 2)
         for version in (1, 2, None):
-            with pytest.raises(Conflict, match="the server has damaged"):
+            with pytest.raises(Unavailable, match="its weights are damaged: synchronize it"):
                 await server.generate(PROMPT, version=version)
+            with pytest.raises(Unavailable, match="its weights are damaged: synchronize it"):
+                await server.probe([5, 6], version=version)
         local.workers[1].on_load = lambda: None
         await server.sync(folder, 3)
         assert (await server.generate(PROMPT, version=3)).version == 3
 
     call(url, run)
+
+
+def test_a_damaged_server_refuses_everything_that_could_use_its_weights(
+    local: LocalRolloutServer, url: str, folder: Path
+) -> None:
+    tag = local.weights.current.tag
+    local.weights.current = WeightsVersion(version=None, is_damaged=True)
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/models", "/invocations"):
+        for headers in ({}, {WEIGHTS_HEADER: tag}, {WEIGHTS_HEADER: "damaged"}):
+            received = httpx.post(url + path, json={"prompt": [1]}, headers=headers)
+            assert (received.status_code, received.json()["title"]) == (503, "Weights damaged"), path
+    assert [httpx.get(url + path).status_code for path in ("/health", "/v1/rollouts/version")] == [200, 200]
+
+    async def run(server: RolloutServer) -> None:
+        server._weights = WeightsVersion(version=None)  # of the time before the damage
+        with pytest.raises(Unavailable, match="synchronize the server or restart it"):
+            await server.generate(PROMPT, version=None)
+        await server.sync(folder, 3)
+        await server.generate(PROMPT, version=3)
+
+    call(url, run)
+
+
+def test_weights_that_are_damaged_while_a_text_is_written_make_the_server_unavailable(
+    local: LocalRolloutServer, url: str
+) -> None:
+    def complete(body: dict[str, Any]) -> Any:
+        local.weights.current = WeightsVersion(version=None, is_damaged=True)
+        return completion(body, [3], [-1.0], prompt_logprobs=[None, {"6": {"logprob": -1.0}}])
+
+    local.complete = complete
+    for do in (lambda s: s.generate(PROMPT, version=None), lambda s: s.probe([5, 6], version=None)):
+        local.weights.current = WeightsVersion(version=None)
+        with pytest.raises(Unavailable, match="its weights are damaged"):
+            call(url, do)
+
+
+def test_an_interrupted_load_leaves_damaged_weights(local: LocalRolloutServer, folder: Path) -> None:
+    async def interrupted(method: str, *arguments: Any) -> list[Any]:
+        if method == "load_rollout_weights":
+            raise asyncio.CancelledError
+        return [None]
+
+    local.weights.call = interrupted
+    digest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(local.weights.sync(SyncRequest(version=1, path=str(folder), digest=digest)))
+    assert local.weights.current.is_damaged
+
+
+def test_a_worker_that_raises_while_it_reads_leaves_the_weights_and_releases_what_was_read(
+    local: LocalRolloutServer, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("connection lost")
+
+    monkeypatch.setattr(local.workers[1], "read_rollout_weights", fail)
+    local.workers[1].rollout_weights = None
+    with pytest.raises(Unavailable, match=r"reading failed \(connection lost\); the weights are unchanged"):
+        call(url, lambda server: server.sync(folder, 1))
+    assert [worker.rollout_weights for worker in local.workers] == [None, None]
+    assert call(url, lambda server: server.version()) is None
+    assert not local.weights.current.is_damaged
+
+
+def test_an_error_of_any_class_while_a_worker_reads_is_one_sentence(
+    local: LocalRolloutServer, url: str, folder: Path
+) -> None:
+    local.workers[1].vllm_config = None
+    with pytest.raises(Rejected, match=r"the weights cannot be read \(AttributeError: .*; the weights are unchanged"):
+        call(url, lambda server: server.sync(folder, 1))
+    assert [worker.rollout_weights for worker in local.workers] == [None, None]
+
+
+def test_parameters_that_vllm_does_not_load_are_an_error(
+    local: LocalRolloutServer, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+    monkeypatch.setattr(logger, "level", logging.ERROR)  # like VLLM_LOGGING_LEVEL=ERROR
+    local.workers[0].on_load = lambda: logger.warning("Following weights were not loaded from checkpoint: %s", {"a.b"})
+    with pytest.raises(Unavailable, match=r"loading failed \(Following weights were not loaded from .*'a\.b'"):
+        call(url, lambda server: server.sync(folder, 1))
+    assert local.weights.current.is_damaged
+    assert (logger.handlers, logger.level) == ([], logging.ERROR)
+    local.workers[0].on_load = lambda: logger.warning("another message")
+    call(url, lambda server: server.sync(folder, 2))
 
 
 def test_two_synchronizations_at_once_follow_one_another(
@@ -138,12 +231,28 @@ def test_folders_outside_of_the_allowed_directory_are_refused_whether_they_exist
     outside = tmp_path / "outside"
     folder.rename(outside)
     (local.weights.sync_dir / "link").symlink_to(outside)
-    paths = [outside, tmp_path / "nothing", local.weights.sync_dir, local.weights.sync_dir / "link", Path("v1")]
+    (local.weights.sync_dir / "loop").symlink_to(local.weights.sync_dir / "loop")
+    paths = [
+        outside,
+        tmp_path / "nothing",
+        tmp_path / ("x" * 300),
+        local.weights.sync_dir,
+        local.weights.sync_dir / "link",
+        Path("v1"),
+    ]
     paths += [local.weights.sync_dir / ".." / "outside", local.weights.sync_dir / ".." / "sync" / "v1", Path("/")]
+    paths += [local.weights.sync_dir / "loop", local.weights.sync_dir / ("x" * 300)]
     for path in paths:
         received = post(url, path=str(path))
         assert (received.status_code, received.json()["title"]) == (403, "Outside of --sync-dir"), path
     assert [worker.loaded for worker in local.workers] == [{}, {}]
+
+
+def test_the_client_names_the_allowed_directory_and_not_the_key(url: str, folder: Path, tmp_path: Path) -> None:
+    folder.rename(tmp_path / "outside")
+    with pytest.raises(Rejected, match=r"^rollout server of student at [^ ]+: expected a folder below") as raised:
+        call(url, lambda server: server.sync(tmp_path / "outside", 1))
+    assert not isinstance(raised.value, Unauthorized)
 
 
 def test_a_missing_or_empty_folder_and_a_file_are_refused(local: LocalRolloutServer, url: str, folder: Path) -> None:
@@ -189,64 +298,6 @@ def test_a_path_with_a_null_byte_is_refused(url: str, folder: Path) -> None:
     assert post(url, path=f"{folder}\0").status_code == 403
 
 
-# --- adapters ---
-
-
-def test_adapters_are_named_by_their_weights_and_used_by_texts_and_probes(
-    local: LocalRolloutServer, url: str, folder: Path, model: Path
-) -> None:
-    loaded, bodies = list[tuple[str, str]](), list[dict[str, Any]]()
-
-    async def load_adapter(name: str, path: str) -> None:
-        loaded.append((name, path))
-
-    def complete(body: dict[str, Any]) -> Any:
-        bodies.append(body)
-        return completion(body, [3], [-1.0], prompt_logprobs=[None, {"6": {"logprob": -1.0}}])
-
-    async def run(server: RolloutServer) -> None:
-        await server.sync_adapter(adapter_folder, 4)
-        await server.sync_adapter(adapter_folder, 4)  # is loaded once, because vLLM refuses a second time
-        tokens = await server.generate(PROMPT, version=4)
-        await server.probe([5, 6])
-        await server.sync(folder, 5)
-        await server.generate(PROMPT, version=5)
-        assert (tokens.version, tokens.last_version) == (4, 4)
-
-    adapter_folder = folder.with_name("adapter")
-    write_adapter_folder(query_adapters(), adapter_folder, alpha=16.0)
-    local.weights.model, local.weights.load_adapter, local.complete = model, load_adapter, complete
-    call(url, run)
-    ((name, path),) = loaded
-    assert name.startswith("student-4-")
-    assert path == str(adapter_folder)
-    assert [body.get("model") for body in bodies] == [name, name, None]
-    assert bodies[0]["cache_salt"] == name.removeprefix("student-")
-
-
-def query_adapters() -> dict[str, Tensor]:
-    layer = "model.layers.0.self_attn.q_proj"
-    return {f"{layer}.lora_A.default.weight": torch.ones(4, 32), f"{layer}.lora_B.default.weight": torch.ones(32, 4)}
-
-
-def test_adapters_that_the_engine_refuses_change_nothing(
-    local: LocalRolloutServer, url: str, folder: Path, model: Path
-) -> None:
-    async def refuse(name: str, path: str) -> str:
-        return "rank 4 exceeds 2"
-
-    adapter_folder = folder.with_name("adapter")
-    write_adapter_folder(query_adapters(), adapter_folder, alpha=16.0)
-    with pytest.raises(Rejected, match=r"start it with --vllm-args '\{\"enable_lora\": true\}'"):
-        call(url, lambda server: server.sync_adapter(adapter_folder, 4))
-    local.weights.model, local.weights.load_adapter = model, refuse
-    with pytest.raises(Rejected, match="rank 4 exceeds 2; the weights are unchanged"):
-        call(url, lambda server: server.sync_adapter(adapter_folder, 4))
-    with pytest.raises(Rejected, match=r"embed_tokens\.weight belongs to no layer"):
-        call(url, lambda server: server.sync_adapter(folder, 4))
-    assert call(url, lambda server: server.version()) is None
-
-
 # --- texts ---
 
 
@@ -282,7 +333,7 @@ def test_other_weights_of_the_same_version_have_another_salt(
 
     call(url, run)
     first = local.weights.current.tag
-    write_sync_folder(weights, folder)
+    write_sync_folder({name: weight + 1 for name, weight in weights.items()}, folder)
     call(url, run)
     assert local.weights.current.tag != first
     assert local.weights.current.version == 4
@@ -324,7 +375,7 @@ def test_a_client_learns_of_other_weights_of_the_same_version_by_one_conflict(
     async def run(server: RolloutServer) -> None:
         other = RolloutServer(url)
         await server.sync(folder, 4)
-        await asyncio.to_thread(write_sync_folder, weights, folder)
+        await asyncio.to_thread(write_sync_folder, {name: weight + 1 for name, weight in weights.items()}, folder)
         await other.sync(folder, 4)
         with pytest.raises(Conflict, match="expected the weights 4-"):
             await server.generate(PROMPT, version=4)
@@ -350,6 +401,64 @@ def test_a_text_during_whose_generation_the_weights_change_has_two_versions(
     call(url, run)
 
 
+def test_a_probe_is_of_the_requested_weights_from_its_start_to_its_end(
+    local: LocalRolloutServer, url: str, folder: Path
+) -> None:
+    def complete(body: dict[str, Any]) -> Any:
+        if replaced:
+            local.weights.current = local.weights.current.model_copy(update={"version": 5})
+        return completion(body, [3], [-1.0], prompt_logprobs=[None, {"6": {"logprob": -1.5}}])
+
+    async def run(server: RolloutServer) -> None:
+        await server.sync(folder, 4)
+        assert (await server.probe([5, 6], version=4)).tolist() == [-1.5]
+        with pytest.raises(Conflict, match="expected the weights version 3, the server has 4-"):
+            await server.probe([5, 6], version=3)
+        replaced.append(True)
+        with pytest.raises(Conflict, match="its weights 4-.* were replaced by 5-"):
+            await server.probe([5, 6], version=4)
+        local.weights.current = WeightsVersion(version=None)  # a restart that the client does not know of
+        with pytest.raises(Conflict, match="the server has base"):
+            await server.probe([5, 6], version=5)
+
+    replaced = list[bool]()
+    local.complete = complete
+    call(url, run)
+
+
+@pytest.mark.parametrize("tag", [None, "", "7", "-1-0123456789abcdef", "7-xyz"])
+def test_a_response_without_a_valid_tag_is_an_error(tag: str | None) -> None:
+    app = FastAPI()
+
+    @app.get("/v1/rollouts/version")
+    async def version() -> WeightsVersion:
+        return WeightsVersion(version=None)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> JSONResponse:
+        prompt_logprobs = [None, {"6": {"logprob": -1.0}}]
+        body = completion(await request.json(), [3], [-1.0], prompt_logprobs=prompt_logprobs)
+        return JSONResponse(body, headers={} if tag is None else {WEIGHTS_HEADER: tag})
+
+    with serving_app(app) as url:
+        for do in (lambda s: s.generate(PROMPT, version=None), lambda s: s.probe([5, 6], version=None)):
+            with pytest.raises(ProtocolError, match="expected the tag of weights in tutelage-weights"):
+                call(url, do)
+
+
+def test_a_directory_that_is_reached_by_a_link_and_paths_with_dots_are_allowed(
+    local: LocalRolloutServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(local.weights.sync_dir)
+    for sync_dir in (Path("link"), Path("sync"), Path("sync/../sync")):
+        weights = Weights(sync_dir)
+        for path in (folder, tmp_path / "link" / "v1"):
+            assert allowed_folder(str(path), weights.sync_dir) == folder.resolve()
+    with local.serving() as url:
+        call(url, lambda server: server.sync(Path("sync/../link/v1"), 3))
+
+
 def test_requests_without_the_header_are_served_with_any_weights(url: str) -> None:
     received = httpx.post(f"{url}/v1/completions", json={"prompt": [1]})
     assert received.status_code == 200
@@ -357,15 +466,14 @@ def test_requests_without_the_header_are_served_with_any_weights(url: str) -> No
 
 
 def test_a_server_that_confirms_other_weights_is_an_error(
-    local: LocalRolloutServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+    local: LocalRolloutServer, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def confirm_other(_: object) -> object:
         return local.weights.current
 
     monkeypatch.setattr(local.weights, "sync", confirm_other)
-    with local.serving() as url:
-        with pytest.raises(ProtocolError, match="expected the weights of version 4, received base"):
-            call(url, lambda server: server.sync(folder, 4))
+    with pytest.raises(ProtocolError, match="expected the weights of version 4, received base"):
+        call(url, lambda server: server.sync(folder, 4))
 
 
 def test_an_address_that_is_none_names_the_rollout_server() -> None:

@@ -1,5 +1,9 @@
 """`tutelage serve`: options, and commands that users confuse with it."""
 
+import asyncio
+import json
+import shutil
+from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +14,14 @@ from typer.testing import CliRunner
 
 from teachers.engines.vllm_options import VllmOptions
 from teachers.protocol.errors import TeacherError
-from teachers.server.rollout_options import RolloutServerOptions, check_rollout_server, vllm_arguments
+from teachers.server.rollout_options import (
+    RolloutServerOptions,
+    check_rollout_server,
+    check_variables,
+    checked_sync_dir,
+    vllm_arguments,
+)
+from teachers.server.vllm_plugin import TutelagePlugin
 from trainer.cli.__main__ import app
 
 
@@ -68,9 +79,24 @@ def test_teach_names_the_command_that_serves_a_model(arguments: list[str]) -> No
     [
         (["--rollouts"], "--rollouts needs --sync-dir"),
         (["--sync-dir", "."], "--sync-dir is an option of --rollouts"),
-        (["--rollouts", "--sync-dir", ".", "--bos", "yes"], "--bos is no option of --rollouts"),
+        (["--rollouts", "--sync-dir", ".", "--bos", "yes"], "--bos is not an option of --rollouts"),
         (["--rollouts", "--sync-dir", ".", "--device", "cuda"], "--device: unknown option"),
         (["--rollouts", "--sync-dir", "."], "nowhere"),
+        (["--rollouts", "--sync-dir", ".", "--engine", "vllm"], "nowhere"),
+        *(
+            (["--rollouts", "--sync-dir", ".", *option], f"{option[0]} has no effect with --rollouts")
+            for option in (
+                ["--engine", "transformers"],
+                ["--max-body-bytes", "9"],
+                ["--max-seconds", "600"],
+                ["--request-log"],
+                ["--stop-with-parent"],
+                ["--max-sequences", "1"],
+                ["--max-request-tokens", "9"],
+                ["--max-queued-tokens", "9"],
+                ["--drain-s", "1"],
+            )
+        ),
     ],
 )
 def test_invalid_options_of_rollout_servers_are_one_sentence(arguments: list[str], message: str) -> None:
@@ -86,6 +112,7 @@ def test_invalid_options_of_rollout_servers_are_one_sentence(arguments: list[str
         (None, ".", "TUTELAGE_KEY is not set"),
         ("one two", ".", "a rollout server accepts one key, received 2"),
         ("one", "nothing", "--sync-dir nothing is not a directory"),
+        ("one", "~no-such-user/x", "--sync-dir ~no-such-user/x cannot be read"),
     ],
 )
 def test_a_rollout_server_needs_one_key_and_a_directory(
@@ -117,16 +144,98 @@ def test_arguments_of_a_rollout_server_and_those_of_vllm_args_become_flags(tiny_
     assert "True" not in flags
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model", "host", "port", "api_key", "api-key", "enable_prefix_caching", "no-enable-prefix-caching",
+        "worker_extension_cls", "worker-ext", "generation_config", "logprobs_mode", "max_logprobs", "max_model_len",
+        "tensor_parallel_size", "dtype", "served_model_name", "ssl_keyfile", "enable_lora", "quantization",
+        "data_parallel_size", "api_server_count", "config", "--port",
+    ],
+)  # fmt: skip
+def test_vllm_args_that_the_command_sets_are_refused(tiny_byte_level: Path, name: str) -> None:
+    options = RolloutServerOptions(VllmOptions(dtype="float32", vllm_args={name: "x"}), Path("/sync"))
+    with pytest.raises(TeacherError, match=rf"--vllm-args: {name} is set by the command, or not possible"):
+        vllm_arguments(tiny_byte_level, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("VLLM_SERVER_DEV_MODE", "1"), ("VLLM_SERVER_DEV_MODE", "2"), ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1"),
+        ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", " True"),
+    ],
+)  # fmt: skip
+def test_variables_that_open_routes_to_the_weights_are_refused(
+    tiny_byte_level: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    check_variables()
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TUTELAGE_KEY", "one")
+    result = run("serve", str(tiny_byte_level), "--rollouts", "--sync-dir", ".")
+    assert (result.exit_code, len(result.output.splitlines())) == (1, 1)
+    assert f"does not start with {name}" in result.output
+    with pytest.raises(TeacherError, match=name):
+        check_server(CONFIG)
+    monkeypatch.setenv(name, "0")
+    check_server(CONFIG)
+
+
+def test_a_quantized_model_is_no_model_of_a_rollout_server(
+    tiny_byte_level: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_byte_level, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    monkeypatch.setenv("TUTELAGE_KEY", "one")
+    result = run("serve", str(model), "--rollouts", "--sync-dir", ".")
+    assert (result.exit_code, len(result.output.splitlines())) == (1, 1)
+    assert "its weights are quantized (awq)" in result.output
+
+
+def test_the_sync_dir_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sync").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "sync")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    monkeypatch.chdir(tmp_path)
+    for path in ("sync", "sync/../sync", "link", "../" + tmp_path.name + "/sync"):
+        assert checked_sync_dir(Path(path)) == (tmp_path / "sync").resolve()
+    with pytest.raises(TeacherError, match="--sync-dir loop cannot be read"):
+        checked_sync_dir(Path("loop"))
+
+
+def test_an_existing_server_does_not_start_without_its_sync_dir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUTELAGE_SYNC_DIR", str(tmp_path / "nothing"))
+    client = SimpleNamespace(vllm_config=None)
+    with pytest.raises(TeacherError, match=r"--sync-dir .*/nothing is not a directory"):
+        asyncio.run(TutelagePlugin().init_state(client, None, Namespace()))
+
+
 CONFIG = {
     "model_config.logprobs_mode": "raw_logprobs",
     "model_config.generation_config": "vllm",
     "model_config.max_logprobs": 17,
     "model_config.model": ".",
+    "model_config.quantization": None,
+    "config.lora_config": None,
     "parallel_config.worker_extension_cls": "teachers.engines.rollout_worker.RolloutWorker",
     "parallel_config.data_parallel_size": 1,
     "args.api_key": ["key"],
     "args.api_server_count": 1,
 }
+
+
+def check_server(values: dict[str, Any]) -> None:
+    names = ("model_config", "parallel_config", "config", "args")
+    sections: dict[str, Any] = {name: SimpleNamespace() for name in names}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        setattr(sections[section], name, value)
+    args, config = sections.pop("args"), sections.pop("config")
+    check_rollout_server(SimpleNamespace(**sections, **vars(config)), args)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +244,8 @@ CONFIG = {
         ({"model_config.logprobs_mode": "processed_logprobs"}, "needs --logprobs-mode raw_logprobs"),
         ({"model_config.generation_config": "auto"}, "needs --generation-config vllm, received 'auto'"),
         ({"model_config.max_logprobs": 16}, "needs --max-logprobs 17, received 16"),
+        ({"model_config.quantization": "awq"}, "needs weights without quantization, received awq"),
+        ({"config.lora_config": object()}, "does not start with --enable-lora"),
         ({"model_config.model": "org/name"}, "needs a model directory, received the name org/name"),
         ({"parallel_config.worker_extension_cls": ""}, "needs --worker-extension-cls teachers"),
         ({"parallel_config.data_parallel_size": 2}, "needs --data-parallel-size 1, received 2"),
@@ -145,16 +256,8 @@ CONFIG = {
 def test_a_vllm_server_that_cannot_write_rollouts_is_refused_with_the_argument_to_change(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
 ) -> None:
-    def check(values: dict[str, Any]) -> None:
-        sections: dict[str, Any] = {name: SimpleNamespace() for name in ("model_config", "parallel_config", "args")}
-        for key, value in values.items():
-            section, _, name = key.partition(".")
-            setattr(sections[section], name, value)
-        config = SimpleNamespace(model_config=sections["model_config"], parallel_config=sections["parallel_config"])
-        check_rollout_server(config, sections["args"])
-
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    check(CONFIG)
-    check(CONFIG | {"model_config.max_logprobs": -1})
+    check_server(CONFIG)
+    check_server(CONFIG | {"model_config.max_logprobs": -1})
     with pytest.raises(TeacherError, match=message):
-        check(CONFIG | change)
+        check_server(CONFIG | change)

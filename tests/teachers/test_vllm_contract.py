@@ -18,7 +18,7 @@ from fastapi.routing import APIRoute
 from typer.testing import CliRunner
 
 from teachers.client.rollout_completions import MAX_BANNED_IDS
-from teachers.engines.rollout_worker import RolloutWorker
+from teachers.engines.rollout_worker import NOT_LOADED, RELOAD_LOGGER, RolloutWorker
 from teachers.engines.vllm_options import VllmOptions
 from teachers.protocol.errors import EngineDead, InvalidRows, TeacherError
 from teachers.protocol.wire_format import as_received
@@ -245,6 +245,13 @@ def test_the_worker_of_vllm_has_what_the_rollout_worker_uses_and_none_of_its_nam
     assert not [name for name in names if hasattr(Worker, name)]
 
 
+def test_vllm_warns_of_parameters_that_were_not_loaded_in_the_words_that_the_worker_looks_for() -> None:
+    from vllm.model_executor.model_loader.reload import inplace
+
+    assert inplace.logger.name == RELOAD_LOGGER
+    assert f'logger.warning(\n                "{NOT_LOADED}' in inspect.getsource(inplace.reload_weights)
+
+
 def test_the_gpu_runner_accepts_as_many_banned_ids_as_the_client_sends() -> None:
     from vllm.v1.worker.gpu.sample.logit_bias import MAX_NUM_LOGIT_BIAS_TOKENS
 
@@ -259,14 +266,4 @@ def test_a_rollout_server_has_other_routes_than_a_teacher(monkeypatch: pytest.Mo
 
     assert "/v1/score" in paths()
     monkeypatch.setenv("TUTELAGE_SYNC_DIR", str(tmp_path))
-    assert paths() == {"/v1/rollouts/version", "/v1/rollouts/weights", "/v1/rollouts/adapter"}
-
-
-def test_vllm_loads_and_forgets_adapters_by_the_functions_that_a_rollout_server_uses() -> None:
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
-
-    inspect.signature(OpenAIServingModels.load_lora_adapter).bind(None, object())
-    inspect.signature(OpenAIServingModels.unload_lora_adapter).bind(None, object())
-    assert set(LoadLoRAAdapterRequest.model_fields) == {"lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"}
-    assert set(UnloadLoRAAdapterRequest.model_fields) == {"lora_name", "lora_int_id"}
+    assert paths() == {"/v1/rollouts/version", "/v1/rollouts/weights"}

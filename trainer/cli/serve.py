@@ -9,9 +9,14 @@ import typer
 from teachers.engines import DEFAULT_ENGINE, ENGINES
 from trainer.cli.app import app, one_sentence_errors, silence_libraries
 
+# Options that a rollout server does not use. Those of the engine transformers are unknown to vLLM.
+ONLY_TEACHERS: tuple[str, ...] = ("engine", "max_sequences", "max_request_tokens", "max_queued_tokens")
+ONLY_TEACHERS += ("max_body_bytes", "max_seconds", "drain_s", "request_log", "stop_with_parent")
+
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model directory, or a name under $TUTELAGE_CACHE/models.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8101,
@@ -80,6 +85,7 @@ def serve(
         }
         given = {name: value for name, value in options.items() if value is not None}
         if rollouts:
+            _refuse_options_without_effect(context, engine)
             _serve_rollouts(model, sync_dir, given, host=host, port=port, key_file=key_file, tls=(tls_cert, tls_key))
         if sync_dir is not None:
             raise UserError("--sync-dir is an option of --rollouts")
@@ -93,6 +99,16 @@ def serve(
         process = (tls_cert, tls_key, drain_s, request_log, stop_with_parent)
         server_options = ServerOptions(validated, host, port, key_file, limits, *process)
         serve_model(resolve_model_dir(model), server_options, lambda line: typer.echo(line, err=True))
+
+
+def _refuse_options_without_effect(context: typer.Context, engine: str) -> None:
+    """Raise UserError for a given option that a rollout server does not use."""
+    from trainer.errors import UserError
+
+    for name in ONLY_TEACHERS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and (name, engine) != ("engine", "vllm"):
+            raise UserError(f"--{name.replace('_', '-')} has no effect with --rollouts: leave it out")
 
 
 def _serve_rollouts(
@@ -114,7 +130,7 @@ def _serve_rollouts(
     if sync_dir is None:
         raise UserError("--rollouts needs --sync-dir, the directory below which the trainer writes new weights")
     if "bos" in given:
-        raise UserError("--bos is no option of --rollouts: a prompt contains its BOS token")
+        raise UserError("--bos is not an option of --rollouts: a prompt contains its BOS token")
     options = RolloutServerOptions(engine_options("vllm", given), sync_dir, host, port, key_file, *tls)
     run_rollout_server(resolve_model_dir(model), options)
 
