@@ -18,6 +18,7 @@ from tests.templates import TEMPLATES, THINKING, TOOLS, chat, chat_template
 from trainer.chats import template_worker
 from trainer.chats.jinja_template import ChatError, JinjaTemplate, TemplateError
 from trainer.chats.template_worker import WORKER, RenderError, TemplateWorker
+from trainer.chats.turn_syntax import turn_syntax
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +88,7 @@ def test_a_template_renders_as_in_transformers(source: str, tools: tuple[Any, ..
 @pytest.mark.usefixtures("half_a_second")
 def test_a_hostile_template_is_one_sentence_and_the_next_chat_is_rendered(source: str, problem: str) -> None:
     began = time.monotonic()
-    with pytest.raises(TemplateError, match=problem) as caught:
+    with pytest.raises(ChatError, match=problem) as caught:
         template(source).render(MESSAGES, ())
     assert time.monotonic() - began < 5
     assert str(caught.value).isprintable()
@@ -155,6 +156,7 @@ def test_a_fork_renders_in_a_process_of_its_own() -> None:
 def test_the_process_ends_with_its_parent() -> None:
     code = """
 import time
+from trainer.chats.turn_syntax import turn_syntax
 from trainer.chats.template_worker import WORKER
 WORKER.render({"source": "a", "messages": [], "tools": None, "variables": {}, "today": "2026-01-01"})
 print(WORKER._process.pid, flush=True)
@@ -166,3 +168,14 @@ time.sleep(60)
         assert process.is_running()
         parent.send_signal(signal.SIGKILL)
     process.wait(timeout=10)
+
+
+def test_a_template_that_takes_too_long_for_one_probe_is_not_taken_for_one_without_syntax(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    WORKER.close()
+    WORKER.render(request_of("started before the limit"))
+    monkeypatch.setattr(template_worker, "RENDER_S", 1e-9)
+    with pytest.raises(ChatError, match="took more than 1e-09 s"):
+        turn_syntax(template(TEMPLATES["chatml"]), [])
+    WORKER.close()

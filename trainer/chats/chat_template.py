@@ -25,6 +25,7 @@ from trainer.chats.special_tokens import (
     first_spelled_token,
     place_of_surrogate,
     plain_text,
+    spelled_bytes,
     token_pattern,
 )
 from trainer.chats.turn_regions import Region, regions
@@ -99,9 +100,9 @@ class ChatTemplate:
         The template does not render the answer, so that it changes nothing in it; special tokens that the answer spells
         are ordinary text.
 
-        opening  beginning of a thought with which the prompt shall end, or ""; by default as the template writes it
-        Returns the tokens, without a BOS that the template does not write, and the byte at which the
-        answer begins. Raises ChatError.
+        opening  beginning of a thought with which the prompt is to end, or ""; by default as the template writes it
+        Returns the tokens, without a BOS that the template does not write, and the byte at which the answer begins.
+        Raises ChatError.
         """
         label = f"sample {sample}, model {self.name}"
         try:
@@ -111,10 +112,7 @@ class ChatTemplate:
                 prompt = OPEN_THOUGHT.sub("", prompt) + opening
             plain = plain_text(prompt, (), escape)
             start = len(plain.text.encode())
-            spelled = [
-                (start + len(answer[: match.start()].encode()), start + len(answer[: match.end()].encode()))
-                for match in self.special_tokens.finditer(answer)
-            ]
+            spelled = [(start + begin, start + stop) for begin, stop in spelled_bytes(answer, self.special_tokens)]
             return self.vocabulary.encode_rendered(plain.text + answer, [*plain.literals, *spelled]), start
         except (InvalidChat, TokenizerError) as error:
             raise ChatError(f"{label}: {error}") from error
@@ -122,8 +120,7 @@ class ChatTemplate:
     @property
     def answer_ends(self) -> frozenset[int]:
         """Return the ids of all tokens that may end an answer."""
-        ends = {*self.turn_ends, self.turn_end(False), self.turn_end(True)}
-        return frozenset(end for end in ends if end is not None)
+        return frozenset(end for end in (*self.turn_ends, *map(self.turn_end, (False, True))) if end is not None)
 
     def turn_end(self, has_tools: bool) -> int | None:
         """Return the id of the token with which the template ends an answer in chats with or without tools.

@@ -89,6 +89,11 @@ def first_spelled_token(
     return None
 
 
+def spelled_bytes(text: str, special_tokens: re.Pattern[str]) -> list[tuple[int, int]]:
+    """Return the bytes [start, stop) of every special token that a text spells."""
+    return [(len(text[: m.start()].encode()), len(text[: m.end()].encode())) for m in special_tokens.finditer(text)]
+
+
 def place_of_surrogate(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the message or tool that contains half of a surrogate pair; None without one."""
     for place, texts in _texts_by_place(messages, tools):
