@@ -1,4 +1,4 @@
-"""Tokens that a model sampled, which can differ from the tokenizer's own tokens of the same text.
+"""Tokens that were sampled from a model. The tokenizer may encode the same text with other tokens.
 
 A model may write `can't` as `can · ' · t`, where its tokenizer writes `can · 't`. The tokenizer's own tokens of a text
 are its canonical tokens. `complete_length` returns how many sampled ids have a text, `Tokens.continued` appends them to
@@ -25,7 +25,7 @@ NO_ROW = -1
 
 
 def complete_length(vocabulary: Vocabulary, ids: Sequence[int]) -> int:
-    """Return the largest number of leading ids whose bytes are UTF-8 text that ends at a whole character.
+    """Return the length of the longest prefix of the ids that decodes to valid UTF-8.
 
     A text may end inside a character because its length is limited, and a model may sample bytes that are no UTF-8.
     The text is cut before the first such byte, at the end of a token.
@@ -80,9 +80,10 @@ def transfer_target(target: Target, canonical: Tokens, sampled: Tokens) -> Targe
 
 
 def num_noncanonical(canonical: Tokens, sampled: Tokens) -> int:
-    """Return the number of sampled tokens to which `transfer_target` gives no row, valid or not.
+    """Count the sampled tokens for which `transfer_target` has no row.
 
-    The number is also 0 for different tokens if every block has one sampled token: `are_equal` compares the tokens.
+    The result is 0 if every block contains a single sampled token, even if that token differs from the canonical
+    tokens. Use `are_equal` to compare the tokens.
     """
     if are_equal(canonical, sampled):
         return 0

@@ -177,7 +177,7 @@ def read_sync_folder(folder: Path, digest: str, expected: Mapping[str, Shape]) -
 
 
 def _compare(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:
-    """Raise SyncFolderError if names or shapes differ from the expected ones."""
+    """Check the names and shapes of all tensors. Raises SyncFolderError if they differ from `expected`."""
     if missing := sorted(expected.keys() - shapes.keys()):
         raise SyncFolderError(f"{where}: {_listed(missing)} missing")
     if unknown := sorted(shapes.keys() - expected.keys()):
@@ -222,7 +222,7 @@ def _refusing(name: str) -> Iterator[None]:
 
 
 def _read(path: Path, limit_bytes: int) -> bytes:
-    """Return the content of a regular file of at most `limit_bytes`; links are not followed. Raises SyncFolderError."""
+    """Read a file. Raises SyncFolderError if it is a link, is not a regular file, or is larger than `limit_bytes`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO would wait for a writer
         with os.fdopen(descriptor, "rb") as file:

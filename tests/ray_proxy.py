@@ -13,7 +13,7 @@ NOT_FOUND = "Path '{}' not found. Ping http://.../-/routes for available routes.
 
 @contextmanager
 def ray_proxy(application: FastAPI, mount: str, prefix: str, num_refused: int = 0) -> Iterator[str]:
-    """Serve an application that is deployed after `num_refused` requests.
+    """Imitate the proxy of Ray Serve. It answers the first `num_refused` requests with 404.
 
     mount   path at which the application is mounted
     prefix  prefix of the paths that the proxy passes to it

@@ -56,7 +56,7 @@ class Sample:
     teacher       value of the source's teacher column, for fusion by "router"; None without a column
     rollout       tokens that the student sampled: the text after the prompt, or the last message; None for given text
     prompt        the student's tokens of the prompt of a rollout; None for given text
-    refusal       why the sample cannot be used: it is handled like a chat that a template cannot render
+    refusal       error of a sample that cannot be used; the run handles it like a chat that cannot be rendered
     """
 
     index: int
@@ -142,7 +142,7 @@ class TeacherScores:
 
     @property
     def supervised_text(self) -> tuple[float, int]:
-        """Log-likelihood in nats of the teacher's supervised tokens that have a score, and their bytes."""
+        """Log-likelihood of the supervised tokens with scores, in nats, and their number of bytes."""
         tokenized = self.tokenized
         scored_R = tokenized.supervised_T[self.first_row :][: len(self.actual_R)] & ~np.isnan(self.actual_R)
         num_bytes = tokenized.num_bytes_T[self.first_row :][: len(self.actual_R)][scored_R].sum()

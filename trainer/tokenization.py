@@ -40,9 +40,10 @@ class SampleTokenizer:
     template: ChatTemplate | None = None
 
     def tokenize(self, sample: Sample) -> TokenizedSample:
-        """Tokenize a text or a chat. Raises ChatError for a chat that the model's template cannot render.
+        """Tokenize a text, a chat or a rollout.
 
-        A rollout keeps its sampled tokens for every model with the student's tokenizer.
+        The sampled tokens of a rollout are kept if this is the student's tokenizer. Raises ChatError if the model's
+        template cannot render a chat.
         """
         rollout = sample.rollout
         if sample.is_chat and rollout is not None:
@@ -55,13 +56,15 @@ class SampleTokenizer:
         return self._tokenized_text(self.vocabulary.encode(sample.text, close=sample.closes), sample.prompt_bytes)
 
     def tokenize_canonical(self, sample: Sample) -> TokenizedSample:
-        """Tokenize a rollout with the tokens that the tokenizer writes, not with those that were sampled."""
+        """Tokenize the text of a rollout. The sampled tokens are ignored."""
         return self._answered_chat(sample, False) if sample.is_chat else self.tokenize(replace(sample, rollout=None))
 
     def _answered_chat(self, sample: Sample, has_sampled_tokens: bool) -> TokenizedSample:
-        """Tokenize a chat whose last answer was sampled, behind the beginning of an answer in this model's template.
+        """Tokenize a chat whose last answer was sampled by the student.
 
-        has_sampled_tokens  whether the answer has its sampled tokens, or those that the tokenizer writes
+        This model's template renders the chat up to the answer. The answer follows unchanged.
+
+        has_sampled_tokens  whether to keep the sampled tokens of the answer; otherwise its text is tokenized
         """
         template, rollout, prompt = self._template(sample), sample.rollout, sample.prompt
         assert rollout is not None

@@ -33,7 +33,7 @@ FILES = (JSON, CONFIG, TEMPLATE, *OTHER_FILES, *VOCABULARIES)
 MODEL_KEYS = ("model_type", "model_name", "tokenizer_class", "transformers_version")
 """Keys of config.json by which transformers chooses the class of the tokenizer."""
 WARNING = ".warning"
-"""Key under which the cache file stores the warning of a conversion. The warning is logged and is no tokenizer file."""
+"""Key of the conversion's warning in the cache file. The warning is logged; it is not returned as a tokenizer file."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PACKAGES = ("transformers", "tokenizers", "sentencepiece", "protobuf", "tiktoken", "mistral-common")
 log = logging.getLogger("tutelage.tokenizers")

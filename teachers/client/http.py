@@ -102,7 +102,7 @@ class Transport:
     async def post_with_headers(
         self, path: str, body: bytes, timeout_s: float, *, expect: str, limit_bytes: int, headers: Headers = {}
     ) -> tuple[bytes, Headers]:
-        """Do what `post` does. Returns the response and its headers, whose names are in lower case."""
+        """Send a POST request like `post`. Returns the body and the headers of the response, with lowercase names."""
         headers = {"content-type": "application/json", **headers}
         return await self._request("POST", path, timeout_s, limit_bytes, expect=expect, content=body, headers=headers)
 

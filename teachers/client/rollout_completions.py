@@ -182,7 +182,10 @@ def _choice(data: bytes, prompt_ids: Sequence[int]) -> _Choice:
 
 
 def _finish(choice: _Choice, request: GenerationRequest) -> Finish:
-    """Return how the continuation ended. vLLM states no stop_reason for EOS, and the id or text for other stops."""
+    """Return the reason for which sampling ended.
+
+    vLLM's stop_reason is null for EOS; otherwise it is the stop id or the stop string.
+    """
     match choice.finish_reason, choice.stop_reason:
         case "length", _:
             return "length"

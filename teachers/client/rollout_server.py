@@ -51,7 +51,7 @@ class RolloutServer:
         await self._http.get("/health", timeout_s)
 
     async def version(self, timeout_s: float = SHORT_TIMEOUT_S) -> int | None:
-        """Return the version of the weights; None if they are those of the model directory, or damaged."""
+        """Return the version of the weights. None stands for damaged weights and those of the model directory."""
         self._weights = self._decode(await self._http.get("/v1/rollouts/version", timeout_s))
         return self._weights.version
 
@@ -76,7 +76,9 @@ class RolloutServer:
     async def generate(
         self, request: GenerationRequest, *, version: int | None, timeout_s: float = TIMEOUT_S
     ) -> GeneratedTokens:
-        """Continue a prompt with the weights of this version; None: those of the model directory.
+        """Sample a continuation of a prompt.
+
+        version  version of the weights that sample it; None for the weights in the model directory
 
         Raises Conflict if the server has other weights, and Unavailable if they are damaged. Cancelling aborts the
         request in the server.

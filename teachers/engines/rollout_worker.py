@@ -1,4 +1,4 @@
-"""Methods for the worker processes of vLLM (--worker-extension-cls) that replace the weights of the model.
+"""Extension of vLLM's worker processes (--worker-extension-cls) that replaces the weights of the model.
 
 A worker first reads and checks all weights. They are loaded by a second call, after every worker has succeeded. Both
 calls are executed between two steps of the engine, so that no forward pass sees a part of the new weights. Requests in
@@ -29,7 +29,10 @@ class RolloutWorker:
     rollout_weights: dict[str, Tensor] | None
 
     def read_rollout_weights(self, folder: str, digest: str) -> str | None:
-        """Read and check a folder of weights and keep them for `load_rollout_weights`. Returns an error, or None."""
+        """Read and check the weights in a folder. `load_rollout_weights` loads them.
+
+        Returns an error message, or None if the weights are valid.
+        """
         self.rollout_weights = None
         try:
             expected = expected_shapes(Path(self.vllm_config.model_config.model))

@@ -31,7 +31,7 @@ class SyncRequest(RequestMessage):
     version: Version
     """Version of the weights. Only compared for equality."""
     path: Annotated[str, Field(min_length=1, max_length=4096)]
-    """Absolute path of the folder, as the server sees it."""
+    """Absolute path of the folder on the server's machine."""
     digest: Sha256
     """SHA-256 of the manifest in the folder."""
 

@@ -94,7 +94,7 @@ def allowed_folder(path: str, sync_dir: Path) -> Path:
 
 
 def attach_rollout_routes(app: FastAPI, weights: Weights) -> None:
-    """Add the routes and the check of the header to an application."""
+    """Add the routes for weights, and the middleware WeightsHeader, to an application."""
     app.add_middleware(WeightsHeader, weights=weights)
 
     @app.get("/v1/rollouts/version")
@@ -128,7 +128,11 @@ async def _sync_request(request: Request) -> SyncRequest:
 
 
 class WeightsHeader:
-    """ASGI middleware that refuses requests for other or damaged weights, and adds the tag to every response."""
+    """ASGI middleware that compares the tag in a request with the tag of the loaded weights.
+
+    Requests with another tag, and all requests while the weights are damaged, are refused. Every response has the tag
+    of the loaded weights in a header.
+    """
 
     def __init__(self, app: ASGIApp, weights: Weights) -> None:
         self._app, self._weights = app, weights

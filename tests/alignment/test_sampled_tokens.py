@@ -33,7 +33,7 @@ def ids_by_bytes(kind: str) -> dict[bytes, list[int]]:
 
 
 def segmentation(kind: str, text: str, random: Random) -> list[int]:
-    """Write a text with random tokens instead of the tokenizer's own."""
+    """Tokenize a text into random tokens of the vocabulary."""
     data, ids = text.encode(), ids_by_bytes(kind)
     chosen, start, longest = [], 0, max(map(len, ids))
     while start < len(data):

@@ -1,4 +1,4 @@
-"""Write tests/golden/rollouts.json: texts that SmolLM2 wrote, with the ids that it sampled.
+"""Generate tests/golden/rollouts.json: prompts and token ids sampled from SmolLM2.
 
 `python -m tests.real.sample_rollouts` samples them again, in two minutes on one core. Run it only if other rollouts
 are intended: the test of tests/real/test_rollouts.py then needs new numbers.

@@ -95,10 +95,9 @@ class ChatTemplate:
         opening: str | None = None,
         sample: str = "chat",
     ) -> tuple[Tokens, int]:
-        """Tokenize a chat up to the beginning of the next answer of the assistant, and a part of this answer.
+        """Tokenize a chat up to the next answer of the assistant, followed by the text `answer`.
 
-        The template does not render the answer, so that it changes nothing in it; special tokens that the answer spells
-        are ordinary text.
+        The template does not render `answer`. Special tokens in it are encoded as ordinary text.
 
         opening  beginning of a thought with which the prompt is to end, or ""; by default as the template writes it
         Returns the tokens, without a BOS that the template does not write, and the byte at which the answer begins.

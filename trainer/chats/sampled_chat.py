@@ -1,8 +1,7 @@
-"""A chat whose last answer the student has sampled, as one model reads it.
+"""Chats whose last answer was sampled by the student.
 
-Every model, the student included, reads the answer behind the beginning of an answer in its own template. No template
-renders the answer itself: some would strip its white space or move its reasoning, and none can render an empty answer,
-or one that ends within a thought.
+Every model renders the chat up to the answer with its own template. The answer follows unchanged: a template could
+strip its white space or move its reasoning, and it cannot render an empty answer or an unfinished thought.
 """
 
 from alignment import Tokens

@@ -121,7 +121,7 @@ def _serve_rollouts(
     key_file: Path | None,
     tls: tuple[Path | None, Path | None],
 ) -> NoReturn:
-    """Replace this process by a vLLM server that writes rollouts. Raises UserError or TeacherError."""
+    """Execute a vLLM server for rollouts in place of this process. Raises UserError or TeacherError."""
     from teachers.engines import engine_options
     from teachers.server.rollout_options import RolloutServerOptions, run_rollout_server
     from trainer.errors import UserError

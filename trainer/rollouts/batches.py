@@ -1,4 +1,4 @@
-"""The batches of a run in which the student's rollouts replace some or all samples.
+"""Batches of an on-policy run. Rollouts of the student replace some or all samples.
 
 The training loop calls `advance` before the first step and after every step. It samples the batches for which the
 present weights are recent enough, and queues them for the stream, which has the teachers score them. A batch of step s
@@ -149,7 +149,7 @@ class OnPolicyBatches:
     def _sample(
         self, prompts: Mapping[int, Sample], step_and_version: tuple[int, int], should_stop: Callable[[], bool]
     ) -> dict[int, list[Rollout]] | None:
-        """Return the rollouts of the prompts by position; none of a refused prompt.
+        """Sample rollouts of the prompts, by position. Refused prompts have no rollouts.
 
         Returns None if `should_stop` has returned true.
         """

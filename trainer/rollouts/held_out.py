@@ -1,4 +1,4 @@
-"""Continuations of held-out prompts, which the teachers score at every evaluation.
+"""Evaluation of the student by continuations of held-out prompts. The teachers score the continuations.
 
 The prompts and the random numbers are the same at every evaluation, so that the values of a run can be compared. Those
 of its steps cannot: each step has other prompts.

@@ -1,4 +1,4 @@
-"""Prompts made of samples of the data, and samples made of prompts and the tokens that were sampled after them."""
+"""Build prompts from samples of the data, and training samples from sampled tokens."""
 
 import zlib
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from trainer.tokenization import SampleTokenizer
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Makes prompts and samples for one student.
+    """Build prompts and samples for one student.
 
     EOS ends a text. An answer of a chat ends with the tokens with which the student's template ends a turn, or with EOS
     if there are none. Other special tokens have no text and are never sampled, EOS in chats included.
@@ -48,9 +48,9 @@ class PromptBuilder:
         return Sampling(self.config.temperature, self.config.top_p, end_ids, tuple(banned), stop)
 
     def with_prompt(self, sample: Sample) -> Sample:
-        """Return the sample reduced to its prompt: a chat without its last answer, or the first part of a text.
+        """Reduce a sample to its prompt: the chat without its last answer, or the beginning of the text.
 
-        The result has a `refusal` if the student's template cannot render the chat, or if no token fits behind it.
+        `refusal` is set if the student's template cannot render the chat, or if the prompt is empty or too long.
         """
         try:
             prompted = self._chat_prompt(sample) if sample.is_chat else self._text_prompt(sample)
@@ -120,7 +120,7 @@ class PromptBuilder:
         )
 
     def sample(self, prompt: Sample, rollout: Rollout) -> Sample:
-        """Return the sample whose text is a prompt and a rollout, or the chat whose last answer is the rollout."""
+        """Append a rollout to its prompt: as the last part of the text, or as the last answer of the chat."""
         closes = rollout.finish == "eos"
         text = self._text(rollout.ids[: len(rollout.ids) - closes])
         if prompt.is_chat:

@@ -173,7 +173,7 @@ class RolloutEvalEvent(Event):
     teachers: dict[str, float | None]
     """Bits per byte of the rollouts by each teacher, by name, on the teacher's own tokens; null without scores."""
     own_bpb: float | None
-    """Bits per byte of the rollouts by the student; null without bytes."""
+    """Bits per byte of the rollouts under the student. Null if the rollouts have no bytes."""
     entropy: float
     """Entropy of the student where it sampled, in nats per token, at temperature 1."""
     length: float

@@ -31,7 +31,7 @@ class Batches(Protocol):
         ...
 
     def state(self, done: int) -> dict[str, Any]:
-        """Return what this process has prepared and no step has used after `done` steps, as JSON values."""
+        """Return the prepared data of this process that no step has used after `done` steps, as JSON values."""
         ...
 
     def close(self) -> None:
